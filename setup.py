@@ -1,0 +1,51 @@
+"""Packaging of spark: distribution `spark-transformer`, import `spark`."""
+
+from setuptools import find_packages, setup
+
+TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'ruff>=0.6']
+
+setup(
+    name='spark-transformer',
+    version='0.1.0',
+    description='Spark Transformers in JAX/Flax: sparse FFN and attention by statistical top-k',
+    long_description=open('README.md', encoding='utf-8').read(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=find_packages(include=['spark', 'spark.*']),
+    package_data={'spark.data': ['*.model']},
+    install_requires=[
+        'jax>=0.10',
+        'flax>=0.12',
+        'optax>=0.2.5',
+        'orbax-checkpoint>=0.12',
+        'grain>=0.2.15',
+        'array_record>=0.8',
+        'tensorflow-datasets>=4.9.9',
+        'importlib_resources',  # tensorflow-datasets imports it without declaring it
+        'ml_collections>=1.1',
+        'absl-py',
+        'pydantic>=2.7',
+        'filelock',
+        'numpy',
+        'tqdm',
+        'tensorboardX>=2.6',
+        'matplotlib',
+        'sentencepiece>=0.2',
+        'tokenizers>=0.20',
+    ],
+    extras_require={
+        'test': TEST,
+        'cuda': ['jax[cuda12]'],
+        'tpu': ['jax[tpu]'],
+        'aot': ['libtpu'],  # compiles for TPUs that are not there
+        'eval': ['lm-eval>=0.4'],
+        'parity': ['torch>=2.6', 'safetensors'],
+    },
+    classifiers=[
+        'License :: OSI Approved :: Apache Software License',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+)

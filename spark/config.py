@@ -1,0 +1,269 @@
+"""The typed, validated, frozen view of a ConfigDict: every option of spark, its type, its default, what it means.
+
+`configs/*.py` build an ml_collections ConfigDict with these fields; `validate` turns it into an `ExperimentConfig` or
+raises a ConfigError of one line that names the field, the value and what would be right.
+"""
+
+import difflib
+from typing import Literal
+
+import pydantic
+from pydantic import Field
+
+from spark.errors import ConfigError
+
+# Per kind: does it have a second key matrix (a gate), a top-k, a predictor?
+FFN_KINDS = {
+    'gated': (True, False, False),
+    'relu': (False, False, False),
+    'relu2': (False, False, False),
+    'topk': (False, True, False),
+    'gaussian_topk': (True, True, False),
+    'spark': (True, True, True),
+}
+
+
+class _Frozen(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra='forbid', strict=True)
+
+
+class FFNConfig(_Frozen):
+    """A lookup in a table of d_ff neurons."""
+
+    kind: Literal['gated', 'relu', 'relu2', 'topk', 'gaussian_topk', 'spark'] = 'gated'
+    d_ff: int = Field(gt=0)  # neurons; 1.5 × the gated width at equal parameters for kinds without a second d_model × d_ff matrix
+    k: int = Field(0, ge=0)  # neurons kept per token, about; 0 for kinds without top-k
+    r: int = Field(0, ge=0)  # predictor rank: leading dimensions of the token that score the neurons; 0 for kinds without
+    topk: Literal['statistical', 'exact', 'approx'] = 'statistical'  # how the k are found
+    huber: float = Field(0.0, ge=0)  # width of the smoothed threshold (Theorem 3.2); 0: a plain soft threshold
+
+
+class AttentionConfig(_Frozen):
+    """A lookup in a table of tokens."""
+
+    kind: Literal['dense', 'spark'] = 'dense'
+    n_heads: int = Field(gt=0)
+    n_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    k: int = Field(0, ge=0)  # keys kept per query, about; 0 for dense
+    r: int = Field(0, ge=0)  # predictor rank: leading dimensions of a head that score the keys; 0 for dense
+    window: int = Field(0, ge=0)  # tokens that a query of a local layer sees, itself included; 0 if no layer is local
+    logit_cap: float = Field(0.0, ge=0)  # soft-cap of the softmax's logits; 0: none
+    rope_base: float = Field(10_000.0, gt=0)
+    query_dim: float = Field(0.0, ge=0)  # queries are scaled by 1/sqrt(this); 0: head_dim
+
+
+class ModelConfig(_Frozen):
+    """A decoder with Gemma-2's block."""
+
+    vocab_size: int = Field(0, ge=0)  # 0: the tokenizer's
+    d_model: int = Field(gt=0)
+    n_layers: int = Field(gt=0)
+    pattern: tuple[Literal['local', 'global'], ...] = ('local', 'global')  # repeated n_layers / len times
+    ffn: FFNConfig
+    attention: AttentionConfig
+    logit_cap: float = Field(0.0, ge=0)  # soft-cap of the output logits; 0: none
+    remat: Literal['none', 'full', 'dots', 'dots_no_batch'] = 'none'  # what backward recomputes; see transformer.REMAT
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the computation; auto: float32 on CPU, else bfloat16
+
+
+class DataConfig(_Frozen):
+    """What to train on; `spark.data` documents the strings."""
+
+    source: str = 'stdlib'  # stdlib | text:GLOB | tfds:NAME | array_record:GLOB, or a mixture: '0.7 stdlib + 0.3 text:a/*.txt'
+    eval_source: str = ''  # held-out text; empty: the held-out splits of `source`
+    holdout: float = Field(0.05, gt=0, lt=0.5)  # share held out twice (validation, test) of sources without splits
+    tokenizer: str = 'bytes'  # bytes | sentencepiece:FILE | hf:FILE
+    seq_len: int = Field(gt=0)  # tokens in a row
+    batch_size: int = Field(gt=0)  # rows in an optimizer step, over all devices
+    shuffle_rows: int = Field(0, ge=0)  # window in which packed rows are shuffled, so that a long document is spread; 0: off
+    epochs: int = Field(0, ge=0)  # passes over the training data before it counts as exhausted; 0: no limit
+    threads: int = Field(8, gt=0)  # that read and tokenize; the order does not depend on it
+    prefetch: int = Field(4, gt=0)  # batches made ahead
+    cache_dir: str = ''  # of prepared corpora; empty: $SPARK_CACHE or ~/.cache/spark
+
+
+class MeshConfig(_Frozen):
+    """Devices along each mesh axis; the product is the number of devices."""
+
+    data: int = Field(-1, ge=-1)  # replicas; -1: all that are left
+    fsdp: int = Field(1, gt=0)  # parameters, optimizer state and batch are split
+    model: int = Field(1, gt=0)  # heads, neurons and vocabulary are split
+
+
+class OptimizerConfig(_Frozen):
+    """AdamW, linear warm-up, cosine decay."""
+
+    lr: float = Field(gt=0)  # peak
+    final_lr: float = Field(0.1, ge=0, le=1)  # at the last step, as a share of the peak
+    warmup_steps: int = Field(0, ge=0)
+    b1: float = Field(0.9, ge=0, lt=1)
+    b2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)  # of matrices; norms and scales are exempt
+    clip: float = Field(1.0, ge=0)  # global gradient norm; 0: no clipping
+    z_loss: float = Field(0.0, ge=0)  # weight of log²Z in the loss
+
+
+class TrainConfig(_Frozen):
+    """The loop."""
+
+    steps: int = Field(gt=0)
+    accumulate: int = Field(1, gt=0)  # microbatches that a step's batch is split into
+    loss_chunk: int = Field(0, ge=0)  # positions whose logits exist at a time; 0: all of a row
+    log_every: int = Field(10, gt=0)
+    eval_every: int = Field(0, ge=0)  # steps; 0: only at the end
+    eval_batches: int = Field(0, ge=0)  # of the validation split, while training; 0: all of it
+    save_every: int = Field(100, gt=0)
+    keep: int = Field(2, gt=0)  # newest checkpoints to keep
+    keep_every: int = Field(0, ge=0)  # and every checkpoint at a multiple of this; 0: no more
+    activity: bool = True  # log active neurons and attended keys with the loss
+    profile_step: int = Field(0, ge=0)  # first step of a profiler trace into workdir/profile; 0: none
+    profile_steps: int = Field(3, gt=0)
+
+
+class SampleConfig(_Frozen):
+    """The continuation shown when training ends."""
+
+    prompt: str = ''
+    tokens: int = Field(64, ge=0)  # 0: no sample
+    temperature: float = Field(0.8, ge=0)  # 0: greedy
+
+
+class ExperimentConfig(_Frozen):
+    """One training run."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
+    sample: SampleConfig = SampleConfig()
+
+
+def validate(config):
+    """A ConfigDict (or nested dict) as a checked `ExperimentConfig`; a ConfigError of one line if it is wrong."""
+    raw = config.to_dict() if hasattr(config, 'to_dict') else config
+    try:
+        cfg = ExperimentConfig.model_validate(raw)
+    except pydantic.ValidationError as e:
+        raise ConfigError(_one_line(e)) from None
+    _check(cfg)
+    return cfg
+
+
+def load(path):
+    """The `ExperimentConfig` that a run wrote to DIR/config.json."""
+    try:
+        cfg = ExperimentConfig.model_validate_json(path.read_text())
+    except OSError as e:
+        raise ConfigError(f'{path}: {e.strerror or e}; want the config.json of a run') from None
+    except pydantic.ValidationError as e:
+        raise ConfigError(f'{path}: {_one_line(e)}') from None
+    _check(cfg)
+    return cfg
+
+
+def fields(cfg, prefix=''):
+    """{dotted name: value} of every leaf of a config."""
+    leaves = {}
+    for name in type(cfg).model_fields:
+        value = getattr(cfg, name)
+        nested = isinstance(value, pydantic.BaseModel)
+        leaves |= fields(value, f'{prefix}{name}.') if nested else {prefix + name: value}
+    return leaves
+
+
+def nearest(name, known):
+    """', did you mean X?' for the closest of the known names, or ''."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f'; did you mean {close[0]}?' if close else ''
+
+
+def check_devices(cfg, n_devices):
+    """The sizes of the mesh axes on n_devices, as a dict; a ConfigError if the config does not divide over them."""
+    mesh = cfg.mesh
+    rest = mesh.fsdp * mesh.model
+    data = max(n_devices // rest, 1) if mesh.data == -1 else mesh.data
+    if data * rest != n_devices:
+        raise ConfigError(
+            f'mesh = data {data} × fsdp {mesh.fsdp} × model {mesh.model}: that is {data * rest} devices, here are {n_devices}'
+        )
+    model, shards = cfg.model, data * mesh.fsdp
+    rows = cfg.data.batch_size // cfg.train.accumulate
+    _want(rows % shards == 0, 'data.batch_size', cfg.data.batch_size,
+          f'a multiple of {shards * cfg.train.accumulate} = data × fsdp × train.accumulate')  # fmt: skip
+    for name, value in [
+        ('model.d_model', model.d_model),
+        ('model.ffn.r', model.ffn.r),
+    ]:
+        _want(value % mesh.fsdp == 0, name, value, f'a multiple of mesh.fsdp = {mesh.fsdp}')
+    for name, value in [
+        ('model.ffn.d_ff', model.ffn.d_ff),
+        ('model.attention.n_heads', model.attention.n_heads),
+        ('model.attention.n_kv_heads', model.attention.n_kv_heads),
+        ('model.vocab_size', model.vocab_size),
+    ]:
+        _want(value % mesh.model == 0, name, value, f'a multiple of mesh.model = {mesh.model}')
+    return {'data': data, 'fsdp': mesh.fsdp, 'model': mesh.model}
+
+
+def _want(condition, name, value, allowed):
+    if not condition:
+        raise ConfigError(f'{name} = {value!r}: want {allowed}')
+
+
+def _check(cfg):
+    """What no single field can know."""
+    m, f, a = cfg.model, cfg.model.ffn, cfg.model.attention
+    _, has_topk, has_predictor = FFN_KINDS[f.kind]
+    kind = f'kind {f.kind!r}'
+    _want(not has_topk or 1 <= f.k <= f.d_ff, 'model.ffn.k', f.k, f'1 … d_ff = {f.d_ff} for {kind}')
+    _want(has_topk or f.k == 0, 'model.ffn.k', f.k, f'0: {kind} has no top-k')
+    _want(not has_predictor or 1 <= f.r < m.d_model, 'model.ffn.r', f.r, f'1 … d_model − 1 = {m.d_model - 1} for {kind}')
+    _want(has_predictor or f.r == 0, 'model.ffn.r', f.r, f'0: {kind} has no predictor')
+    soft = has_topk and f.topk == 'statistical'
+    _want(soft or not f.huber, 'model.ffn.huber', f.huber, "0: only a kind with topk 'statistical' is smoothed")
+    _want(has_topk or f.topk == 'statistical', 'model.ffn.topk', f.topk, f"'statistical', the default: {kind} has no top-k")
+
+    _want(a.n_heads % a.n_kv_heads == 0, 'model.attention.n_kv_heads', a.n_kv_heads, f'a divisor of n_heads = {a.n_heads}')
+    _want(a.head_dim % 2 == 0, 'model.attention.head_dim', a.head_dim, 'an even number (rotary pairs)')
+    sparse = a.kind == 'spark'
+    _want(not sparse or a.k >= 1, 'model.attention.k', a.k, "at least 1 for kind 'spark'")
+    _want(sparse or a.k == 0, 'model.attention.k', a.k, "0: kind 'dense' has no top-k")
+    _want(not sparse or (0 < a.r < a.head_dim and a.r % 2 == 0), 'model.attention.r', a.r,
+          f"an even number in 2 … head_dim − 2 = {a.head_dim - 2} for kind 'spark' (rotary pairs)")  # fmt: skip
+    _want(sparse or a.r == 0, 'model.attention.r', a.r, "0: kind 'dense' has no predictor")
+    local = 'local' in m.pattern
+    _want(not local or a.window >= 1, 'model.attention.window', a.window, 'at least 1: model.pattern has local layers')
+    _want(local or a.window == 0, 'model.attention.window', a.window, '0: model.pattern has no local layer')
+
+    _want(len(m.pattern) > 0, 'model.pattern', m.pattern, "at least one of 'local', 'global'")
+    _want(m.n_layers % len(m.pattern) == 0, 'model.n_layers', m.n_layers, f'a multiple of len(model.pattern) = {len(m.pattern)}')
+    d, t = cfg.data, cfg.train
+    _want(d.batch_size % t.accumulate == 0, 'train.accumulate', t.accumulate, f'a divisor of data.batch_size = {d.batch_size}')
+    chunk = t.loss_chunk or d.seq_len
+    _want(d.seq_len % chunk == 0, 'train.loss_chunk', t.loss_chunk, f'0 or a divisor of data.seq_len = {d.seq_len}')
+    _want(cfg.optimizer.warmup_steps < t.steps, 'optimizer.warmup_steps', cfg.optimizer.warmup_steps, f'less than train.steps = {t.steps}')
+
+
+def _one_line(validation_error):
+    errors = validation_error.errors()
+    # A misspelt field often shows up twice, as unknown and as missing: name the misspelling.
+    first = min(errors, key=lambda e: e['type'] != 'extra_forbidden')
+    name = '.'.join(map(str, first['loc']))
+    if first['type'] == 'extra_forbidden':
+        section = ExperimentConfig
+        for part in first['loc'][:-1]:
+            section = section.model_fields[part].annotation
+        known = list(section.model_fields)
+        line = f'{name}: no such field{nearest(str(first["loc"][-1]), known)} Known: {", ".join(known)}'
+    elif first['type'] == 'missing':
+        line = f'{name}: missing; this field has no default'
+    else:
+        message = first['msg']
+        message = message[0].lower() + message[1:]
+        line = f'{name} = {first["input"]!r}: {message.replace("input should be", "want")}'
+    more = len(errors) - 1
+    return line + (f' (and {more} more)' if more else '')

@@ -1,0 +1,16 @@
+"""The maths of Spark Transformers: pure functions on arrays, and the oracle for every faster kernel."""
+
+from spark.ops.lookup import dense_lookup, spark_lookup
+from spark.ops.rope import rope
+from spark.ops.topk import approx_topk, exact_topk, statistical_keep, statistical_threshold, statistical_topk
+
+__all__ = [
+    'approx_topk',
+    'dense_lookup',
+    'exact_topk',
+    'rope',
+    'spark_lookup',
+    'statistical_keep',
+    'statistical_threshold',
+    'statistical_topk',
+]

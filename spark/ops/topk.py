@@ -1,0 +1,119 @@
+"""Top-k without a sort (Spark Transformer, arXiv 2506.06644, section 3), and the two usual top-k as baselines.
+
+    θ(x, k) = mean(x) + std(x) · Q(1 − k/n)          Q: quantile of the standard normal
+    StatTopK_k(x) = max(x − θ, 0)                    argmin_{z ≥ 0} θ·‖z‖₁ + ½‖x − z‖²
+
+The three operators share one signature, `f(x, k, *, axis, where, …)`, and agree on the borders: with k ≥ n valid
+entries they return x itself, an entry outside `where` becomes 0, and k < 1 is a ValueError.
+"""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtri
+
+
+def statistical_threshold(x, k, *, axis=-1, where=None, ddof=1):
+    """θ(x, k): about k of the n valid entries of x lie above it if x is Gaussian.
+
+    Args:
+      x: floating-point array; the statistics are in float32 (float64 for float64 x) and take one pass over x.
+      k: how many entries to keep, ≥ 1; a number, or an array that broadcasts against θ (k per row).
+      axis: the axis that the entries lie along.
+      where: boolean, broadcasts against x: the valid entries; None for all. A row may have any number n of them.
+      ddof: the variance is the sum of squares over n − ddof: 1 in Spark, 0 in Gemma 3n.
+
+    Returns:
+      θ in the dtype of the statistics, shaped as x with `axis` of size 1; −inf where k ≥ n (everything is kept), and
+      the mean itself for a row of equal entries, without NaN in value or gradient.
+
+    Raises:
+      ValueError: k is a number below 1.
+    """
+    _check_k(k)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    # E[x²] − E[x]² fuses into one pass, but cancels where the mean is large against the spread: shift by a pivot.
+    # Attention computes the same maximum for its softmax, so there the pivot is free.
+    if where is None:
+        n = x.shape[axis]
+        pivot = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
+    else:
+        n = jnp.sum(where, axis=axis, keepdims=True, dtype=x.dtype)
+        pivot = jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf, where=where)
+        pivot = jnp.where(n > 0, pivot, 0)
+    pivot = jax.lax.stop_gradient(pivot)
+    # A select, not a product: an invalid entry may be infinite.
+    shifted = x - pivot if where is None else jnp.where(where, x - pivot, 0)
+    some = jnp.maximum(n, 1)
+    mean = jnp.sum(shifted, axis=axis, keepdims=True) / some
+    mean_square = jnp.sum(shifted * shifted, axis=axis, keepdims=True) / some
+    variance = (mean_square - mean * mean) * (n / jnp.maximum(n - ddof, 1))
+    # The square root's slope is infinite at 0; a constant row has no spread to differentiate.
+    spread = variance > 0
+    std = jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1)), 0)
+    # Q(1 − k/n) = −Q(k/n), and k/n keeps the digits that 1 − k/n would lose.
+    share = jnp.asarray(k, x.dtype) / some
+    quantile = -ndtri(jnp.where(share < 1, share, 0.5))
+    return jnp.where(share < 1, pivot + mean + std * quantile, -jnp.inf)
+
+
+def statistical_topk(x, k, *, axis=-1, where=None, ddof=1, huber=0.0):
+    """StatTopK_k(x) = max(x − θ(x, k), 0), the soft threshold of the paper, in the dtype of x.
+
+    Gradients flow through mean and standard deviation. With `huber` = δ > 0 the kink at θ is rounded into a
+    parabola of width δ (in units of x), Huber(x − θ; δ)/δ, and the operator is continuously differentiable
+    (Theorem 3.2). The other arguments are those of `statistical_threshold`.
+    """
+    if huber < 0:
+        raise ValueError(f'huber = {huber}: want a width ≥ 0')
+    theta = statistical_threshold(x, k, axis=axis, where=where, ddof=ddof)
+    keep_all = jnp.isneginf(theta)
+    above = jnp.maximum(x.astype(theta.dtype) - jnp.where(keep_all, 0, theta), 0)
+    if huber:
+        above = jnp.where(above < huber, above * above / (2 * huber), above - huber / 2)
+    return _masked(jnp.where(keep_all, x, above.astype(x.dtype)), where)
+
+
+def statistical_keep(x, k, *, axis=-1, where=None, ddof=1):
+    """Which entries attention keeps: x ≥ min(θ(x, k), max(x)) among the valid ones, boolean, shaped as x.
+
+    The largest entry always stays, so no query goes without a key: in a row of equal or evenly spread scores none may
+    reach θ. The mask has no gradient: softmax does not see the shift by θ. Arguments as in `statistical_threshold`.
+    """
+    theta = statistical_threshold(jax.lax.stop_gradient(x), k, axis=axis, where=where, ddof=ddof)
+    largest = jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf, where=where).astype(theta.dtype)
+    keep = x.astype(theta.dtype) >= jnp.minimum(theta, largest)
+    return keep if where is None else keep & where
+
+
+def exact_topk(x, k, *, axis=-1, where=None):
+    """The k largest valid entries of x along `axis` by a partial sort (`lax.top_k`), every other one 0.
+
+    x keeps its dtype and shape; entries that tie with the k-th largest are all kept. k is an int ≥ 1.
+    """
+    return _keep_largest(x, k, axis, where, lambda x, k: jax.lax.top_k(x, k)[0])
+
+
+def approx_topk(x, k, *, axis=-1, where=None, recall=0.95):
+    """As `exact_topk`, with `lax.approx_max_k` at the given recall: approximate on TPU, a sort elsewhere."""
+    return _keep_largest(x, k, axis, where, lambda x, k: jax.lax.approx_max_k(x, k, recall_target=recall)[0])
+
+
+def _keep_largest(x, k, axis, where, largest):
+    _check_k(k)
+    n = x.shape[axis]
+    if k >= n:
+        return _masked(x, where)
+    ranked = x if where is None else jnp.where(where, x, -jnp.inf)
+    kth = jnp.min(largest(jnp.moveaxis(ranked, axis, -1), k), axis=-1, keepdims=True)
+    return _masked(jnp.where(x >= jax.lax.stop_gradient(jnp.moveaxis(kth, -1, axis)), x, 0), where)
+
+
+def _masked(x, where):
+    return x if where is None else jnp.where(where, x, 0)
+
+
+def _check_k(k):
+    if isinstance(k, numbers.Real) and not k >= 1:
+        raise ValueError(f'k = {k}: top-k keeps at least one entry, k ≥ 1')

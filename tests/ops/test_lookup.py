@@ -1,0 +1,36 @@
+"""The lookup against the paper's equation written out entry by entry."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spark.ops import dense_lookup, rope, spark_lookup
+
+
+def test_lookups_are_the_equation():
+    rng = np.random.default_rng(0)
+    q, K, V = rng.standard_normal((3, 6)), rng.standard_normal((6, 5)), rng.standard_normal((5, 4))
+    r = 2
+    dense = dense_lookup(q, K, V, jnp.tanh)
+    spark = spark_lookup(q[:, :r], q[:, r:], K[:r], K[r:], V, jax.nn.relu, jnp.cos)
+    for i in range(3):
+        expected_dense = sum(V[j] * np.tanh(K[:, j] @ q[i]) for j in range(5))
+        np.testing.assert_allclose(dense[i], expected_dense, rtol=1e-4, atol=1e-5)
+        a = [max(K[:r, j] @ q[i, :r], 0) * np.cos(K[r:, j] @ q[i, r:]) for j in range(5)]
+        np.testing.assert_allclose(spark[i], sum(a[j] * V[j] for j in range(5)), rtol=1e-4, atol=1e-5)
+
+
+def test_scores_in_float32_for_bfloat16_inputs():
+    q, K, V = jnp.ones((2, 4), jnp.bfloat16), jnp.ones((4, 3), jnp.bfloat16), jnp.ones((3, 5), jnp.bfloat16)
+    seen = []
+    y = dense_lookup(q, K, V, lambda s: seen.append(s.dtype) or s, score_dtype=jnp.float32)
+    assert seen == [jnp.float32] and y.dtype == jnp.bfloat16
+
+
+def test_rope_scores_depend_on_distance_alone_and_keep_length():
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((2, 1, 1, 1, 8)).astype(np.float32)
+    at = lambda x, p: rope(x, jnp.array([[p]]))[0, 0, 0]
+    np.testing.assert_allclose(at(q, 7) @ at(k, 3), at(q, 104) @ at(k, 100), rtol=1e-4)
+    np.testing.assert_allclose(jnp.linalg.norm(at(q, 50)), np.linalg.norm(q), rtol=1e-5)
+    np.testing.assert_allclose(at(q, 0), q[0, 0, 0], rtol=1e-6)

@@ -1,0 +1,200 @@
+"""Statistical top-k against its definition, the paper's theorems, and the two sorts."""
+
+import functools
+import math
+from statistics import NormalDist
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spark.ops import approx_topk, exact_topk, statistical_keep, statistical_threshold, statistical_topk
+
+OPERATORS = [statistical_topk, exact_topk, approx_topk]
+
+
+def gaussian(*shape, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def reference_threshold(x, k, ddof=1):
+    """θ by the textbook, in float64, for one row."""
+    x = np.asarray(x, np.float64)
+    return x.mean() + x.std(ddof=ddof) * NormalDist().inv_cdf(1 - k / len(x))
+
+
+@pytest.mark.parametrize('ddof', [0, 1])
+@pytest.mark.parametrize('k', [1, 7, 99])
+def test_threshold_is_the_definition(k, ddof):
+    x = 3 * gaussian(4, 100) + 2
+    theta = statistical_threshold(x, k, ddof=ddof)
+    assert theta.shape == (4, 1)
+    expected = [[reference_threshold(row, k, ddof)] for row in x]
+    np.testing.assert_allclose(theta, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('d', [128, 1024, 13824])
+@pytest.mark.parametrize('share', [0.01, 0.08, 0.3, 0.7])
+def test_survivors_on_gaussian_input(d, share):
+    """Theorem 3.1: the number of survivors is k up to a relative error of O(sqrt(log d / d))."""
+    k = max(1, round(share * d))
+    survivors = (statistical_topk(gaussian(256, d, seed=d), k) > 0).sum(-1)
+    bound = 4 * math.sqrt(math.log(d) / d) / math.sqrt(share)
+    assert abs(survivors.mean() / k - 1) < bound / 4  # over 256 rows
+    assert jnp.quantile(jnp.abs(survivors / k - 1), 0.99) < bound
+
+
+@hypothesis.given(st.integers(2, 40), st.data())
+@hypothesis.settings(max_examples=50, deadline=None)
+def test_solves_the_variational_problem(n, data):
+    """StatTopK minimises θ‖z‖₁ + ½‖x − z‖² over z ≥ 0 (for the θ of the row): no other z does better."""
+    seed = data.draw(st.integers(0, 2**31))
+    k = data.draw(st.integers(1, n - 1))
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(n) + rng.uniform(0, 3)
+    with jax.enable_x64(True):
+        theta = float(statistical_threshold(x, k)[0])
+        best = np.asarray(statistical_topk(x, k))
+    objective = lambda z: theta * z.sum() + 0.5 * ((x - z) ** 2).sum()
+    for scale in (1e-3, 0.1, 1.0):
+        for _ in range(20):
+            assert objective(np.maximum(best + scale * rng.standard_normal(n), 0)) >= objective(best) - 1e-9
+
+
+@pytest.mark.parametrize('huber', [0.0, 0.3])
+@pytest.mark.parametrize('masked', [False, True])
+def test_gradient_is_that_of_finite_differences(huber, masked):
+    rng = np.random.default_rng(1)
+    x, weight = rng.standard_normal((2, 3, 50))
+    where = rng.random((3, 50)) < 0.8 if masked else None
+    with jax.enable_x64(True):
+        f = lambda x: jnp.sum(weight * statistical_topk(x, 10, where=where, huber=huber))
+        gradient = np.asarray(jax.grad(f)(x))
+        direction = rng.standard_normal(x.shape)
+        epsilon = 1e-6
+        numeric = (f(x + epsilon * direction) - f(x - epsilon * direction)) / (2 * epsilon)
+    np.testing.assert_allclose((gradient * direction).sum(), numeric, rtol=1e-7)
+
+
+def test_huber_smoothing_is_continuously_differentiable_and_the_plain_one_is_not():
+    """Theorem 3.2. Moving one entry through its threshold, the derivative jumps only without smoothing."""
+    x = gaussian(200, seed=3, dtype=np.float64)
+    with jax.enable_x64(True):
+
+        def slopes(huber):
+            f = lambda v: statistical_topk(jnp.asarray(x).at[0].set(v), 20, huber=huber)[0]
+            return np.asarray(jax.vmap(jax.grad(f))(jnp.linspace(0, 4, 4001)))
+
+        jump = lambda huber: np.abs(np.diff(slopes(huber))).max()
+        assert jump(0.0) > 0.9
+        assert jump(0.2) < 0.01  # slope 1 over a width of 0.2 at steps of 0.001
+        # … and it tends to the plain operator, which it undercuts by at most δ/2.
+        gap = np.asarray(statistical_topk(x, 20) - statistical_topk(x, 20, huber=0.01))
+    assert 0 <= gap.min() and gap.max() <= 0.005 + 1e-12
+
+
+@hypothesis.given(st.integers(0, 2**31), st.floats(-1e4, 1e4), st.floats(1e-3, 1e3))
+@hypothesis.settings(max_examples=50, deadline=None)
+def test_shift_invariant_and_scale_equivariant(seed, shift, scale):
+    x = np.random.default_rng(seed).standard_normal(64)
+    with jax.enable_x64(True):
+        y = np.asarray(statistical_topk(x, 8))
+        np.testing.assert_allclose(statistical_topk(x + shift, 8), y, atol=1e-8)
+        np.testing.assert_allclose(statistical_topk(scale * x, 8), scale * y, rtol=1e-6, atol=1e-9 * scale)
+
+
+def test_one_pass_statistics_survive_a_mean_far_above_the_spread():
+    x = gaussian(8, 4096)
+    exact = [[reference_threshold(row, 300)] for row in (x + np.float32(3000))]
+    np.testing.assert_allclose(statistical_threshold(x + 3000, 300), exact, atol=1e-3)
+
+
+def test_bfloat16_takes_its_statistics_in_float32():
+    x = jnp.asarray(gaussian(4, 8192), jnp.bfloat16)
+    y = statistical_topk(x, 655)
+    assert y.dtype == jnp.bfloat16
+    theta = statistical_threshold(x, 655)
+    assert theta.dtype == jnp.float32
+    np.testing.assert_allclose(theta, statistical_threshold(x.astype(jnp.float32), 655), rtol=1e-6)
+    np.testing.assert_array_equal(y > 0, x.astype(jnp.float32) > theta)
+
+
+def test_mask_counts_each_row_for_itself():
+    x = gaussian(3, 20)
+    counts = [20, 11, 4]
+    where = np.arange(20) < np.array(counts)[:, None]
+    x_with_junk = np.where(where, x, np.inf)  # an invalid entry must not leak, whatever it holds
+    y = statistical_topk(x_with_junk, 4, where=where)
+    for row, n in enumerate(counts):
+        np.testing.assert_allclose(y[row, :n], statistical_topk(x[row, :n], 4), rtol=1e-5, atol=1e-6)
+        assert (y[row, n:] == 0).all()
+
+
+@pytest.mark.parametrize('f', OPERATORS)
+def test_borders(f):
+    x = gaussian(3, 10)
+    where = np.arange(10) < np.array([[10], [5], [0]])
+    np.testing.assert_array_equal(f(x, 10), x)
+    np.testing.assert_array_equal(f(x, 11), x)
+    np.testing.assert_array_equal(f(x, 12, where=where), np.where(where, x, 0))
+    np.testing.assert_array_equal(f(x, 5, where=where)[1], np.where(where, x, 0)[1])
+    assert jnp.isfinite(f(x, 3, where=where)).all()
+    for k in (0, -2):
+        with pytest.raises(ValueError, match=f'k = {k}'):
+            f(x, k)
+
+
+@pytest.mark.parametrize('f', [exact_topk, approx_topk])
+@pytest.mark.parametrize('axis', [0, -1])
+def test_sorting_baselines_keep_the_k_largest(f, axis):
+    x = gaussian(16, 24)
+    y = np.asarray(f(x, 5, axis=axis))  # approximate top-k is exact off TPU
+    assert ((y != 0).sum(axis) == 5).all()
+    np.testing.assert_array_equal(y[y != 0], x[y != 0])
+    smallest_kept = np.where(y != 0, y, np.inf).min(axis)
+    largest_dropped = np.where(y == 0, x, -np.inf).max(axis)
+    assert (smallest_kept > largest_dropped).all()
+
+
+@pytest.mark.parametrize('f', OPERATORS)
+def test_jit_vmap_and_axis(f):
+    x = gaussian(5, 6, 40)
+    eager = f(x, 6)
+    g = functools.partial(f, k=6)
+    np.testing.assert_allclose(jax.jit(g)(x), eager, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(g)(x), eager, atol=1e-6)
+    np.testing.assert_allclose(f(x.swapaxes(1, 2), 6, axis=1).swapaxes(1, 2), eager, atol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('value', [0.0, 3.3])
+@pytest.mark.parametrize('masked', [False, True])
+def test_constant_rows_give_no_nan(dtype, value, masked):
+    x = jnp.full((2, 16), value, dtype)
+    where = np.arange(16) < np.array([[16], [9]]) if masked else None
+    for huber in (0.0, 0.1):
+        f = lambda x: jnp.sum(statistical_topk(x, 4, where=where, huber=huber).astype(jnp.float32))
+        y, gradient = jax.value_and_grad(f)(x)
+        assert jnp.isfinite(y) and jnp.isfinite(gradient.astype(jnp.float32)).all()
+
+
+def test_k_may_differ_by_row():
+    x = gaussian(3, 100)
+    ks = [5, 50, 100]
+    together = statistical_topk(x, np.array(ks)[:, None])
+    for row, k in enumerate(ks):
+        np.testing.assert_allclose(together[row], statistical_topk(x[row], k), atol=1e-6)
+
+
+def test_attention_never_drops_its_best_key():
+    constant = np.full((1, 64), 2.5, np.float32)
+    uniform = np.linspace(-1, 1, 64, dtype=np.float32)[None]  # its maximum is 1.7 standard deviations out
+    assert (statistical_topk(uniform, 1) == 0).all()
+    assert statistical_keep(constant, 1).all()
+    np.testing.assert_array_equal(np.flatnonzero(statistical_keep(uniform, 1)), [63])
+    where = np.arange(64) < 10
+    np.testing.assert_array_equal(np.flatnonzero(statistical_keep(uniform, 1, where=where)), [9])
+    assert (statistical_keep(uniform, 20, where=where) == where).all()
