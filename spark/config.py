@@ -8,6 +8,7 @@ import difflib
 from typing import Literal
 
 import pydantic
+from ml_collections import ConfigDict, config_dict
 from pydantic import Field
 
 from spark.errors import ConfigError
@@ -142,9 +143,25 @@ class ExperimentConfig(_Frozen):
     sample: SampleConfig = SampleConfig()
 
 
+def template(section=ExperimentConfig):
+    """A ConfigDict with every field at its default; those without one are placeholders of their type.
+
+    A config file starts from it and states what differs, and any field can be overridden on the command line.
+    """
+    template_ = ConfigDict()
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            template_[name] = template(field.annotation)
+        elif field.is_required():
+            template_[name] = config_dict.placeholder(field.annotation)
+        else:
+            template_[name] = field.default
+    return template_
+
+
 def validate(config):
     """A ConfigDict (or nested dict) as a checked `ExperimentConfig`; a ConfigError of one line if it is wrong."""
-    raw = config.to_dict() if hasattr(config, 'to_dict') else config
+    raw = _without_placeholders(config.to_dict() if isinstance(config, ConfigDict) else config)
     try:
         cfg = ExperimentConfig.model_validate(raw)
     except pydantic.ValidationError as e:
@@ -209,6 +226,12 @@ def check_devices(cfg, n_devices):
     return {'data': data, 'fsdp': mesh.fsdp, 'model': mesh.model}
 
 
+def _without_placeholders(raw):
+    if not isinstance(raw, dict):
+        return raw
+    return {name: _without_placeholders(value) for name, value in raw.items() if value is not None}
+
+
 def _want(condition, name, value, allowed):
     if not condition:
         raise ConfigError(f'{name} = {value!r}: want {allowed}')
@@ -239,6 +262,7 @@ def _check(cfg):
     _want(not local or a.window >= 1, 'model.attention.window', a.window, 'at least 1: model.pattern has local layers')
     _want(local or a.window == 0, 'model.attention.window', a.window, '0: model.pattern has no local layer')
 
+    _want(cfg.mesh.data != 0, 'mesh.data', 0, 'at least 1, or -1 for all the devices that are left')
     _want(len(m.pattern) > 0, 'model.pattern', m.pattern, "at least one of 'local', 'global'")
     _want(m.n_layers % len(m.pattern) == 0, 'model.n_layers', m.n_layers, f'a multiple of len(model.pattern) = {len(m.pattern)}')
     d, t = cfg.data, cfg.train

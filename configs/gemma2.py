@@ -1,0 +1,46 @@
+"""Gemma-2 and its Spark twins (arXiv 2408.00118, arXiv 2506.06644): what the gemma2_*.py share."""
+
+from spark.config import template
+from spark.errors import ConfigError
+
+VARIANTS = ('dense', 'spark', 'spark_ffn', 'spark_attention')
+
+
+def make(variant, *, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, query_dim, lr):
+    """The config of a variant; d_ff is the width of the gated FFN, and its Spark twin has 1.5 times as many neurons."""
+    if variant not in VARIANTS:
+        raise ConfigError(f'--config: variant {variant!r}: want one of {", ".join(VARIANTS)}')
+    c = template()
+    m, f, a = c.model, c.model.ffn, c.model.attention
+    m.vocab_size = 256_128
+    m.d_model, m.n_layers = d_model, n_layers
+    m.logit_cap = 30.0
+    m.remat = 'full'
+    a.n_heads, a.n_kv_heads, a.head_dim = n_heads, n_kv_heads, head_dim
+    a.window, a.logit_cap, a.query_dim = 4096, 50.0, query_dim
+    f.d_ff = d_ff
+    if variant in ('spark', 'spark_ffn'):
+        f.kind = 'spark'
+        f.d_ff = d_ff * 3 // 2
+        f.k = round(0.08 * f.d_ff)
+        f.r = round(d_model / 2 / 256) * 256
+    if variant in ('spark', 'spark_attention'):
+        a.kind = 'spark'
+        a.k, a.r = 256, head_dim // 2
+
+    c.data.source = 'tfds:c4/en'
+    c.data.tokenizer = 'sentencepiece:gemma2.model'  # from Gemma-2's release
+    c.data.seq_len = 8192
+    c.data.batch_size = 512  # 4.2M tokens a step: 480k steps are 2T tokens
+    c.data.threads = 32
+    c.data.holdout = 0.01
+    c.optimizer.lr = lr  # ours: the papers name none
+    c.optimizer.warmup_steps = 2000
+    c.optimizer.z_loss = 1e-4
+    c.train.steps = 480_000
+    c.train.loss_chunk = 512
+    c.train.eval_every, c.train.eval_batches = 2000, 16
+    c.train.save_every, c.train.keep, c.train.keep_every = 1000, 3, 50_000
+    c.mesh.fsdp = 256
+    c.sample.prompt = 'The'
+    return c

@@ -1,0 +1,93 @@
+"""The attention half of a layer: a lookup in the tokens of the context."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from spark import ops
+from spark.config import AttentionConfig
+from spark.nn.layers import count, matrix, softcap
+
+
+@flax.struct.dataclass
+class KVCache:
+    """What decoding remembers. `layers` holds k and v per layer, the rest is shared by them.
+
+    layers: {'k', 'v'} per layer of a group, each (groups, B, S, n_kv_heads, head_dim), in the model's dtype.
+    positions, segments: (B, S) int32 of the cached tokens; the segment of an empty slot is −1.
+    length: () int32, slots in use; the next call writes behind them.
+    """
+
+    layers: dict
+    positions: jax.Array
+    segments: jax.Array
+    length: jax.Array
+
+
+def visible_keys(q_positions, k_positions, q_segments, k_segments, window=0):
+    """(B, L, S): may query l see key s: in the same segment, not later, and less than `window` (if any) before it."""
+    distance = q_positions[:, :, None] - k_positions[:, None, :]
+    seen = (q_segments[:, :, None] == k_segments[:, None, :]) & (distance >= 0)
+    return seen & (distance < window) if window else seen
+
+
+class Attention(nn.Module):
+    """x (B, L, D) → (B, L, D) and the layer's new cache.
+
+    kind 'dense': softmax over all visible keys. kind 'spark': the first r dimensions of a head choose about k of the
+    visible keys (all, where no more are visible) and weigh them by softmax; the others multiply by softplus. Rotary
+    embedding and the scale 1/sqrt(width) go to each part by itself. The threshold is that of the plain scores; the
+    soft-cap, being monotone, comes after it.
+    """
+
+    cfg: AttentionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BxLxD, positions_BxL, visible_BxLxS, cache=None, start=None):
+        cfg = self.cfg
+        D, H, N, d = x_BxLxD.shape[-1], cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
+        project = lambda name, heads, axis: jnp.einsum(
+            'BLD,DHd->BLHd', x_BxLxD, matrix(self, name, (D, heads, d), ('embed', axis, 'head_dim'), D, self.dtype)
+        )
+        q_BxLxHxd = self._rotate(project('q', H, 'heads'), positions_BxL, scale=True)
+        k_BxSxNxd = self._rotate(project('k', N, 'kv_heads'), positions_BxL)
+        v_BxSxNxd = project('v', N, 'kv_heads')
+        if cache is not None:
+            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+            cache = {'k': write(cache['k'], k_BxSxNxd), 'v': write(cache['v'], v_BxSxNxd)}
+            k_BxSxNxd, v_BxSxNxd = cache['k'], cache['v']
+
+        # H/N query heads share a key-value head: the table is broadcast over them.
+        B, L = positions_BxL.shape
+        q = q_BxLxHxd.reshape(B, L, N, H // N, d).transpose(0, 2, 3, 1, 4)
+        K = k_BxSxNxd.transpose(0, 2, 3, 1)[:, :, None]
+        V = v_BxSxNxd.transpose(0, 2, 1, 3)[:, :, None]
+        visible = visible_BxLxS[:, None, None]
+        sigma1 = lambda s: self._sigma1(s, visible)
+        if cfg.kind == 'dense':
+            y = ops.dense_lookup(q, K, V, sigma1, score_dtype=jnp.float32)
+        else:
+            r = cfg.r
+            y = ops.spark_lookup(
+                q[..., :r], q[..., r:], K[..., :r, :], K[..., r:, :], V, sigma1, jax.nn.softplus, score_dtype=jnp.float32
+            )  # fmt: skip
+        y_BxLxHxd = y.transpose(0, 3, 1, 2, 4).reshape(B, L, H, d)
+        out = matrix(self, 'out', (H, d, D), ('heads', 'head_dim', 'embed'), H * d, self.dtype)
+        return jnp.einsum('BLHd,HdD->BLD', y_BxLxHxd, out), cache
+
+    def _sigma1(self, s, visible):
+        cfg = self.cfg
+        keep = visible if cfg.kind == 'dense' else ops.statistical_keep(s, cfg.k, where=visible)
+        count(self, 'attended', jnp.broadcast_to(keep, s.shape))
+        return jax.nn.softmax(softcap(s, cfg.logit_cap), axis=-1, where=keep)
+
+    def _rotate(self, x, positions, scale=False):
+        """Rotary embedding of each part of a head; a query's parts are also scaled for their scores."""
+        parts = []
+        for part in jnp.split(x, [self.cfg.r] if self.cfg.r else [], axis=-1):
+            width = part.shape[-1] * (self.cfg.query_dim or self.cfg.head_dim) / self.cfg.head_dim
+            part = ops.rope(part, positions, self.cfg.rope_base)
+            parts.append(part * width**-0.5 if scale else part)
+        return jnp.concatenate(parts, axis=-1)

@@ -1,0 +1,58 @@
+"""The feed-forward half of a layer: a lookup in a table of neurons."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from spark import ops
+from spark.config import FFN_KINDS, FFNConfig
+from spark.nn.layers import count, matrix
+
+
+class FFN(nn.Module):
+    """x (B, L, D) → (B, L, D), with d_ff neurons; `cfg.kind` names the lookup's σ1 and what it sees.
+
+    | kind          | σ1                | keys                                 | parameters |
+    |---------------|-------------------|--------------------------------------|------------|
+    | relu, relu2   | max(s, 0)^1 or 2  | K (D × F)                            | 2·D·F      |
+    | topk          | GELU ∘ TopK_k     | K (D × F)                            | 2·D·F      |
+    | gated         | GELU              | K1, K2 (D × F)                       | 3·D·F      |
+    | gaussian_topk | GELU ∘ TopK_k     | K1, K2 (D × F)      (Gemma 3n)       | 3·D·F      |
+    | spark         | GELU ∘ TopK_k     | K1 (r × F), K2 (D−r × F)             | 2·D·F      |
+    """
+
+    cfg: FFNConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BxLxD):
+        D, F, r = x_BxLxD.shape[-1], self.cfg.d_ff, self.cfg.r
+        gated, _, has_predictor = FFN_KINDS[self.cfg.kind]
+        keys = lambda name, width: matrix(self, name, (width, F), ('embed', 'ffn'), width, self.dtype)
+        V_FxD = matrix(self, 'V', (F, D), ('ffn', 'embed'), F, self.dtype)
+        if not gated:
+            return ops.dense_lookup(x_BxLxD, keys('K', D), V_FxD, self._sigma1)
+        q1, q2 = (x_BxLxD[..., :r], x_BxLxD[..., r:]) if has_predictor else (x_BxLxD, x_BxLxD)
+        K1, K2 = keys('K1', q1.shape[-1]), keys('K2', q2.shape[-1])
+        return ops.spark_lookup(q1, q2, K1, K2, V_FxD, self._sigma1, lambda s: s)
+
+    def _sigma1(self, s_BxLxF):
+        cfg = self.cfg
+        s_BxLxF = nn.with_logical_constraint(s_BxLxF, ('batch', 'length', 'ffn'))
+        match cfg.kind, cfg.topk:
+            case 'gated', _:
+                return jax.nn.gelu(s_BxLxF)
+            case 'relu' | 'relu2', _:
+                s = jax.nn.relu(s_BxLxF)
+                count(self, 'active', s > 0)
+                return s if cfg.kind == 'relu' else s * s
+            case _, 'statistical':
+                # Gemma 3n divides the variance by n, the paper by n − 1.
+                ddof = 0 if cfg.kind == 'gaussian_topk' else 1
+                s = ops.statistical_topk(s_BxLxF, cfg.k, ddof=ddof, huber=cfg.huber)
+            case _, 'exact':
+                s = ops.exact_topk(s_BxLxF, cfg.k)
+            case _, 'approx':
+                s = ops.approx_topk(s_BxLxF, cfg.k)
+        count(self, 'active', s != 0)
+        return jax.nn.gelu(s)

@@ -1,0 +1,38 @@
+"""Small parts shared by the modules: parameters with named axes, normalisation, soft-cap, per-token metrics."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+METRICS = 'metrics'  # the collection that per-token counts are sown into; costs nothing unless made mutable
+
+
+def matrix(module, name, shape, axes, fan_in, dtype):
+    """A float32 parameter N(0, 1/fan_in), cast to `dtype`; `axes` names its logical axes, see training/sharding.py."""
+    init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
+    return module.param(name, init, shape, jnp.float32).astype(dtype)
+
+
+def softcap(x, cap):
+    """cap · tanh(x / cap): bounds logits smoothly; cap 0 leaves them alone."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def count(module, name, entries):
+    """Sows how many entries of the last axis are true, per token, under `name`."""
+    if not module.is_initializing() and module.is_mutable_collection(METRICS):
+        n = jnp.sum(entries, axis=-1, dtype=jnp.float32)
+        module.sow(METRICS, name, n, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · (1 + scale) over the last axis, in float32 (arXiv 1910.07467, with Gemma's zero-centred scale)."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.zeros, ('norm',))
+        scale = self.param('scale', init, (x.shape[-1],), jnp.float32)
+        y = x.astype(jnp.float32)
+        y = y * jnp.reciprocal(jnp.sqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon))
+        return (y * (1 + scale)).astype(x.dtype)

@@ -1,0 +1,142 @@
+"""A decoder with Gemma-2's block (arXiv 2408.00118), dense or Spark by its config."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from spark.config import ModelConfig
+from spark.nn.attention import Attention, KVCache, visible_keys
+from spark.nn.ffn import FFN
+from spark.nn.layers import METRICS, RMSNorm, softcap
+
+# What the forward pass leaves for the backward pass; the rest is computed again.
+REMAT = {
+    'none': None,  # everything is kept
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_saveable,
+    'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # not attention's scores
+}
+
+
+class Group(nn.Module):
+    """One pass through `pattern`: each layer is attention, then FFN, with a norm before and after both."""
+
+    cfg: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BxLxD, cache, positions_BxL, visible, start):
+        new_cache = {}
+        for i, span in enumerate(self.cfg.pattern):
+            norm = lambda name, i=i: RMSNorm(name=f'{name}_{i}')
+            attention = Attention(self.cfg.attention, self.dtype, name=f'attention_{i}')
+            ffn = FFN(self.cfg.ffn, self.dtype, name=f'ffn_{i}')
+            here = None if cache is None else cache[f'layer_{i}']
+            y, new = attention(norm('pre_attention')(x_BxLxD), positions_BxL, visible[span], here, start)
+            x_BxLxD = x_BxLxD + norm('post_attention')(y)
+            x_BxLxD = x_BxLxD + norm('post_ffn')(ffn(norm('pre_ffn')(x_BxLxD)))
+            x_BxLxD = nn.with_logical_constraint(x_BxLxD, ('batch', 'length', None))
+            if cache is not None:
+                new_cache[f'layer_{i}'] = new
+        return x_BxLxD, (None if cache is None else new_cache)
+
+
+class Transformer(nn.Module):
+    """Tokens to hidden states (`__call__`), hidden states to logits (`logits`); the embedding is tied.
+
+    The two are apart so that the loss can compute logits a chunk at a time. Layers are scanned in groups of one
+    `pattern`, so a deep model compiles as fast as a shallow one. Parameters are float32, computation is in `dtype`.
+    """
+
+    cfg: ModelConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        cfg = self.cfg
+        init = nn.with_logical_partitioning(nn.initializers.normal(cfg.d_model**-0.5), ('vocab', 'embed'))
+        self.embedding = self.param('embedding', init, (cfg.vocab_size, cfg.d_model), jnp.float32)
+        group = Group
+        if cfg.remat != 'none':
+            group = nn.remat(Group, policy=REMAT[cfg.remat], prevent_cse=False)
+        self.groups = nn.scan(
+            group,
+            length=cfg.n_layers // len(cfg.pattern),
+            variable_axes={'params': 0, METRICS: 0},
+            split_rngs={'params': True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            metadata_params={nn.PARTITION_NAME: 'layers'},
+        )(cfg, self.dtype)
+        self.final_norm = RMSNorm()
+
+    def __call__(self, tokens_BxL, positions_BxL, segments_BxL, cache=None):
+        """Hidden states (B, L, D) after the final norm, and the new `KVCache` (None without one).
+
+        Args:
+          tokens_BxL: int32 ids.
+          positions_BxL: int32, place of each token in its document.
+          segments_BxL: int32, tokens see only tokens of the same segment: documents packed into a row have different
+            ones, padding has 0, and −1 is reserved for the empty slots of a cache.
+          cache: a `KVCache` with room for L more tokens, or None.
+        """
+        x_BxLxD = jnp.take(self.embedding, tokens_BxL, axis=0).astype(self.dtype)
+        x_BxLxD = x_BxLxD * jnp.asarray(self.cfg.d_model**0.5, self.dtype)
+        x_BxLxD = nn.with_logical_constraint(x_BxLxD, ('batch', 'length', None))
+        k_positions, k_segments, start, layers = positions_BxL, segments_BxL, None, None
+        if cache is not None:
+            start, layers = cache.length, cache.layers
+            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+            k_positions, k_segments = write(cache.positions, positions_BxL), write(cache.segments, segments_BxL)
+        spans = {'local': self.cfg.attention.window, 'global': 0}
+        visible = {
+            span: visible_keys(positions_BxL, k_positions, segments_BxL, k_segments, window)
+            for span, window in spans.items()
+            if span in self.cfg.pattern
+        }
+        x_BxLxD, layers = self.groups(x_BxLxD, layers, positions_BxL, visible, start)
+        if cache is not None:
+            cache = KVCache(layers, k_positions, k_segments, start + tokens_BxL.shape[1])
+        return self.final_norm(x_BxLxD), cache
+
+    def logits(self, x_BxLxD):
+        """Float32 logits (B, L, vocab_size) of hidden states."""
+        y = jnp.einsum('BLD,VD->BLV', x_BxLxD, self.embedding.astype(self.dtype), preferred_element_type=jnp.float32)
+        return softcap(nn.with_logical_constraint(y, ('batch', 'length', 'vocab')), self.cfg.logit_cap)
+
+
+def init_cache(cfg, batch, size, dtype=jnp.float32):
+    """An empty `KVCache` for `batch` sequences of at most `size` tokens."""
+    a = cfg.attention
+    shape = (cfg.n_layers // len(cfg.pattern), batch, size, a.n_kv_heads, a.head_dim)
+    layers = {f'layer_{i}': {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)} for i in range(len(cfg.pattern))}
+    empty = jnp.full((batch, size), -1, jnp.int32)
+    return KVCache(layers, jnp.zeros_like(empty), empty, jnp.zeros((), jnp.int32))
+
+
+def activity(cfg, metrics):
+    """Counts sown by a forward pass, per layer and token, in the order of the layers.
+
+    Args:
+      cfg: the ModelConfig.
+      metrics: the METRICS collection of `Transformer.apply(…, mutable=[METRICS])`.
+
+    Returns:
+      {'active': (n_layers, B, L) neurons that fired, unless kind 'gated', which has no zeros to count;
+       'attended': (n_layers, B, L) keys attended, mean over the heads}.
+    """
+    groups = metrics['groups']
+    per_layer = lambda half, name: jnp.stack(
+        [groups[f'{half}_{i}'][name] for i in range(len(cfg.pattern))], axis=1
+    )  # (groups, len(pattern), …)
+    join = lambda x: x.reshape(cfg.n_layers, *x.shape[2:])
+    attended = join(per_layer('attention', 'attended'))  # (n_layers, B, kv heads, queries per kv head, L)
+    counts = {'attended': jnp.mean(attended, axis=(2, 3))}
+    if cfg.ffn.kind != 'gated':
+        counts['active'] = join(per_layer('ffn', 'active'))
+    return counts
+
+
+def compute_dtype(cfg, platform):
+    """The jnp dtype of ModelConfig.dtype on a platform ('cpu', 'tpu', 'gpu')."""
+    # XLA:CPU runs bfloat16 matmuls at a small fraction of its float32 speed.
+    auto = jnp.float32 if platform == 'cpu' else jnp.bfloat16
+    return auto if cfg.dtype == 'auto' else jnp.dtype(cfg.dtype)

@@ -1,0 +1,53 @@
+"""Small configs and models that the tests share."""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from spark.config import template, validate
+from spark.nn.transformer import Transformer
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def shipped(path, *variant):
+    """The ConfigDict of configs/NAME.py."""
+    spec = importlib.util.spec_from_file_location(path, ROOT / 'configs' / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*variant)
+
+
+def small(kind='spark', **overrides):
+    """A validated config of a two-group model, d_model 32; kind 'spark' or 'dense'; overrides by dotted name."""
+    c = template()
+    m, f, a = c.model, c.model.ffn, c.model.attention
+    m.vocab_size, m.d_model, m.n_layers, m.logit_cap = 259, 32, 4, 30.0
+    f.kind, f.d_ff, f.k, f.r = ('spark', 96, 8, 16) if kind == 'spark' else ('gated', 64, 0, 0)
+    a.n_heads, a.n_kv_heads, a.head_dim, a.window, a.logit_cap = 4, 2, 8, 7, 50.0
+    if kind == 'spark':
+        a.kind, a.k, a.r = 'spark', 4, 4
+    c.data.seq_len, c.data.batch_size, c.data.shuffle_rows = 32, 8, 16
+    c.optimizer.lr, c.optimizer.warmup_steps = 1e-2, 2
+    c.train.steps, c.train.log_every, c.train.save_every = 10, 1, 5
+    c.sample.tokens = 8
+    c.update_from_flattened_dict(overrides)
+    return validate(c)
+
+
+def model_and_params(cfg, seed=0):
+    """The float32 Transformer of a config and random parameters."""
+    model = Transformer(cfg.model)
+    token = jnp.zeros((1, 1), jnp.int32)
+    return model, meta.unbox(jax.jit(model.init)(jax.random.key(seed), token, token, token))
+
+
+def random_rows(cfg, batch=2, length=24, seed=0):
+    """tokens, positions, segments (batch, length) of one document per row."""
+    tokens = np.random.default_rng(seed).integers(0, cfg.model.vocab_size, (batch, length)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    return jnp.asarray(tokens), jnp.asarray(positions), jnp.ones_like(tokens)

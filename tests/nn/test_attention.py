@@ -1,0 +1,93 @@
+"""Attention against a loop over queries, heads and keys in numpy."""
+
+import math
+from statistics import NormalDist
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spark.config import AttentionConfig
+from spark.nn.attention import Attention, visible_keys
+from spark.nn.layers import METRICS
+
+B, L, D, H, N, d = 2, 14, 12, 4, 2, 8
+SEGMENTS = np.array([[1] * 14, [1] * 5 + [2] * 7 + [0] * 2], np.int32)
+POSITIONS = np.array([list(range(14)), [*range(5), *range(7), *range(2)]], np.int32)
+
+
+def rotate(x, position, base):
+    """RoPE on one vector."""
+    half = len(x) // 2
+    y = np.empty_like(x)
+    for i in range(half):
+        angle = position * base ** (-2 * i / len(x))
+        y[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
+        y[i + half] = x[i] * math.sin(angle) + x[i + half] * math.cos(angle)
+    return y
+
+
+def reference(cfg, p, x, window):
+    """The definition, one query at a time; also how many keys each attends to, per head."""
+    out, attended = np.zeros((B, L, D)), np.zeros((B, H, L))
+    parts = [slice(0, cfg.r), slice(cfg.r, d)] if cfg.kind == 'spark' else [slice(0, d)]
+    scale = [((s.stop - s.start) * (cfg.query_dim or d) / d) ** -0.5 for s in parts]
+    p = {name: np.asarray(value, np.float64) for name, value in p.items()}
+    for b in range(B):
+        for h in range(H):
+            q, key, value = (x[b] @ w for w in (p['q'][:, h], p['k'][:, h // (H // N)], p['v'][:, h // (H // N)]))
+            for i in range(L):
+                keys = [j for j in range(L) if SEGMENTS[b, i] == SEGMENTS[b, j]
+                        and 0 <= POSITIONS[b, i] - POSITIONS[b, j] < (window or L)]  # fmt: skip
+                s = [[np.dot(rotate(q[i, part], POSITIONS[b, i], cfg.rope_base),
+                             rotate(key[j, part], POSITIONS[b, j], cfg.rope_base)) * scale[n] for j in keys]
+                     for n, part in enumerate(parts)]  # fmt: skip
+                s1 = np.array(s[0])
+                kept = np.ones(len(keys), bool)
+                if cfg.kind == 'spark' and len(keys) > cfg.k:
+                    theta = s1.mean() + s1.std(ddof=1) * NormalDist().inv_cdf(1 - cfg.k / len(keys))
+                    kept = s1 >= min(theta, s1.max())
+                logits = cfg.logit_cap * np.tanh(s1 / cfg.logit_cap) if cfg.logit_cap else s1
+                weight = np.where(kept, np.exp(logits), 0)
+                weight = weight / weight.sum()
+                if cfg.kind == 'spark':
+                    weight = weight * np.log1p(np.exp(s[1]))
+                out[b, i] += (weight @ value[keys]) @ p['out'][h]
+                attended[b, h, i] = kept.sum()
+    return out, attended
+
+
+@pytest.mark.parametrize('window', [0, 4])
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, logit_cap=2.0),
+        AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, query_dim=5.0, rope_base=100.0),
+        AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='spark', k=3, r=2, logit_cap=2.0),
+        AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='spark', k=2, r=4, query_dim=5.0),
+    ],
+)
+def test_attention_is_its_definition(cfg, window):
+    x = np.random.default_rng(0).standard_normal((B, L, D)).astype(np.float32)
+    attention = Attention(cfg, jnp.float32)
+    visible = visible_keys(POSITIONS, POSITIONS, SEGMENTS, SEGMENTS, window)
+    boxed = attention.init(jax.random.key(0), x, POSITIONS, visible)
+    variables = jax.tree.map(lambda v: 2 * v.value, boxed, is_leaf=lambda v: hasattr(v, 'value'))
+    (y, cache), state = attention.apply(variables, x, POSITIONS, visible, mutable=[METRICS])
+    expected, attended = reference(cfg, variables['params'], x, window)
+    np.testing.assert_allclose(y, expected, atol=3e-5)
+    np.testing.assert_array_equal(state[METRICS]['attended'].reshape(B, H, L), attended)
+    assert cache is None
+
+
+def test_few_visible_keys_are_all_kept():
+    cfg = AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='spark', k=6, r=4)
+    x = jax.random.normal(jax.random.key(2), (B, L, D))
+    visible = visible_keys(POSITIONS, POSITIONS, SEGMENTS, SEGMENTS)
+    attention = Attention(cfg, jnp.float32)
+    _, state = attention.apply(attention.init(jax.random.key(0), x, POSITIONS, visible), x, POSITIONS, visible, mutable=[METRICS])
+    attended = state[METRICS]['attended']
+    n = np.asarray(visible.sum(-1))[:, None, None]
+    assert (attended == n)[np.broadcast_to(n <= 6, attended.shape)].all()
+    assert (attended < n)[np.broadcast_to(n > 8, attended.shape)].all()

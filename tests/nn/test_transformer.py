@@ -1,0 +1,147 @@
+"""The whole decoder: decoding equals the forward pass, packing isolates, metrics, parameter counts of the paper."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spark.config import validate
+from spark.nn.layers import METRICS
+from spark.nn.transformer import REMAT, Transformer, activity, compute_dtype, init_cache
+from tests.helpers import model_and_params, random_rows, shipped, small
+
+PUBLISHED = {'2b': 2_614_341_888, '9b': 9_241_705_984, '27b': 27_227_128_320}
+
+
+def logits_of(model, params, *rows):
+    return model.apply(params, model.apply(params, *rows)[0], method='logits')
+
+
+@pytest.mark.parametrize('kind', ['dense', 'spark'])
+@pytest.mark.parametrize('chunks', [[1] * 24, [10, 1, 1, 12]])
+def test_decoding_equals_the_full_forward_pass(kind, chunks):
+    cfg = small(kind)
+    model, params = model_and_params(cfg)
+    rows = random_rows(cfg)
+    full = logits_of(model, params, *rows)
+
+    @jax.jit
+    def step(cache, *rows):
+        hidden, cache = model.apply(params, *rows, cache)
+        return cache, model.apply(params, hidden, method='logits')
+
+    cache, start, got = init_cache(cfg.model, batch=2, size=30), 0, []
+    for n in chunks:
+        cache, logits = step(cache, *(x[:, start : start + n] for x in rows))
+        got.append(logits)
+        start += n
+    assert int(cache.length) == 24
+    np.testing.assert_allclose(jnp.concatenate(got, axis=1), full, atol=2e-4)
+
+
+@pytest.mark.parametrize('kind', ['dense', 'spark'])
+def test_packed_documents_do_not_see_each_other_nor_padding(kind):
+    cfg = small(kind)
+    model, params = model_and_params(cfg)
+    tokens, positions, _ = random_rows(cfg, batch=1)
+    cut = 10
+    packed_positions = jnp.concatenate([positions[:, :cut], positions[:, : 20 - cut], positions[:, :4]], axis=1)
+    segments = jnp.asarray([[1] * cut + [2] * (20 - cut) + [0] * 4])
+    packed = logits_of(model, params, tokens, packed_positions, segments)
+    assert jnp.isfinite(packed).all()
+    for a, b in [(0, cut), (cut, 20)]:
+        alone = logits_of(model, params, tokens[:, a:b], positions[:, : b - a], jnp.ones((1, b - a), jnp.int32))
+        np.testing.assert_allclose(packed[:, a:b], alone, atol=2e-4)
+
+
+@pytest.mark.parametrize('kind', ['dense', 'spark'])
+def test_no_token_sees_the_future(kind):
+    cfg = small(kind)
+    model, params = model_and_params(cfg)
+    tokens, positions, segments = random_rows(cfg)
+    changed = tokens.at[:, 15].set((tokens[:, 15] + 1) % cfg.model.vocab_size)
+    a, b = (logits_of(model, params, t, positions, segments) for t in (tokens, changed))
+    np.testing.assert_array_equal(a[:, :15], b[:, :15])
+    assert (a[:, 15:] != b[:, 15:]).any(-1).all()
+
+
+@pytest.mark.parametrize('policy', REMAT)
+def test_remat_changes_no_gradient(policy):
+    cfg = small()
+    model, params = model_and_params(cfg)
+    rows = random_rows(cfg)
+    gradient = lambda cfg: jax.jit(jax.grad(lambda p: jnp.mean(Transformer(cfg).apply(p, *rows)[0] ** 3)))(params)
+    expected = gradient(cfg.model)
+    got = gradient(cfg.model.model_copy(update={'remat': policy}))
+    error = jax.tree.map(lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)), got, expected)
+    assert max(jax.tree.leaves(error)) < 1e-4, error
+
+
+@pytest.mark.parametrize('kind', ['dense', 'spark'])
+def test_activity_is_per_layer_and_token(kind):
+    cfg = small(kind)
+    model, params = model_and_params(cfg)
+    rows = random_rows(cfg, length=32)
+    (hidden, _), state = model.apply(params, *rows, mutable=[METRICS])
+    counts = activity(cfg.model, state[METRICS])
+    assert counts['attended'].shape == (4, 2, 32)
+    causal = np.arange(1, 33)
+    limit = np.stack([np.minimum(causal, 7), causal] * 2)[:, None]  # local, global, local, global
+    if kind == 'dense':
+        assert set(counts) == {'attended'}
+        np.testing.assert_array_equal(counts['attended'], np.broadcast_to(limit, (4, 2, 32)))
+    else:
+        assert (counts['attended'] <= limit).all() and (counts['attended'][:, :, :4] == limit[:, :, :4]).all()
+        assert counts['active'].shape == (4, 2, 32)
+        assert 4 < counts['active'].mean() < 12  # k = 8 of 96
+    np.testing.assert_array_equal(hidden, model.apply(params, *rows)[0])
+
+
+def test_counting_is_absent_from_the_program_when_off():
+    cfg = small()
+    model, params = model_and_params(cfg)
+    rows = random_rows(cfg)
+    program = lambda **kw: jax.jit(functools.partial(model.apply, **kw)).lower(params, *rows).as_text()
+    counting = program(mutable=[METRICS])
+    plain = program()
+    assert len(plain) < len(counting)
+    assert plain.count('stablehlo.convert') < counting.count('stablehlo.convert')
+
+
+def test_depth_does_not_change_the_size_of_the_program():
+    lines = []
+    for n_layers in (4, 26):
+        cfg = small(**{'model.n_layers': n_layers})
+        model = Transformer(cfg.model)
+        rows = random_rows(cfg)
+        params = jax.eval_shape(model.init, jax.random.key(0), *rows)
+        step = jax.grad(lambda p, model=model, rows=rows: jnp.sum(model.apply(p, *rows)[0]))
+        lines.append(jax.jit(step).lower(params).as_text().count('\n'))
+    assert lines[0] == lines[1]
+
+
+def test_compute_dtype_follows_the_platform():
+    auto, fixed = small().model, small(**{'model.dtype': 'bfloat16'}).model
+    assert compute_dtype(auto, 'cpu') == jnp.float32
+    assert compute_dtype(auto, 'tpu') == compute_dtype(fixed, 'cpu') == jnp.bfloat16
+    rows = random_rows(small())
+    model, params = Transformer(fixed, jnp.bfloat16), model_and_params(small())[1]
+    hidden, _ = model.apply(params, *rows)
+    assert hidden.dtype == jnp.bfloat16 and model.apply(params, hidden, method='logits').dtype == jnp.float32
+
+
+@pytest.mark.parametrize('size', PUBLISHED)
+def test_parameter_counts_are_gemma2s(size):
+    rows = [jax.ShapeDtypeStruct((1, 1), jnp.int32)] * 3
+    for variant in ('dense', 'spark', 'spark_ffn', 'spark_attention'):
+        cfg = validate(shipped(f'gemma2_{size}.py', variant))
+        params = jax.eval_shape(Transformer(cfg.model).init, jax.random.key(0), *rows)
+        n = sum(p.size for p in jax.tree.leaves(params))
+        assert abs(n / PUBLISHED[size] - 1) < 0.01, (variant, n)
+        assert (cfg.model.ffn.kind == 'spark') == (variant in ('spark', 'spark_ffn'))
+        assert (cfg.model.attention.kind == 'spark') == (variant in ('spark', 'spark_attention'))
+        if size == '2b' and variant == 'spark':
+            f, a = cfg.model.ffn, cfg.model.attention
+            assert (f.d_ff, f.k, f.r, a.k, a.r) == (13824, 1106, 1024, 256, 128)
