@@ -48,9 +48,13 @@ class Attention(nn.Module):
     def __call__(self, x_BxLxD, positions_BxL, visible_BxLxS, cache=None, start=None):
         cfg = self.cfg
         D, H, N, d = x_BxLxD.shape[-1], cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-        project = lambda name, heads, axis: jnp.einsum(
-            'BLD,DHd->BLHd', x_BxLxD, matrix(self, name, (D, heads, d), ('embed', axis, 'head_dim'), D, self.dtype)
-        )
+        B, L = positions_BxL.shape
+        x_TxD = x_BxLxD.reshape(-1, D)  # as in the FFN
+
+        def project(name, heads, axis):
+            W_DxHxd = matrix(self, name, (D, heads, d), ('embed', axis, 'head_dim'), D, self.dtype)
+            return (x_TxD @ W_DxHxd.reshape(D, heads * d)).reshape(B, L, heads, d)
+
         q_BxLxHxd = self._rotate(project('q', H, 'heads'), positions_BxL, scale=True)
         k_BxSxNxd = self._rotate(project('k', N, 'kv_heads'), positions_BxL)
         v_BxSxNxd = project('v', N, 'kv_heads')
@@ -59,12 +63,11 @@ class Attention(nn.Module):
             cache = {'k': write(cache['k'], k_BxSxNxd), 'v': write(cache['v'], v_BxSxNxd)}
             k_BxSxNxd, v_BxSxNxd = cache['k'], cache['v']
 
-        # H/N query heads share a key-value head: the table is broadcast over them.
-        B, L = positions_BxL.shape
-        q = q_BxLxHxd.reshape(B, L, N, H // N, d).transpose(0, 2, 3, 1, 4)
-        K = k_BxSxNxd.transpose(0, 2, 3, 1)[:, :, None]
-        V = v_BxSxNxd.transpose(0, 2, 1, 3)[:, :, None]
-        visible = visible_BxLxS[:, None, None]
+        # H/N query heads share a key-value head: their queries line up in one axis, and each lookup has one table.
+        G = H // N
+        q = q_BxLxHxd.reshape(B, L, N, G, d).transpose(0, 2, 3, 1, 4).reshape(B, N, G * L, d)
+        K, V = k_BxSxNxd.transpose(0, 2, 3, 1), v_BxSxNxd.transpose(0, 2, 1, 3)
+        visible = jnp.tile(visible_BxLxS, (1, G, 1))[:, None]
         sigma1 = lambda s: self._sigma1(s, visible)
         if cfg.kind == 'dense':
             y = ops.dense_lookup(q, K, V, sigma1, score_dtype=jnp.float32)
@@ -73,15 +76,16 @@ class Attention(nn.Module):
             y = ops.spark_lookup(
                 q[..., :r], q[..., r:], K[..., :r, :], K[..., r:, :], V, sigma1, jax.nn.softplus, score_dtype=jnp.float32
             )  # fmt: skip
-        y_BxLxHxd = y.transpose(0, 3, 1, 2, 4).reshape(B, L, H, d)
+        y_TxHd = y.reshape(B, N, G, L, d).transpose(0, 3, 1, 2, 4).reshape(B * L, H * d)
         out = matrix(self, 'out', (H, d, D), ('heads', 'head_dim', 'embed'), H * d, self.dtype)
-        return jnp.einsum('BLHd,HdD->BLD', y_BxLxHxd, out), cache
+        return (y_TxHd @ out.reshape(H * d, D)).reshape(B, L, D), cache
 
     def _sigma1(self, s, visible):
         cfg = self.cfg
         keep = visible if cfg.kind == 'dense' else ops.statistical_keep(s, cfg.k, where=visible)
         count(self, 'attended', jnp.broadcast_to(keep, s.shape))
-        return jax.nn.softmax(softcap(s, cfg.logit_cap), axis=-1, where=keep)
+        # A select, since softmax(…, where=keep) takes twice as long; a token sees itself, so no row is all −inf.
+        return jax.nn.softmax(jnp.where(keep, softcap(s, cfg.logit_cap), -jnp.inf), axis=-1)
 
     def _rotate(self, x, positions, scale=False):
         """Rotary embedding of each part of a head; a query's parts are also scaled for their scores."""

@@ -27,32 +27,36 @@ class FFN(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD):
         D, F, r = x_BxLxD.shape[-1], self.cfg.d_ff, self.cfg.r
+        # One row per token: XLA:CPU takes half the time for the gradients of the tables than with two leading axes.
+        x_TxD = x_BxLxD.reshape(-1, D)
         gated, _, has_predictor = FFN_KINDS[self.cfg.kind]
         keys = lambda name, width: matrix(self, name, (width, F), ('embed', 'ffn'), width, self.dtype)
         V_FxD = matrix(self, 'V', (F, D), ('ffn', 'embed'), F, self.dtype)
-        if not gated:
-            return ops.dense_lookup(x_BxLxD, keys('K', D), V_FxD, self._sigma1)
-        q1, q2 = (x_BxLxD[..., :r], x_BxLxD[..., r:]) if has_predictor else (x_BxLxD, x_BxLxD)
-        K1, K2 = keys('K1', q1.shape[-1]), keys('K2', q2.shape[-1])
-        return ops.spark_lookup(q1, q2, K1, K2, V_FxD, self._sigma1, lambda s: s)
+        if gated:
+            q1, q2 = (x_TxD[:, :r], x_TxD[:, r:]) if has_predictor else (x_TxD, x_TxD)
+            K1, K2 = keys('K1', q1.shape[-1]), keys('K2', q2.shape[-1])
+            y_TxD = ops.spark_lookup(q1, q2, K1, K2, V_FxD, self._sigma1, lambda s: s)
+        else:
+            y_TxD = ops.dense_lookup(x_TxD, keys('K', D), V_FxD, self._sigma1)
+        return y_TxD.reshape(x_BxLxD.shape)
 
-    def _sigma1(self, s_BxLxF):
+    def _sigma1(self, s_TxF):
         cfg = self.cfg
-        s_BxLxF = nn.with_logical_constraint(s_BxLxF, ('batch', 'length', 'ffn'))
+        s_TxF = nn.with_logical_constraint(s_TxF, ('batch', 'ffn'))
         match cfg.kind, cfg.topk:
             case 'gated', _:
-                return jax.nn.gelu(s_BxLxF)
+                return jax.nn.gelu(s_TxF)
             case 'relu' | 'relu2', _:
-                s = jax.nn.relu(s_BxLxF)
+                s = jax.nn.relu(s_TxF)
                 count(self, 'active', s > 0)
                 return s if cfg.kind == 'relu' else s * s
             case _, 'statistical':
                 # Gemma 3n divides the variance by n, the paper by n − 1.
                 ddof = 0 if cfg.kind == 'gaussian_topk' else 1
-                s = ops.statistical_topk(s_BxLxF, cfg.k, ddof=ddof, huber=cfg.huber)
+                s = ops.statistical_topk(s_TxF, cfg.k, ddof=ddof, huber=cfg.huber)
             case _, 'exact':
-                s = ops.exact_topk(s_BxLxF, cfg.k)
+                s = ops.exact_topk(s_TxF, cfg.k)
             case _, 'approx':
-                s = ops.approx_topk(s_BxLxF, cfg.k)
+                s = ops.approx_topk(s_TxF, cfg.k)
         count(self, 'active', s != 0)
         return jax.nn.gelu(s)

@@ -99,8 +99,10 @@ class Transformer(nn.Module):
 
     def logits(self, x_BxLxD):
         """Float32 logits (B, L, vocab_size) of hidden states."""
-        y = jnp.einsum('BLD,VD->BLV', x_BxLxD, self.embedding.astype(self.dtype), preferred_element_type=jnp.float32)
-        return softcap(nn.with_logical_constraint(y, ('batch', 'length', 'vocab')), self.cfg.logit_cap)
+        B, L, D = x_BxLxD.shape
+        E_VxD = self.embedding.astype(self.dtype)
+        y_BxLxV = jnp.matmul(x_BxLxD.reshape(-1, D), E_VxD.T, preferred_element_type=jnp.float32).reshape(B, L, -1)
+        return softcap(nn.with_logical_constraint(y_BxLxV, ('batch', 'length', 'vocab')), self.cfg.logit_cap)
 
 
 def init_cache(cfg, batch, size, dtype=jnp.float32):
@@ -128,10 +130,11 @@ def activity(cfg, metrics):
         [groups[f'{half}_{i}'][name] for i in range(len(cfg.pattern))], axis=1
     )  # (groups, len(pattern), …)
     join = lambda x: x.reshape(cfg.n_layers, *x.shape[2:])
-    attended = join(per_layer('attention', 'attended'))  # (n_layers, B, kv heads, queries per kv head, L)
-    counts = {'attended': jnp.mean(attended, axis=(2, 3))}
+    attended = join(per_layer('attention', 'attended'))  # (n_layers, B, kv heads, queries per kv head × L)
+    n, B = attended.shape[:2]
+    counts = {'attended': jnp.mean(attended.reshape(n, B, cfg.attention.n_heads, -1), axis=2)}
     if cfg.ffn.kind != 'gated':
-        counts['active'] = join(per_layer('ffn', 'active'))
+        counts['active'] = join(per_layer('ffn', 'active')).reshape(counts['attended'].shape)
     return counts
 
 

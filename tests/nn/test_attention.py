@@ -87,7 +87,7 @@ def test_few_visible_keys_are_all_kept():
     visible = visible_keys(POSITIONS, POSITIONS, SEGMENTS, SEGMENTS)
     attention = Attention(cfg, jnp.float32)
     _, state = attention.apply(attention.init(jax.random.key(0), x, POSITIONS, visible), x, POSITIONS, visible, mutable=[METRICS])
-    attended = state[METRICS]['attended']
-    n = np.asarray(visible.sum(-1))[:, None, None]
+    attended = state[METRICS]['attended'].reshape(B, H, L)
+    n = np.asarray(visible.sum(-1))[:, None]
     assert (attended == n)[np.broadcast_to(n <= 6, attended.shape)].all()
     assert (attended < n)[np.broadcast_to(n > 8, attended.shape)].all()

@@ -49,7 +49,7 @@ def test_kind_is_its_equation(kind, topk):
     else:
         scores = (x[..., :r] @ p['K1']) if kind == 'spark' else x @ p.get('K', p.get('K1'))
         fired = scores > 0 if kind.startswith('relu') else operator(scores) != 0
-        np.testing.assert_array_equal(state[METRICS]['active'], fired.sum(-1))
+        np.testing.assert_array_equal(state[METRICS]['active'], fired.sum(-1).reshape(-1))
         if topk == 'exact':
             assert (state[METRICS]['active'] == k).all()
 

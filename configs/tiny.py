@@ -1,0 +1,34 @@
+"""A small Spark model on the Python standard library's source: minutes on two CPU cores. Variants: spark | dense.
+
+    python scripts/train.py --config=configs/tiny.py --workdir=runs/tiny
+"""
+
+from spark.config import template
+from spark.errors import ConfigError
+
+
+def get_config(variant='spark'):
+    """The ConfigDict of a variant; both have the same number of parameters."""
+    if variant not in ('spark', 'dense'):
+        raise ConfigError(f'--config: variant {variant!r}: want spark or dense')
+    c = template()
+    m, f, a = c.model, c.model.ffn, c.model.attention
+    m.d_model, m.n_layers = 256, 4
+    m.dtype = 'float32'
+    a.n_heads, a.n_kv_heads, a.head_dim, a.window = 4, 2, 64, 128
+    f.d_ff = 768
+    if variant == 'spark':
+        f.kind, f.d_ff, f.k, f.r = 'spark', 1152, 92, 128
+        a.kind, a.k, a.r = 'spark', 32, 32
+
+    c.data.source = 'stdlib'
+    c.data.tokenizer = 'sentencepiece:stdlib_2048.model'
+    c.data.seq_len, c.data.batch_size = 256, 16
+    c.data.shuffle_rows = 4096
+    c.optimizer.lr, c.optimizer.warmup_steps = 4e-3, 50
+    c.train.steps = 600
+    c.train.eval_every, c.train.eval_batches = 200, 20
+    c.train.save_every = 100
+    c.sample.prompt = 'def read_file(path):\n'
+    c.sample.tokens, c.sample.temperature = 120, 0.5
+    return c

@@ -1,0 +1,44 @@
+"""Train a lossless SentencePiece model on the training split of a source.
+
+    python scripts/tokenizer.py --source=stdlib --vocab_size=2048 --out=FILE.model
+
+The shipped spark/data/stdlib_2048.model was made by it.
+"""
+
+import os
+import pathlib
+
+from absl import flags
+from tqdm import tqdm
+
+from spark import config, errors
+from spark.data import sources, tokenizer
+
+SOURCE = flags.DEFINE_string('source', 'stdlib', f'Text to train on: {sources.KINDS}.')
+VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 2048, 'Pieces, with 256 bytes and 3 specials.', lower_bound=300)
+MAX_DOCUMENTS = flags.DEFINE_integer('max_documents', 100_000, 'At most so many documents, spread over each part.', lower_bound=1)
+OUT = flags.DEFINE_string('out', None, 'The file to write.')
+
+
+def main():
+    if not OUT.value:
+        raise errors.ConfigError('--out is missing; see --help')
+    out = pathlib.Path(OUT.value)
+    if out.exists():
+        raise errors.ConfigError(f'--out={out} exists; choose another name or remove it')
+    cfg = config.DataConfig(seq_len=1, batch_size=1)
+    parts = [documents for _, documents in sources.open_source(SOURCE.value, 'train', cfg)]
+    step = -(-sum(map(len, parts)) // MAX_DOCUMENTS.value)
+    texts = (documents[i] for documents in parts for i in tqdm(range(0, len(documents), step), desc=documents.name))
+    model = tokenizer.train_sentencepiece(texts, VOCAB_SIZE.value)
+    try:
+        scratch = out.with_name(out.name + '.tmp')
+        scratch.write_bytes(model)
+        os.replace(scratch, out)
+    except OSError as e:
+        raise errors.ConfigError(f'--out={out}: {e.strerror or e}') from None
+    print(f'{out}: {VOCAB_SIZE.value} pieces; use it with --config.data.tokenizer=sentencepiece:{out}')
+
+
+if __name__ == '__main__':
+    errors.run(main)

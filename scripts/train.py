@@ -1,0 +1,87 @@
+"""Train a model; run the same command again to go on after any interruption.
+
+    python scripts/train.py --config=configs/tiny.py[:VARIANT] --workdir=DIR [--config.x.y=value …] [--json=FILE]
+
+Leaves DIR/config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json. Exit codes: 0 done, 2 bad config,
+3 loss not finite, 4 data unreadable or exhausted, 5 checkpoint unusable, 75 preempted (state saved; run again).
+"""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from spark import config, errors
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with an optional variant: PATH[:VARIANT].')
+WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory: new, or one of the same config to go on with.')
+JSON = flags.DEFINE_string('json', None, 'Also write the summary to this file.')
+
+
+def main():
+    for name, flag in [('config', CONFIG), ('workdir', WORKDIR)]:
+        if not flag.value:
+            raise errors.ConfigError(f'--{name} is missing; see --help')
+    cfg = config.validate(CONFIG.value)
+
+    # Imported here, so that a wrong config is told before jax starts.
+    import jax
+
+    from spark.training.train import train, write_summary
+
+    workdir = pathlib.Path(WORKDIR.value)
+    summary, trainer, state = train(cfg, workdir)
+    summary['sample'] = continuation(cfg, trainer, state)
+    if jax.process_index() == 0:
+        write_summary(workdir / 'summary.json', summary)
+        if JSON.value:
+            write_summary(pathlib.Path(JSON.value), summary)
+        print(table(cfg, summary))
+
+
+def continuation(cfg, trainer, state):
+    """What the model writes after cfg.sample.prompt, or None if the config asks for no sample."""
+    import jax
+    import jax.numpy as jnp
+
+    from spark.data.tokenizer import load
+    from spark.inference.decoder import generate
+
+    if not cfg.sample.tokens:
+        return None
+    tokenizer = load(cfg.data.tokenizer)
+    prompt = jnp.asarray([[tokenizer.bos, *tokenizer.encode(cfg.sample.prompt)]], jnp.int32)
+    with trainer.context():
+        tokens = generate(
+            trainer.model, state.params, prompt, jax.random.key(cfg.seed),
+            n=cfg.sample.tokens, temperature=cfg.sample.temperature,
+        )  # fmt: skip
+    return cfg.sample.prompt + tokenizer.decode(jax.device_get(tokens)[0])
+
+
+def table(cfg, summary):
+    """The run in a few lines, to read and to paste."""
+    test, f, a = summary['test'], cfg.model.ffn, cfg.model.attention
+    speed, gz = summary['tokens_per_second'], test['gzip_bits_per_byte']
+    rows = [
+        ('parameters', f'{summary["parameters"]:,}', f'FFN {f.kind}, attention {a.kind}'),
+        ('steps', f'{summary["steps"]:,}', f'on {summary["devices"]}'),
+        ('training', f'{summary["train_seconds"]:.0f} s', f'{speed:,.0f} tokens/s' if speed else 'nothing left to do'),
+        ('validation loss', f'{summary["validation"]["loss"]:.4f}', 'nats per token'),
+        ('test loss', f'{test["loss"]:.4f}', f'perplexity {test["perplexity"]:.2f}'),
+        ('test bits per byte', f'{test["bits_per_byte"]:.3f}', f'gzip -9: {gz:.3f}' if gz else ''),
+    ]
+    if 'active' in test:
+        rows.append(('active neurons', f'{test["active"]:.1%}', f'k / d_ff = {f.k / f.d_ff:.1%}' if f.k else f'of {f.d_ff}'))
+    rows.append(('attended keys', f'{test["attended"]:.1f}', f'k = {a.k}' if a.k else 'all visible ones'))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    line = lambda cells: '| ' + ' | '.join(f'{cell:<{w}}' for cell, w in zip(cells, widths, strict=True)) + ' |'
+    header = [line([''] * 3), '|' + '|'.join('-' * (w + 2) for w in widths) + '|']
+    lines = ['', *header, *map(line, rows)]
+    if summary['sample']:
+        lines += ['', f'A continuation of {cfg.sample.prompt!r}:', summary['sample']]
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    errors.run(main)

@@ -1,0 +1,341 @@
+"""Training, top to bottom: what to train, where, on what; restore or start; step, log, evaluate, save; report."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from tqdm import tqdm
+
+from spark import config
+from spark.data import pipeline
+from spark.errors import ConfigError, DataError, NotFiniteError, Preempted
+from spark.nn.transformer import Transformer, compute_dtype
+from spark.training import loss, metrics, optimizer, sharding
+from spark.training.checkpoint import Checkpoints
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a step maps to its successor: () int32 step, parameters (float32), optimizer state."""
+
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+
+
+class Trainer:
+    """The compiled parts of a run on a mesh: initial state, train step, eval step.
+
+    Args:
+      cfg: an ExperimentConfig with model.vocab_size filled in.
+      devices: to run on; None for all.
+    """
+
+    def __init__(self, cfg, devices=None):
+        self.cfg = cfg
+        self.mesh = sharding.make_mesh(cfg, devices)
+        platform = self.mesh.devices.flat[0].platform
+        self.model = Transformer(cfg.model, compute_dtype(cfg.model, platform))
+        self.tx = optimizer.make_optimizer(cfg.optimizer, cfg.train.steps)
+        boxed = jax.eval_shape(self._init, jax.random.key(0))
+        self.state_shardings = sharding.shardings(self.mesh, boxed)
+        self.abstract_state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), meta.unbox(boxed), self.state_shardings
+        )
+        self.n_params = sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
+        self._rows = sharding.batch_sharding(self.mesh)
+        self.train_step = jax.jit(
+            self._train_step,
+            in_shardings=(self.state_shardings, self._rows),
+            out_shardings=(self.state_shardings, None),
+            donate_argnums=0,
+        )
+        self.eval_step = jax.jit(
+            lambda params, batch: loss.forward(self.model, params, batch, chunk=cfg.train.loss_chunk),
+            in_shardings=(self.state_shardings.params, self._rows),
+        )
+
+    @contextlib.contextmanager
+    def context(self):
+        """Everything is traced and run inside this: the mesh, and the table of logical axes."""
+        with jax.set_mesh(self.mesh), sharding.logical_rules():
+            yield
+
+    def init_state(self, seed):
+        """The state at step 0, born sharded."""
+        init = jax.jit(lambda key: meta.unbox(self._init(key)), out_shardings=self.state_shardings)
+        return init(jax.random.key(seed))
+
+    def put(self, batch):
+        """This process's rows of a batch as global arrays."""
+        put = lambda x: jax.make_array_from_process_local_data(self._rows, x)
+        return {name: put(x) for name, x in batch.items() if name != pipeline.HASH}
+
+    def abstract_batch(self):
+        """Shapes, dtypes and shardings of a batch, for compiling ahead of time."""
+        shape = (self.cfg.data.batch_size, self.cfg.data.seq_len)
+        one = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows)
+        return dict.fromkeys(('tokens', 'targets', 'positions', 'segments', 'bytes'), one)
+
+    def _init(self, key):
+        token = jnp.zeros((1, 1), jnp.int32)
+        params = self.model.init(key, token, token, token)
+        return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
+
+    def _train_step(self, state, batch):
+        cfg = self.cfg
+
+        def objective(params, rows):
+            sums = loss.forward(self.model, params, rows, chunk=cfg.train.loss_chunk, count=cfg.train.activity)
+            return sums['nll'] + cfg.optimizer.z_loss * sums['log_z2'], sums
+
+        gradient = jax.grad(objective, has_aux=True)
+        n = cfg.train.accumulate
+        if n == 1:
+            grads, sums = gradient(state.params, batch)
+        else:
+            # Every device keeps its rows: microbatch i takes each n-th row.
+            cut = lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
+            micro = jax.tree.map(cut, batch)
+            first = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro))
+            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+            add = lambda total, rows: (jax.tree.map(jnp.add, total, gradient(state.params, rows)), None)
+            (grads, sums), _ = jax.lax.scan(add, zero, micro)
+        grads = jax.tree.map(lambda g: g / sums['tokens'], grads)
+        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p + u, state.params, updates)
+        sums['grad_norm'] = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
+        return TrainState(state.step + 1, params, opt_state), sums
+
+
+def evaluate(trainer, params, batches, label='eval'):
+    """`loss.per_token` over an iterable of batches, summed in float64."""
+    results = [trainer.eval_step(params, trainer.put(batch)) for batch in tqdm(batches, desc=label, leave=False)]
+    if not results:
+        raise DataError(f'{label}: no batches to evaluate on')
+    sums = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *jax.device_get(results))
+    return loss.per_token(trainer.cfg.model, sums) | {'tokens': int(sums['tokens'])}
+
+
+def train(cfg, workdir):
+    """Trains to cfg.train.steps, going on from the newest checkpoint in `workdir` (a pathlib.Path) if there is one.
+
+    Returns:
+      (summary, trainer, state): `summary` is a dict of what a person wants to know, `state` the final TrainState.
+
+    Raises:
+      SparkError: with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
+    """
+    stop = _stop_on_sigterm()
+    config.check_devices(cfg, jax.device_count())
+    asked = cfg
+    tokenizer, cfg = pipeline.tokenizer_for(cfg)
+    process = jax.process_index(), jax.process_count()
+    config.check_devices(cfg, jax.device_count())
+    dataset = pipeline.train_dataset(cfg.data, cfg.seed, tokenizer, process)
+    claim(workdir, asked)
+    trainer = Trainer(cfg)
+    checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(trainer.context())
+        batches = iter(dataset)
+        stack.callback(batches.close)
+        if steps := checkpoints.steps():
+            state, data_state = checkpoints.restore(steps[-1], trainer.abstract_state)
+            batches.set_state(data_state)
+            step = steps[-1]
+            print(f'Going on from step {step} in {workdir}', flush=True)
+        else:
+            state, step = trainer.init_state(cfg.seed), 0
+        writer = metrics.MetricsWriter(workdir, step) if process[0] == 0 else None
+        if writer:
+            stack.callback(writer.close)
+        stack.callback(checkpoints.close)
+        validation = lambda: _head(pipeline.eval_dataset(cfg.data, 'validation', tokenizer, process), cfg.train.eval_batches)
+
+        started = time.perf_counter()
+        compiled, compile_seconds = None, 0.0
+        if step < cfg.train.steps:
+            print(f'Compiling a step of {trainer.n_params:,} parameters for {trainer.mesh.size} × {_kind()} …', flush=True)
+            compiled = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()
+            compile_seconds = time.perf_counter() - started
+        log = _Log(trainer, writer, step)
+        saved = step if steps else None
+        bar = tqdm(total=cfg.train.steps, initial=step, desc='train', unit='step', disable=process[0] != 0)
+        stack.callback(bar.close)
+        log.start(bar)
+        while step < cfg.train.steps and not stop:
+            if step + 1 == cfg.train.profile_step:
+                jax.profiler.start_trace(str(workdir / 'profile'))
+            try:
+                batch = next(batches)
+            except StopIteration:
+                raise DataError(f'{cfg.data.source}: exhausted at step {step} after data.epochs = {cfg.data.epochs}') from None
+            with jax.transfer_guard('disallow'):  # whatever waits for the device does so on purpose
+                state, sums = compiled(state, trainer.put(batch))
+            step += 1
+            log.flush()  # the step before, while this one runs
+            saving = step % cfg.train.save_every == 0 or step == cfg.train.steps
+            log.push(step, sums, batch[pipeline.HASH], due=step % cfg.train.log_every == 0 or step == cfg.train.steps)
+            bar.update()
+            if cfg.train.profile_step and step == cfg.train.profile_step + cfg.train.profile_steps - 1:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+            evaluating = cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < cfg.train.steps
+            if evaluating or saving:
+                log.flush()  # raises before a state that is not finite could be saved
+            if evaluating:
+                with log.paused():
+                    report = evaluate(trainer, state.params, validation(), 'validation')
+                    if writer:
+                        writer.write(step, 'validation', report)
+                    bar.write(f'step {step}: validation loss {report["loss"]:.4f}')
+            if saving:
+                with log.paused():
+                    checkpoints.save(step, state, batches.get_state())
+                saved = step
+        log.flush()
+        if step < cfg.train.steps:
+            if saved != step:
+                checkpoints.save(step, state, batches.get_state())
+            raise Preempted(f'stopped at step {step} of {cfg.train.steps}, saved in {workdir}; run the same command to go on')
+        bar.close()
+        summary = {
+            'steps': step,
+            'parameters': trainer.n_params,
+            'devices': f'{trainer.mesh.size} × {_kind()}',
+            'compile_seconds': round(compile_seconds, 2),
+            'train_seconds': round(log.seconds, 2),
+            'tokens_per_second': round(log.tokens / log.seconds, 1) if log.tokens else None,
+            'train_loss': log.last_loss,
+        }
+        for split in ('validation', 'test'):
+            summary[split] = evaluate(trainer, state.params, pipeline.eval_dataset(cfg.data, split, tokenizer, process), split)
+            if writer:
+                writer.write(step, split, summary[split])
+        size, gzipped = pipeline.text_size(cfg.data, 'test')
+        summary['test']['text_bytes'] = size
+        summary['test']['gzip_bits_per_byte'] = gzipped and 8 * gzipped / size
+    return summary, trainer, state
+
+
+def claim(workdir, cfg):
+    """Makes `workdir` this config's, or raises a ConfigError that names the fields in which it is another's."""
+    path = workdir / 'config.json'
+    if path.exists():
+        theirs, ours = config.fields(config.load(path)), config.fields(cfg)
+        different = [f'{name} = {theirs.get(name)!r}, now {ours[name]!r}' for name in ours if ours[name] != theirs.get(name)]
+        if different:
+            raise ConfigError(f'--workdir={workdir} belongs to a run with {"; ".join(different)}: choose another directory')
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            scratch = path.with_suffix('.tmp')
+            scratch.write_text(cfg.model_dump_json(indent=2) + '\n')
+            os.replace(scratch, path)
+    except OSError as e:
+        raise ConfigError(f'--workdir={workdir}: {e.strerror or e}') from None
+
+
+def write_summary(path, summary):
+    """The summary as JSON, whole or not at all."""
+    try:
+        scratch = path.with_suffix('.tmp')
+        scratch.write_text(json.dumps(summary, indent=2) + '\n')
+        os.replace(scratch, path)
+    except OSError as e:
+        raise ConfigError(f'{path}: {e.strerror or e}') from None
+
+
+class _Log:
+    """Turns device sums into metrics one step late, so that reading them never holds up the next step."""
+
+    def __init__(self, trainer, writer, step):
+        self._trainer, self._writer, self._pending = trainer, writer, None
+        self._since_step, self._mark, self._away = step, 0.0, 0.0
+        self.seconds, self.tokens, self.last_loss = 0.0, 0, None
+        cfg = trainer.cfg
+        per_token = metrics.training_flops_per_token(cfg.model, trainer.n_params, cfg.data.seq_len)
+        peak = metrics.peak_flops(trainer.mesh.devices.flat[0])
+        self._utilisation_per_speed = per_token / (peak * trainer.mesh.size) if peak else None
+        self._schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
+
+    def start(self, bar):
+        self._bar, self._mark = bar, time.perf_counter()
+
+    def push(self, step, sums, crc, due):
+        self._pending = step, sums, crc, due
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time in here is not training."""
+        start = time.perf_counter()
+        yield
+        self._mark += time.perf_counter() - start
+
+    def flush(self):
+        if self._pending is None:
+            return
+        step, sums, crc, due = self._pending
+        self._pending = None
+        if not due and self._bar.total != step and not self._saves(step):
+            return
+        sums = jax.device_get(sums)
+        report = loss.per_token(self._trainer.cfg.model, sums) | {'grad_norm': float(sums['grad_norm'])}
+        self.last_loss = report['loss']
+        if not np.isfinite([report['loss'], report['grad_norm']]).all():
+            raise NotFiniteError(
+                f'step {step}: loss {report["loss"]}, gradient norm {report["grad_norm"]}, batch {crc:08x}; nothing was saved'
+            )
+        if not due:
+            return
+        now = time.perf_counter()
+        elapsed, self._mark = now - self._mark, now
+        cfg = self._trainer.cfg
+        tokens = (step - self._since_step) * cfg.data.batch_size * cfg.data.seq_len
+        self._since_step = step
+        self.seconds += elapsed
+        self.tokens += tokens
+        speed = tokens / elapsed
+        report |= {'learning_rate': float(self._schedule(step - 1)), 'batch_crc': crc, 'tokens_per_second': round(speed, 1)}
+        shown = {'loss': f'{report["loss"]:.4f}', 'tok/s': f'{speed:,.0f}'}
+        if self._utilisation_per_speed:
+            report['mfu'] = speed * self._utilisation_per_speed
+            shown['mfu'] = f'{report["mfu"]:.1%}'
+        self._bar.set_postfix(shown, refresh=False)
+        if self._writer:
+            self._writer.write(step, 'train', report)
+
+    def _saves(self, step):
+        return step % self._trainer.cfg.train.save_every == 0
+
+
+def _stop_on_sigterm():
+    """A list that is no longer empty once SIGTERM (or a first SIGINT) has come."""
+    received = []
+
+    def handler(number, frame):
+        del frame
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is meant
+
+    with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
+        signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGINT, handler)
+    return received
+
+
+def _head(batches, n):
+    return (batch for i, batch in zip(range(n), batches, strict=False)) if n else batches
+
+
+def _kind():
+    return jax.devices()[0].device_kind
