@@ -34,15 +34,13 @@ def statistical_threshold(x, k, *, axis=-1, where=None, ddof=1):
     _check_k(k)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     # E[x²] − E[x]² fuses into one pass, but cancels where the mean is large against the spread: shift by a pivot.
-    # Attention computes the same maximum for its softmax, so there the pivot is free.
+    # Any entry will do, a masked one too as long as it is finite; a maximum would cost a pass of its own.
+    pivot = jax.lax.stop_gradient(jax.lax.slice_in_dim(x, 0, 1, axis=axis))
     if where is None:
         n = x.shape[axis]
-        pivot = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
     else:
         n = jnp.sum(where, axis=axis, keepdims=True, dtype=x.dtype)
-        pivot = jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf, where=where)
-        pivot = jnp.where(n > 0, pivot, 0)
-    pivot = jax.lax.stop_gradient(pivot)
+        pivot = jnp.where(jnp.isfinite(pivot), pivot, 0)
     # A select, not a product: an invalid entry may be infinite.
     shifted = x - pivot if where is None else jnp.where(where, x - pivot, 0)
     some = jnp.maximum(n, 1)

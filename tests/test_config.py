@@ -1,0 +1,125 @@
+"""A wrong config is one line that names the field, the value and what is allowed."""
+
+import pydantic
+import pytest
+
+from spark import config
+from spark.config import ExperimentConfig, check_devices, fields, load, template, validate
+from spark.errors import ConfigError
+from tests.helpers import ROOT, shipped, small
+
+WRONG = [
+    ({'model.ffn.k': 0}, 'model.ffn.k = 0: want 1 … d_ff = 96'),
+    ({'model.ffn.k': 97}, 'model.ffn.k = 97: want 1 … d_ff = 96'),
+    ({'model.ffn.r': 32}, 'model.ffn.r = 32: want 1 … d_model − 1 = 31'),
+    ({'model.ffn.kind': 'sparke'}, "model.ffn.kind = 'sparke': want 'gated', 'relu'"),
+    ({'model.ffn.kind': 'gated'}, "model.ffn.k = 8: want 0: kind 'gated' has no top-k"),
+    ({'model.ffn.kind': 'topk'}, "model.ffn.r = 16: want 0: kind 'topk' has no predictor"),
+    ({'model.ffn.topk': 'exact', 'model.ffn.huber': 0.1}, 'model.ffn.huber = 0.1: want 0'),
+    ({'model.attention.n_kv_heads': 3}, 'model.attention.n_kv_heads = 3: want a divisor of n_heads = 4'),
+    ({'model.attention.head_dim': 7}, 'model.attention.head_dim = 7: want an even number'),
+    ({'model.attention.r': 3}, 'model.attention.r = 3: want an even number in 2 … head_dim − 2 = 6'),
+    ({'model.attention.r': 8}, 'model.attention.r = 8: want an even number'),
+    ({'model.attention.k': 0}, 'model.attention.k = 0: want at least 1'),
+    ({'model.attention.kind': 'dense'}, "model.attention.k = 4: want 0: kind 'dense'"),
+    ({'model.attention.window': 0}, 'model.attention.window = 0: want at least 1'),
+    ({'model.pattern': ('global',)}, 'model.attention.window = 7: want 0'),
+    ({'model.n_layers': 3}, 'model.n_layers = 3: want a multiple of len(model.pattern) = 2'),
+    ({'model.remat': 'some'}, "model.remat = 'some': want 'none', 'full'"),
+    ({'train.accumulate': 3}, 'train.accumulate = 3: want a divisor of data.batch_size = 8'),
+    ({'train.loss_chunk': 5}, 'train.loss_chunk = 5: want 0 or a divisor of data.seq_len = 32'),
+    ({'optimizer.warmup_steps': 10}, 'optimizer.warmup_steps = 10: want less than train.steps = 10'),
+    ({'optimizer.lr': -1.0}, 'optimizer.lr = -1.0: want greater than 0'),
+    ({'mesh.data': 0}, 'mesh.data = 0: want at least 1, or -1'),
+    ({'data.holdout': 0.5}, 'data.holdout = 0.5: want less than 0.5'),
+]
+
+
+@pytest.mark.parametrize(('overrides', 'message'), WRONG)
+def test_wrong_values(overrides, message):
+    with pytest.raises(ConfigError) as e:
+        small(**overrides)
+    assert str(e.value).startswith(message), e.value
+    assert '\n' not in str(e.value)
+
+
+def test_unknown_missing_and_mistyped_fields():
+    raw = small().model_dump()
+    raw['model']['ffn']['kk'] = 3
+    with pytest.raises(ConfigError, match=r'^model\.ffn\.kk: no such field; did you mean k\? Known: kind, d_ff'):
+        validate(raw)
+    raw = small().model_dump()
+    raw['optimiser'] = raw.pop('optimizer')
+    with pytest.raises(ConfigError, match=r'^optimiser: no such field; did you mean optimizer\?.*and 1 more'):
+        validate(raw)
+    raw = small().model_dump()
+    raw['model']['d_model'] = '32'
+    with pytest.raises(ConfigError, match=r"^model\.d_model = '32': want a valid integer"):
+        validate(raw)
+    with pytest.raises(ConfigError, match=r'^model\.d_model: missing'):
+        validate(template())
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'devices', 'message'),
+    [
+        ({'mesh.fsdp': 3}, 8, 'mesh = data 2 × fsdp 3 × model 1: that is 6 devices, here are 8'),
+        ({'mesh.data': 2}, 8, 'mesh = data 2 × fsdp 1 × model 1'),
+        ({'data.batch_size': 12}, 8, 'data.batch_size = 12: want a multiple of 8'),
+        ({'train.accumulate': 2}, 8, 'data.batch_size = 8: want a multiple of 16'),
+        ({'mesh.fsdp': 8, 'model.ffn.r': 12}, 8, 'model.ffn.r = 12: want a multiple of mesh.fsdp = 8'),
+        ({'mesh.model': 4}, 8, 'model.attention.n_kv_heads = 2: want a multiple of mesh.model = 4'),
+    ],
+)
+def test_what_does_not_divide_over_the_devices(overrides, devices, message):
+    with pytest.raises(ConfigError) as e:
+        check_devices(small(**overrides), devices)
+    assert str(e.value).startswith(message), e.value
+
+
+def test_view_is_frozen_and_survives_its_file(tmp_path):
+    cfg = small()
+    with pytest.raises(pydantic.ValidationError):
+        cfg.model.ffn.k = 3
+    (tmp_path / 'config.json').write_text(cfg.model_dump_json())
+    assert load(tmp_path / 'config.json') == cfg
+    (tmp_path / 'config.json').write_text('{')
+    with pytest.raises(ConfigError, match=r'config\.json'):
+        load(tmp_path / 'config.json')
+    with pytest.raises(ConfigError, match='want the config.json of a run'):
+        load(tmp_path / 'none.json')
+
+
+def test_every_option_is_read_somewhere():
+    code = ''.join(p.read_text() for d in ('spark', 'scripts') for p in (ROOT / d).rglob('*.py') if p.name != 'config.py')
+    checked = (ROOT / 'spark' / 'config.py').read_text().split('def template')[1]
+    unread = [name for name in fields(small()) if f'.{name.split(".")[-1]}' not in code
+              and not (name.startswith('mesh.') and f'.{name.split(".")[-1]}' in checked)]  # fmt: skip
+    assert not unread
+
+
+CONFIGS = [('tiny.py', v) for v in ('spark', 'dense')] + [
+    (f'gemma2_{size}.py', v) for size in ('2b', '9b', '27b') for v in ('dense', 'spark', 'spark_ffn', 'spark_attention')
+]
+
+
+def test_every_shipped_config_is_in_the_list():
+    assert {p.name for p in (ROOT / 'configs').glob('*.py')} - {'gemma2.py'} == {name for name, _ in CONFIGS}
+
+
+@pytest.mark.parametrize(('name', 'variant'), CONFIGS)
+def test_shipped_configs_are_valid(name, variant):
+    cfg = validate(shipped(name, variant))
+    assert isinstance(cfg, ExperimentConfig)
+    template_names = set(fields(cfg))
+    assert template_names == set(_flat(config.template().to_dict()))
+
+
+def _flat(tree, prefix=''):
+    return [n for k, v in tree.items() for n in (_flat(v, f'{prefix}{k}.') if isinstance(v, dict) else [prefix + k])]
+
+
+@pytest.mark.parametrize('name', ['tiny.py', 'gemma2_2b.py'])
+def test_unknown_variant(name):
+    with pytest.raises(ConfigError, match="variant 'sparse': want"):
+        shipped(name, 'sparse')

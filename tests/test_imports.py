@@ -1,0 +1,36 @@
+"""Imports go one way through the house."""
+
+import ast
+
+from tests.helpers import ROOT
+
+ALLOWED = {
+    'errors': set(),
+    'ops': set(),
+    'config': {'errors'},
+    'kernels': {'ops'},
+    'nn': {'ops', 'kernels', 'config'},
+    'data': {'config', 'errors'},
+    'training': {'nn', 'data', 'config', 'errors'},
+    'inference': {'nn', 'kernels', 'ops', 'data', 'config', 'errors'},
+    'analysis': {'training', 'inference', 'nn', 'data', 'ops', 'config', 'errors'},
+}
+
+
+def test_imports_go_one_way():
+    rooms = {p.relative_to(ROOT / 'spark').parts[0].removesuffix('.py') for p in (ROOT / 'spark').rglob('*.py')}
+    assert rooms - {'__init__'} <= set(ALLOWED)
+    for path in (ROOT / 'spark').rglob('*.py'):
+        room = path.relative_to(ROOT / 'spark').parts[0].removesuffix('.py')
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module == 'spark':
+                names = [f'spark.{alias.name}' for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or '']
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                parts = name.split('.')
+                if parts[0] == 'spark' and len(parts) > 1 and parts[1] != room:
+                    assert parts[1] in ALLOWED[room], f'{path}: {name}'
