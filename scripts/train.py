@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from spark import config, errors
+from spark.runtime import use_huge_pages
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with an optional variant: PATH[:VARIANT].')
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory: new, or one of the same config to go on with.')
@@ -84,4 +85,5 @@ def table(cfg, summary):
 
 
 if __name__ == '__main__':
-    errors.run(main)
+    use_huge_pages()
+    errors.run(main, check=config.check_flags)

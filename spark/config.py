@@ -5,6 +5,7 @@ raises a ConfigError of one line that names the field, the value and what would 
 """
 
 import difflib
+import pathlib
 from typing import Literal
 
 import pydantic
@@ -159,6 +160,22 @@ def template(section=ExperimentConfig):
     return template_
 
 
+def check_flags(argv):
+    """A ConfigError for a --config whose file is missing, or a --config.FIELD that does not exist."""
+    for arg in argv:
+        name, _, value = arg.lstrip('-').partition('=')
+        path = pathlib.Path(value.split(':')[0])
+        if name == 'config' and not path.is_file():
+            there = [str(p) for p in path.parent.glob('*.py')]
+            raise ConfigError(f'--config={value}: no such file{nearest(str(path), there)}')
+        section = ExperimentConfig
+        for part in name.split('.')[1:] if name.startswith('config.') else []:
+            known = section.model_fields if hasattr(section, 'model_fields') else {}
+            if part not in known:
+                raise ConfigError(f'--{name}: {_no_such_field(part, known)}')
+            section = known[part].annotation
+
+
 def validate(config):
     """A ConfigDict (or nested dict) as a checked `ExperimentConfig`; a ConfigError of one line if it is wrong."""
     raw = _without_placeholders(config.to_dict() if isinstance(config, ConfigDict) else config)
@@ -272,6 +289,10 @@ def _check(cfg):
     _want(cfg.optimizer.warmup_steps < t.steps, 'optimizer.warmup_steps', cfg.optimizer.warmup_steps, f'less than train.steps = {t.steps}')
 
 
+def _no_such_field(name, known):
+    return f'no such field{nearest(name, known)} Known: {", ".join(known)}'
+
+
 def _one_line(validation_error):
     errors = validation_error.errors()
     # A misspelt field often shows up twice, as unknown and as missing: name the misspelling.
@@ -281,8 +302,7 @@ def _one_line(validation_error):
         section = ExperimentConfig
         for part in first['loc'][:-1]:
             section = section.model_fields[part].annotation
-        known = list(section.model_fields)
-        line = f'{name}: no such field{nearest(str(first["loc"][-1]), known)} Known: {", ".join(known)}'
+        line = f'{name}: {_no_such_field(str(first["loc"][-1]), section.model_fields)}'
     elif first['type'] == 'missing':
         line = f'{name}: missing; this field has no default'
     else:

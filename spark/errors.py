@@ -41,22 +41,32 @@ class Preempted(SparkError):
     exit_code = 75
 
 
-def run(main, argv=None):
-    """Parses absl flags, calls `main()` and exits: 0, or the error's code after one line on stderr."""
+def run(main, check=None):
+    """Parses absl flags, calls `main()` and exits: 0, or the error's code after one line on stderr.
+
+    `check(argv)` may raise a ConfigError before the flags are parsed, where it has better words than their parser.
+    """
+    if {'-h', '--help'} & set(sys.argv[1:]):
+        print(sys.modules['__main__'].__doc__.strip(), flags.FLAGS.main_module_help(), sep='\n')
+        sys.exit(0)
     try:
-        rest = flags.FLAGS(sys.argv if argv is None else argv)
-        if len(rest) > 1:
-            raise ConfigError(f'unexpected argument {rest[1]!r}: flags look like --name=value; see --help')
+        if check:
+            check(sys.argv[1:])
+        _parse_flags()
         main()
     except SparkError as e:
-        _say(e, e.exit_code)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
-        # While flags are parsed these are the user's mistakes; later on they are ours and keep their traceback.
-        if flags.FLAGS.is_parsed():
-            raise
-        _say(e, ConfigError.exit_code)
+        _say(f'{type(e).__name__}: {e}', e.exit_code)
 
 
-def _say(error, code):
-    print(' '.join(f'{type(error).__name__}: {error}'.split()), file=sys.stderr, flush=True)
+def _parse_flags():
+    try:
+        rest = flags.FLAGS(sys.argv)
+    except Exception as e:  # whatever a config file or a flag raises while it is read, the user can mend
+        raise ConfigError(f'{e if isinstance(e, flags.Error | SparkError) else f"--config: {type(e).__name__}: {e}"}') from e
+    if len(rest) > 1:
+        raise ConfigError(f'unexpected argument {rest[1]!r}: flags look like --name=value; see --help')
+
+
+def _say(line, code):
+    print(' '.join(line.split()), file=sys.stderr, flush=True)
     sys.exit(code)

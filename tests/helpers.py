@@ -26,7 +26,7 @@ def small(kind='spark', **overrides):
     """A validated config of a two-group model, d_model 32; kind 'spark' or 'dense'; overrides by dotted name."""
     c = template()
     m, f, a = c.model, c.model.ffn, c.model.attention
-    m.vocab_size, m.d_model, m.n_layers, m.logit_cap = 259, 32, 4, 30.0
+    m.vocab_size, m.d_model, m.n_layers, m.logit_cap = 264, 32, 4, 30.0
     f.kind, f.d_ff, f.k, f.r = ('spark', 96, 8, 16) if kind == 'spark' else ('gated', 64, 0, 0)
     a.n_heads, a.n_kv_heads, a.head_dim, a.window, a.logit_cap = 4, 2, 8, 7, 50.0
     if kind == 'spark':

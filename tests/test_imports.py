@@ -6,6 +6,7 @@ from tests.helpers import ROOT
 
 ALLOWED = {
     'errors': set(),
+    'runtime': set(),
     'ops': set(),
     'config': {'errors'},
     'kernels': {'ops'},

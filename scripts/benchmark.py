@@ -1,0 +1,194 @@
+"""Measure what this project claims, both sides in one run, medians of interleaved repeats.
+
+    python scripts/benchmark.py topk|ffn|train_step|compile [--repeats=N] [--json=FILE]
+
+topk        statistical top-k against exact, approximate and plain GELU, forward + backward, [4096, 13824], k 1106
+ffn         a Spark FFN against the gated FFN of equal parameters, forward + backward, D 2304, 1024 tokens
+train_step  a training step of configs/tiny.py, Spark against dense; fails if a step after the first compiles anything
+compile     compiling the step of a 26-layer model against that of 4 layers, at small widths
+
+JSON: a list of rows {name, backend, ours_ms, baseline_ms, speedup = baseline / ours, …}.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+if __name__ == '__main__':
+    from spark.runtime import use_huge_pages
+
+    use_huge_pages()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from spark import config, errors, ops
+from spark.config import FFNConfig
+from spark.nn.ffn import FFN
+
+REPEATS = flags.DEFINE_integer('repeats', 11, 'Interleaved repeats of each side.', lower_bound=1)
+JSON = flags.DEFINE_string('json', None, 'Also write the rows to this file.')
+CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
+
+
+def interleaved(sides, repeats):
+    """Median milliseconds of each function in {name: f}, called in turn after a warm-up; waits for the device."""
+    for f in sides.values():
+        jax.block_until_ready(f())
+    times = {name: [] for name in sides}
+    for _ in tqdm(range(repeats), desc='repeats', leave=False):
+        for name, f in sides.items():
+            start = time.perf_counter()
+            jax.block_until_ready(f())
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def row(name, ours, baseline, **details):
+    """One comparison."""
+    speedup = baseline / ours
+    return {'name': name, 'backend': backend(), 'ours_ms': ours, 'baseline_ms': baseline, 'speedup': speedup} | details
+
+
+def backend():
+    """The device that the figures are for."""
+    device = jax.devices()[0]
+    kind = device.device_kind
+    return f'{kind}, {len(os.sched_getaffinity(0))} cores' if device.platform == 'cpu' else kind
+
+
+def topk(repeats):
+    """GELU ∘ TopK forward + backward, against the other ways to find the k."""
+    tokens, d, k = 4096, 13824, 1106
+    x, cotangent = jax.random.normal(jax.random.key(0), (2, tokens, d))
+    ways = {
+        'statistical': lambda x: ops.statistical_topk(x, k),
+        'exact': lambda x: ops.exact_topk(x, k),
+        'approx, recall 0.95': lambda x: ops.approx_topk(x, k),
+        'GELU alone': lambda x: x,
+    }
+
+    def both(way):
+        f = jax.jit(jax.value_and_grad(lambda x, c: jnp.sum(c * jax.nn.gelu(way(x)))))
+        return lambda: f(x, cotangent)
+
+    ms = interleaved({name: both(way) for name, way in ways.items()}, min(repeats, 5))
+    active = float(jnp.mean(ops.statistical_topk(x, k) > 0))
+    details = {'shape': [tokens, d], 'k': k, 'active': active, 'approx_is_a_sort': jax.default_backend() != 'tpu'}
+    return [row(f'topk: statistical against {name}', ms['statistical'], ms[name], **details) for name in list(ways)[1:]]
+
+
+def ffn(repeats):
+    """Forward + backward of both FFNs: the same parameters, so the same matmul FLOPs."""
+    tokens, D, F = 1024, 2304, 9216
+    x, cotangent = jax.random.normal(jax.random.key(0), (2, 1, tokens, D))
+    kinds = {
+        'spark': FFNConfig(kind='spark', d_ff=F * 3 // 2, k=1106, r=1024),
+        'gated': FFNConfig(kind='gated', d_ff=F),
+    }
+
+    def both(cfg):
+        module = FFN(cfg, jnp.float32)
+        variables = jax.jit(lambda key: module.init(key, x))(jax.random.key(1))
+        step = jax.jit(jax.value_and_grad(lambda v, x: jnp.sum(cotangent * module.apply(v, x)), argnums=(0, 1)))
+        return lambda: step(variables, x)
+
+    ms = interleaved({name: both(cfg) for name, cfg in kinds.items()}, repeats)
+    flops = 3 * 2 * tokens * 3 * D * F
+    details = {'tokens': tokens, 'd_model': D, 'time_ratio': ms['spark'] / ms['gated'], 'gflops_per_s': flops / ms['spark'] / 1e6}
+    return [row('ffn: Spark against gated', ms['spark'], ms['gated'], **details)]
+
+
+def train_step(repeats):
+    """The tiny config's step on one device, on a batch of its corpus; the state goes round, as in training."""
+    from spark.data import pipeline
+    from spark.training.train import Trainer
+
+    steps, cfgs = {}, {}
+    for variant in ('spark', 'dense'):
+        tokenizer, cfg = pipeline.tokenizer_for(config.validate(_config('tiny.py', variant)))
+        trainer = Trainer(cfg, jax.devices()[:1])
+        batches = iter(pipeline.train_dataset(cfg.data, cfg.seed, tokenizer))
+        with trainer.context():
+            state, batch = [trainer.init_state(cfg.seed)], trainer.put(next(batches))
+        batches.close()
+
+        def step(trainer=trainer, state=state, batch=batch):
+            with trainer.context():
+                state[0], sums = trainer.train_step(state[0], batch)
+            return sums
+
+        steps[variant], cfgs[variant] = (step, trainer), cfg
+    ms = interleaved({name: step for name, (step, _) in steps.items()}, repeats)
+    compiled = {name: trainer.train_step._cache_size() for name, (_, trainer) in steps.items()}
+    assert set(compiled.values()) == {1}, f'a step after the first was compiled again: {compiled}'
+    tokens = cfgs['spark'].data.batch_size * cfgs['spark'].data.seq_len
+    details = {f'{name}_tokens_per_second': 1e3 * tokens / t for name, t in ms.items()}
+    details |= {'time_ratio': ms['spark'] / ms['dense'], 'compilations': compiled}
+    return [row('train_step: Spark against dense', ms['spark'], ms['dense'], **details)]
+
+
+def compile_time(repeats):
+    """Lowering and compiling the training step anew, without any cache."""
+    from spark.training.train import Trainer
+
+    jax.config.update('jax_enable_compilation_cache', False)
+
+    def compile_layers(n):
+        c = _config('gemma2_2b.py', 'spark')
+        m, f, a = c.model, c.model.ffn, c.model.attention
+        m.n_layers, m.d_model, m.vocab_size = n, 64, 512
+        f.d_ff, f.k, f.r = 192, 16, 32
+        a.n_heads, a.n_kv_heads, a.head_dim, a.k, a.r, a.window = 4, 2, 16, 16, 8, 32
+        c.data.seq_len, c.data.batch_size, c.train.loss_chunk, c.mesh.fsdp = 64, 4, 0, 1
+        trainer = Trainer(config.validate(c), jax.devices()[:1])
+        with trainer.context():
+            trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()
+
+    sides = {f'{n} layers': lambda n=n: compile_layers(n) for n in (26, 4)}
+    ms = interleaved(sides, min(repeats, 5))
+    return [row('compile: 26 layers against 4', ms['26 layers'], ms['4 layers'], time_ratio=ms['26 layers'] / ms['4 layers'])]
+
+
+BENCHMARKS = {'topk': topk, 'ffn': ffn, 'train_step': train_step, 'compile': compile_time}
+
+
+def _config(name, variant):
+    from ml_collections.config_flags import config_flags
+
+    return config_flags._LoadConfigModule(name, str(CONFIGS / name)).get_config(variant)
+
+
+def table(rows):
+    """The rows in Markdown."""
+    lines = [f'Backend: {rows[0]["backend"]}', '', '| benchmark | ours, ms | baseline, ms | speed-up |', '|---|---|---|---|']
+    lines += [f'| {r["name"]} | {r["ours_ms"]:.1f} | {r["baseline_ms"]:.1f} | {r["speedup"]:.2f}× |' for r in rows]
+    known = {'name', 'backend', 'ours_ms', 'baseline_ms', 'speedup'}
+    details = {k: round(v, 4) if isinstance(v, float) else v for k, v in rows[0].items() if k not in known}
+    return '\n'.join([*lines, '', ', '.join(f'{k} {v}' for k, v in details.items())])
+
+
+def main(name):
+    rows = BENCHMARKS[name](REPEATS.value)
+    print(table(rows))
+    if JSON.value:
+        try:
+            pathlib.Path(JSON.value).write_text(json.dumps(rows, indent=2) + '\n')
+        except OSError as e:
+            raise errors.ConfigError(f'--json={JSON.value}: {e.strerror or e}') from None
+
+
+if __name__ == '__main__':
+    chosen = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
+
+    def check(argv):
+        if len(chosen) != 1 or chosen[0] not in BENCHMARKS:
+            raise errors.ConfigError(f'benchmark {" ".join(chosen) or "missing"}: want one of {", ".join(BENCHMARKS)}')
+        sys.argv.remove(chosen[0])
+
+    errors.run(lambda: main(chosen[0]), check=check)

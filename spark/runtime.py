@@ -1,0 +1,18 @@
+"""What the process needs before jax starts."""
+
+import os
+import sys
+
+
+def use_huge_pages():
+    """Starts the program anew with glibc's huge pages, once, on a Linux machine that computes on its CPU.
+
+    XLA:CPU allocates its temporaries for every execution, and the kernel hands them out page by page: with 2 MB pages a
+    training step of the tiny model takes about two thirds of the time. The results are the same.
+    """
+    tunables = os.environ.get('GLIBC_TUNABLES')
+    accelerated = os.environ.get('JAX_PLATFORMS', 'cpu') != 'cpu' or os.path.exists('/dev/nvidiactl') or os.path.exists('/dev/accel0')
+    if sys.platform != 'linux' or tunables is not None or accelerated:
+        return
+    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,0 +1,181 @@
+"""Real processes, as a user runs them: killed, stopped, resumed, and told what they got wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.helpers import ROOT
+
+STEPS = 24
+
+
+def environment(tmp):
+    env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    return env | {'SPARK_CACHE': str(tmp / 'cache'), 'PYTHONPATH': str(ROOT)}
+
+
+def script(name, *args):
+    return [sys.executable, str(ROOT / 'scripts' / name), *map(str, args)]
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A directory with a config file, a corpus, and an uninterrupted run of it in `whole`."""
+    tmp = tmp_path_factory.mktemp('runs')
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        (tmp / f'{i}.txt').write_text(' '.join(rng.choice(['spark', 'sparse', 'top', 'key', '漢字'], 60)))
+    (tmp / 'config.py').write_text(f'''
+from spark.config import template
+
+
+def get_config(variant='spark'):
+    c = template()
+    m, f, a = c.model, c.model.ffn, c.model.attention
+    m.d_model, m.n_layers = 32, 2
+    f.kind, f.d_ff, f.k, f.r = 'spark', 96, 8, 16
+    a.kind, a.n_heads, a.n_kv_heads, a.head_dim, a.window, a.k, a.r = 'spark', 4, 2, 8, 7, 4, 4
+    c.data.source = 'text:{tmp}/*.txt'
+    c.data.seq_len, c.data.batch_size, c.data.shuffle_rows = 32, 8, 16
+    c.optimizer.lr = 1e-2
+    c.train.steps, c.train.log_every, c.train.save_every, c.train.eval_every = {STEPS}, 1, 8, 6
+    c.sample.prompt, c.sample.tokens = 'spark', 8
+    return c
+''')
+    done = train(tmp, 'whole')
+    assert done.returncode == 0, done.stderr
+    return tmp, done
+
+
+def command(tmp, name, *args):
+    return script('train.py', f'--config={tmp}/config.py', f'--workdir={tmp}/{name}', *args)
+
+
+def train(tmp, name, *args):
+    return subprocess.run(command(tmp, name, *args), env=environment(tmp), capture_output=True, text=True, timeout=300)
+
+
+def records(workdir):
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != 'tokens_per_second'} for line in lines]
+
+
+def state(workdir, step=STEPS):
+    restored = ocp.StandardCheckpointer().restore((workdir / 'checkpoints' / str(step) / 'state').absolute())
+    return jax.tree.map(np.asarray, restored)
+
+
+def assert_same_run(a, b):
+    """Losses, activity, batches (by checksum) and the final state, bit for bit."""
+    assert records(a) == records(b)
+    jax.tree.map(np.testing.assert_array_equal, state(a), state(b))
+
+
+def interrupt(tmp, name, number):
+    """Starts a run, sends a signal between the save of step 8 and the next one, and waits for its end."""
+    workdir = tmp / name
+    process = subprocess.Popen(command(tmp, name), env=environment(tmp), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (workdir / 'checkpoints' / '8').exists():
+            process.send_signal(number)
+            break
+        time.sleep(0.002)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_a_run_prints_its_table_and_a_continuation(place):
+    tmp, done = place
+    for words in ('test bits per byte', 'gzip -9', 'active neurons', 'attended keys', "A continuation of 'spark'"):
+        assert words in done.stdout
+    summary = json.loads((tmp / 'whole' / 'summary.json').read_text())
+    assert summary['steps'] == STEPS and summary['sample'].startswith('spark')
+    assert json.loads((tmp / 'whole' / 'config.json').read_text())['model']['d_model'] == 32
+
+
+def test_kill_between_two_saves_and_run_again(place):
+    tmp, _ = place
+    code, _, _ = interrupt(tmp, 'killed', signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    again = train(tmp, 'killed')
+    assert again.returncode == 0 and 'Going on from step 8' in again.stdout, again.stderr
+    assert_same_run(tmp / 'killed', tmp / 'whole')
+
+
+def test_sigterm_saves_and_exits_75(place):
+    tmp, _ = place
+    code, _, err = interrupt(tmp, 'stopped', signal.SIGTERM)
+    assert code == 75, err
+    last = err.strip().splitlines()[-1]
+    assert 'Preempted: stopped at step' in last and 'run the same command to go on' in last
+    saved = max(int(p.name) for p in (tmp / 'stopped' / 'checkpoints').iterdir() if p.name.isdigit())
+    assert saved >= 8 and f'step {saved} of {STEPS}' in last
+    assert train(tmp, 'stopped').returncode == 0
+    assert_same_run(tmp / 'stopped', tmp / 'whole')
+
+
+def test_the_same_seed_gives_the_same_run(place):
+    tmp, _ = place
+    assert train(tmp, 'twin', f'--json={tmp}/twin.json').returncode == 0
+    assert_same_run(tmp / 'twin', tmp / 'whole')
+    strip = lambda s: {k: v for k, v in s.items() if 'second' not in k}
+    assert strip(json.loads((tmp / 'twin.json').read_text())) == strip(json.loads((tmp / 'whole' / 'summary.json').read_text()))
+
+
+@pytest.mark.parametrize(
+    ('args', 'code', 'message'),
+    [
+        (['--config.model.ffn.kk=5'], 2, '--config.model.ffn.kk: no such field; did you mean k?'),
+        (['--config.model.ffn.k=many'], 2, "--config.model.ffn.k=many: invalid literal for int() with base 10: 'many'"),
+        (['--config.model.ffn.k=97'], 2, 'model.ffn.k = 97: want 1 … d_ff = 96'),
+        (['--config.mesh.fsdp=3'], 2, 'mesh = data 1 × fsdp 3 × model 1: that is 3 devices, here are 1'),
+        (['--config.seed=1'], 2, 'belongs to a run with seed = 0, now 1'),
+        (['--wrokdir=x'], 2, "Unknown command line flag 'wrokdir'. Did you mean: workdir ?"),
+        (['extra'], 2, "unexpected argument 'extra'"),
+        (['--config.data.source=text:/no/where.txt'], 4, 'text:/no/where.txt: no file matches'),
+        (['--config.data.source=stdlb'], 2, "'stdlb' is no source; want stdlib"),
+        (['--config.data.tokenizer=hf:/no/where.json'], 4, 'No such file'),
+        (['--config.optimizer.lr=1e30', '--config.optimizer.clip=0', '--workdir={}/diverged'], 3, 'loss'),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_code(place, args, code, message):
+    tmp, _ = place
+    result = train(tmp, 'whole', *[a.format(tmp) for a in args])
+    assert result.returncode == code, result.stderr
+    said = [line for line in result.stderr.replace('\r', '\n').splitlines() if 'Error: ' in line]
+    assert len(said) == 1 and message in said[0] and 'Traceback' not in result.stderr
+
+
+def test_missing_files_and_help(place):
+    tmp, _ = place
+    run = lambda *args: subprocess.run(script(*args), env=environment(tmp), capture_output=True, text=True, timeout=120)
+    missing = run('train.py', f'--config={ROOT}/configs/tinny.py', f'--workdir={tmp}/x')
+    assert missing.returncode == 2 and 'no such file; did you mean' in missing.stderr and 'tiny.py' in missing.stderr
+    for name in sorted(p.name for p in (ROOT / 'scripts').glob('*.py')):
+        shown = run(name, '--help')
+        assert shown.returncode == 0 and f'python scripts/{name}' in shown.stdout
+        nothing = run(name, '--no_such_flag')
+        assert nothing.returncode == 2 and nothing.stderr.count('\n') == 1
+
+
+def test_train_a_tokenizer(place):
+    tmp, _ = place
+    args = ['tokenizer.py', f'--source=text:{tmp}/*.txt', f'--out={tmp}/t.model']
+    run = lambda *more: subprocess.run(script(*args, *more), env=environment(tmp), capture_output=True, text=True, timeout=120)
+    done = run('--vocab_size=300')
+    assert done.returncode == 0, done.stderr
+    from spark.data.tokenizer import load
+
+    assert load(f'sentencepiece:{tmp}/t.model').vocab_size == 300
+    again = run('--vocab_size=300')
+    assert again.returncode == 2 and 'exists' in again.stderr
+    assert '300' in (run('--vocab_size=10').stderr)
