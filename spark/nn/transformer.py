@@ -8,13 +8,18 @@ from spark.config import ModelConfig
 from spark.nn.attention import Attention, KVCache, visible_keys
 from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, RMSNorm, softcap
+from spark.ops.topk import THRESHOLD
 
-# What the forward pass leaves for the backward pass; the rest is computed again.
+# What the forward pass leaves for the backward pass; the rest is computed again. Thresholds always stay: they are one number
+# per token or query, and save the pass over the scores that makes them.
+_policies = jax.checkpoint_policies
+_thresholds = _policies.save_only_these_names(THRESHOLD)
 REMAT = {
     'none': None,  # everything is kept
-    'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_saveable,
-    'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # not attention's scores
+    'full': _thresholds,
+    'dots': _policies.save_from_both_policies(_policies.dots_saveable, _thresholds),
+    # … but not attention's scores:
+    'dots_no_batch': _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _thresholds),
 }
 
 

@@ -11,7 +11,11 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.scipy.special import ndtri
+
+# The name of thresholds for rematerialisation: one number per row, worth keeping where all else is computed again.
+THRESHOLD = 'threshold'
 
 
 def statistical_threshold(x, k, *, axis=-1, where=None, ddof=1):
@@ -41,19 +45,19 @@ def statistical_threshold(x, k, *, axis=-1, where=None, ddof=1):
     else:
         n = jnp.sum(where, axis=axis, keepdims=True, dtype=x.dtype)
         pivot = jnp.where(jnp.isfinite(pivot), pivot, 0)
-    # A select, not a product: an invalid entry may be infinite.
-    shifted = x - pivot if where is None else jnp.where(where, x - pivot, 0)
+    # Selects, not products: an invalid entry may be infinite.
+    valid = (lambda x: x) if where is None else (lambda x: jnp.where(where, x, 0))
     some = jnp.maximum(n, 1)
-    mean = jnp.sum(shifted, axis=axis, keepdims=True) / some
-    mean_square = jnp.sum(shifted * shifted, axis=axis, keepdims=True) / some
-    variance = (mean_square - mean * mean) * (n / jnp.maximum(n - ddof, 1))
+    mean = jnp.sum(valid(x), axis=axis, keepdims=True) / some
+    mean_square = jnp.sum(jnp.square(valid(x - pivot)), axis=axis, keepdims=True) / some
+    variance = (mean_square - jnp.square(mean - pivot)) * (n / jnp.maximum(n - ddof, 1))
     # The square root's slope is infinite at 0; a constant row has no spread to differentiate.
     spread = variance > 0
     std = jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1)), 0)
     # Q(1 − k/n) = −Q(k/n), and k/n keeps the digits that 1 − k/n would lose.
     share = jnp.asarray(k, x.dtype) / some
     quantile = -ndtri(jnp.where(share < 1, share, 0.5))
-    return jnp.where(share < 1, pivot + mean + std * quantile, -jnp.inf)
+    return checkpoint_name(jnp.where(share < 1, mean + std * quantile, -jnp.inf), THRESHOLD)
 
 
 def statistical_topk(x, k, *, axis=-1, where=None, ddof=1, huber=0.0):
@@ -65,12 +69,16 @@ def statistical_topk(x, k, *, axis=-1, where=None, ddof=1, huber=0.0):
     """
     if huber < 0:
         raise ValueError(f'huber = {huber}: want a width ≥ 0')
+    if where is None and isinstance(k, numbers.Real) and k >= x.shape[axis]:
+        return x
     theta = statistical_threshold(x, k, axis=axis, where=where, ddof=ddof)
-    keep_all = jnp.isneginf(theta)
-    above = jnp.maximum(x.astype(theta.dtype) - jnp.where(keep_all, 0, theta), 0)
+    above = jnp.maximum(x.astype(theta.dtype) - theta, 0)
     if huber:
         above = jnp.where(above < huber, above * above / (2 * huber), above - huber / 2)
-    return _masked(jnp.where(keep_all, x, above.astype(x.dtype)), where)
+    above = above.astype(x.dtype)
+    if where is not None or not isinstance(k, numbers.Real):  # a row with k ≥ n, θ = −∞, keeps everything
+        above = jnp.where(jnp.isneginf(theta), x, above)
+    return _masked(above, where)
 
 
 def statistical_keep(x, k, *, axis=-1, where=None, ddof=1):
@@ -81,7 +89,7 @@ def statistical_keep(x, k, *, axis=-1, where=None, ddof=1):
     """
     theta = statistical_threshold(jax.lax.stop_gradient(x), k, axis=axis, where=where, ddof=ddof)
     largest = jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf, where=where).astype(theta.dtype)
-    keep = x.astype(theta.dtype) >= jnp.minimum(theta, largest)
+    keep = x.astype(theta.dtype) >= checkpoint_name(jnp.minimum(theta, largest), THRESHOLD)
     return keep if where is None else keep & where
 
 
