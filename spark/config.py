@@ -286,7 +286,8 @@ def _check(cfg):
     _want(d.batch_size % t.accumulate == 0, 'train.accumulate', t.accumulate, f'a divisor of data.batch_size = {d.batch_size}')
     chunk = t.loss_chunk or d.seq_len
     _want(d.seq_len % chunk == 0, 'train.loss_chunk', t.loss_chunk, f'0 or a divisor of data.seq_len = {d.seq_len}')
-    _want(cfg.optimizer.warmup_steps < t.steps, 'optimizer.warmup_steps', cfg.optimizer.warmup_steps, f'less than train.steps = {t.steps}')
+    warmup = cfg.optimizer.warmup_steps
+    _want(warmup < t.steps, 'optimizer.warmup_steps', warmup, f'less than train.steps = {t.steps}')
 
 
 def _no_such_field(name, known):

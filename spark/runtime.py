@@ -11,8 +11,8 @@ def use_huge_pages():
     training step of the tiny model takes about two thirds of the time. The results are the same.
     """
     tunables = os.environ.get('GLIBC_TUNABLES')
-    accelerated = os.environ.get('JAX_PLATFORMS', 'cpu') != 'cpu' or os.path.exists('/dev/nvidiactl') or os.path.exists('/dev/accel0')
-    if sys.platform != 'linux' or tunables is not None or accelerated:
+    chip = any(map(os.path.exists, ('/dev/nvidiactl', '/dev/accel0', '/dev/vfio/0')))
+    if sys.platform != 'linux' or tunables is not None or (chip and os.environ.get('JAX_PLATFORMS') != 'cpu'):
         return
     os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

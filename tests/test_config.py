@@ -86,7 +86,7 @@ def test_view_is_frozen_and_survives_its_file(tmp_path):
     (tmp_path / 'config.json').write_text('{')
     with pytest.raises(ConfigError, match=r'config\.json'):
         load(tmp_path / 'config.json')
-    with pytest.raises(ConfigError, match='want the config.json of a run'):
+    with pytest.raises(ConfigError, match=r'want the config\.json of a run'):
         load(tmp_path / 'none.json')
 
 

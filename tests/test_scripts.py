@@ -82,7 +82,8 @@ def assert_same_run(a, b):
 def interrupt(tmp, name, number):
     """Starts a run, sends a signal between the save of step 8 and the next one, and waits for its end."""
     workdir = tmp / name
-    process = subprocess.Popen(command(tmp, name), env=environment(tmp), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    process = subprocess.Popen(command(tmp, name), env=environment(tmp), **pipes)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         if (workdir / 'checkpoints' / '8').exists():

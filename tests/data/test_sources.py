@@ -1,6 +1,7 @@
 """Sources give every document, once, in its split; what cannot be read is named."""
 
 import gzip
+import itertools
 import json
 
 import pytest
@@ -41,7 +42,7 @@ def corpus(tmp_path):
 def test_text_files_of_every_kind_are_split_without_loss(tmp_path, corpus):
     cfg = data_config(tmp_path, holdout=0.1)
     splits = {split: texts(f'text:{tmp_path}/*.*', split, cfg) for split in ('train', 'validation', 'test')}
-    assert sorted(sum(splits.values(), [])) == sorted(corpus)
+    assert sorted(itertools.chain(*splits.values())) == sorted(corpus)
     assert [len(s) for s in splits.values()] == [32, 4, 4]
     again = data_config(tmp_path, holdout=0.1)
     assert texts(f'text:{tmp_path}/*.*', 'test', again) == splits['test']

@@ -70,7 +70,7 @@ def test_no_token_sees_the_future(kind):
 @pytest.mark.parametrize('policy', REMAT)
 def test_remat_changes_no_gradient(policy):
     cfg = small()
-    model, params = model_and_params(cfg)
+    _, params = model_and_params(cfg)
     rows = random_rows(cfg)
     gradient = lambda cfg: jax.jit(jax.grad(lambda p: jnp.mean(Transformer(cfg).apply(p, *rows)[0] ** 3)))(params)
     expected = gradient(cfg.model)

@@ -176,7 +176,7 @@ def test_constant_rows_give_no_nan(dtype, value, masked):
     x = jnp.full((2, 16), value, dtype)
     where = np.arange(16) < np.array([[16], [9]]) if masked else None
     for huber in (0.0, 0.1):
-        f = lambda x: jnp.sum(statistical_topk(x, 4, where=where, huber=huber).astype(jnp.float32))
+        f = lambda x, huber=huber: jnp.sum(statistical_topk(x, 4, where=where, huber=huber).astype(jnp.float32))
         y, gradient = jax.value_and_grad(f)(x)
         assert jnp.isfinite(y) and jnp.isfinite(gradient.astype(jnp.float32)).all()
 
