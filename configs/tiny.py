@@ -15,11 +15,11 @@ def get_config(variant='spark'):
     m, f, a = c.model, c.model.ffn, c.model.attention
     m.d_model, m.n_layers = 384, 2
     m.dtype = 'float32'
-    a.n_heads, a.n_kv_heads, a.head_dim, a.window = 3, 1, 64, 128
+    a.n_heads, a.n_kv_heads, a.head_dim, a.window = 2, 1, 96, 128
     f.d_ff = 1152
     if variant == 'spark':
         f.kind, f.d_ff, f.k, f.r = 'spark', 1728, 138, 192
-        a.kind, a.k, a.r = 'spark', 32, 32
+        a.kind, a.k, a.r = 'spark', 32, 48
 
     c.data.source = 'stdlib'
     c.data.tokenizer = 'sentencepiece:stdlib_2048.model'

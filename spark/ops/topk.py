@@ -7,6 +7,7 @@ The three operators share one signature, `f(x, k, *, axis, where, …)`, and agr
 entries they return x itself, an entry outside `where` becomes 0, and k < 1 is a ValueError.
 """
 
+import functools
 import numbers
 
 import jax
@@ -37,25 +38,10 @@ def statistical_threshold(x, k, *, axis=-1, where=None, ddof=1):
     """
     _check_k(k)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    # E[x²] − E[x]² fuses into one pass, but cancels where the mean is large against the spread: shift by a pivot.
-    # Any entry will do, a masked one too as long as it is finite; a maximum would cost a pass of its own.
-    pivot = jax.lax.stop_gradient(jax.lax.slice_in_dim(x, 0, 1, axis=axis))
-    if where is None:
-        n = x.shape[axis]
-    else:
-        n = jnp.sum(where, axis=axis, keepdims=True, dtype=x.dtype)
-        pivot = jnp.where(jnp.isfinite(pivot), pivot, 0)
-    # Selects, not products: an invalid entry may be infinite.
-    valid = (lambda x: x) if where is None else (lambda x: jnp.where(where, x, 0))
-    some = jnp.maximum(n, 1)
-    mean = jnp.sum(valid(x), axis=axis, keepdims=True) / some
-    mean_square = jnp.sum(jnp.square(valid(x - pivot)), axis=axis, keepdims=True) / some
-    variance = (mean_square - jnp.square(mean - pivot)) * (n / jnp.maximum(n - ddof, 1))
-    # The square root's slope is infinite at 0; a constant row has no spread to differentiate.
-    spread = variance > 0
-    std = jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1)), 0)
+    n = x.shape[axis] if where is None else jnp.sum(where, axis=axis, keepdims=True, dtype=x.dtype)
+    mean, std = _mean_and_std(x, where, n, axis, ddof)
     # Q(1 − k/n) = −Q(k/n), and k/n keeps the digits that 1 − k/n would lose.
-    share = jnp.asarray(k, x.dtype) / some
+    share = jnp.asarray(k, x.dtype) / jnp.maximum(n, 1)
     quantile = -ndtri(jnp.where(share < 1, share, 0.5))
     return checkpoint_name(jnp.where(share < 1, mean + std * quantile, -jnp.inf), THRESHOLD)
 
@@ -104,6 +90,30 @@ def exact_topk(x, k, *, axis=-1, where=None):
 def approx_topk(x, k, *, axis=-1, where=None, recall=0.95):
     """As `exact_topk`, with `lax.approx_max_k` at the given recall: approximate on TPU, a sort elsewhere."""
     return _keep_largest(x, k, axis, where, lambda x, k: jax.lax.approx_max_k(x, k, recall_target=recall)[0])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _mean_and_std(x, where, n, axis, ddof):
+    """Of the n valid entries, in one pass; (…, 1, …) each."""
+    total = lambda x: jnp.sum(_masked(x, where), axis=axis, keepdims=True) / jnp.maximum(n, 1)
+    # E[x²] − E[x]² fuses into one pass, but cancels where the mean is large against the spread: shift by a pivot.
+    # Any entry will do, a masked one too as long as it is finite; a maximum would cost a pass of its own.
+    pivot = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
+    pivot = jnp.where(jnp.isfinite(pivot), pivot, 0)
+    mean = total(x)
+    variance = (total(jnp.square(x - pivot)) - jnp.square(mean - pivot)) * (n / jnp.maximum(n - ddof, 1))
+    return mean, jnp.sqrt(jnp.maximum(variance, 0))
+
+
+@_mean_and_std.defjvp
+def _mean_and_std_jvp(axis, ddof, primals, tangents):
+    # In closed form it does not go through the pivot, and a constant row, std 0, has derivative 0 rather than NaN.
+    x, where, n = primals
+    dx = tangents[0]
+    mean, std = _mean_and_std(x, where, n, axis, ddof)
+    total = lambda x: jnp.sum(_masked(x, where), axis=axis, keepdims=True)
+    slope = jnp.where(std > 0, 1 / (jnp.maximum(n - ddof, 1) * jnp.where(std > 0, std, 1)), 0)
+    return (mean, std), (total(dx) / jnp.maximum(n, 1), slope * total((x - mean) * dx))
 
 
 def _keep_largest(x, k, axis, where, largest):
