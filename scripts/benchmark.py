@@ -121,7 +121,7 @@ def train_step(repeats):
 
     steps, cfgs = {}, {}
     for variant in ('spark', 'dense'):
-        tokenizer, cfg = pipeline.tokenizer_for(config.validate(_config('tiny.py', variant)))
+        tokenizer, cfg = pipeline.tokenizer_for(config.validate(config.from_file(CONFIGS / 'tiny.py', variant)))
         trainer = Trainer(cfg, jax.devices()[:1])
         batches = iter(pipeline.train_dataset(cfg.data, cfg.seed, tokenizer))
         with trainer.context():
@@ -150,7 +150,7 @@ def compile_time(repeats):
     jax.config.update('jax_enable_compilation_cache', False)
 
     def compile_layers(n):
-        c = _config('gemma2_2b.py', 'spark')
+        c = config.from_file(CONFIGS / 'gemma2_2b.py', 'spark')
         m, f, a = c.model, c.model.ffn, c.model.attention
         m.n_layers, m.d_model, m.vocab_size = n, 64, 512
         f.d_ff, f.k, f.r = 192, 16, 32
@@ -166,12 +166,6 @@ def compile_time(repeats):
 
 
 BENCHMARKS = {'topk': topk, 'ffn': ffn, 'train_step': train_step, 'compile': compile_time}
-
-
-def _config(name, variant):
-    from ml_collections.config_flags import config_flags
-
-    return config_flags._LoadConfigModule(name, str(CONFIGS / name)).get_config(variant)
 
 
 def table(rows):

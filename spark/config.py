@@ -5,6 +5,7 @@ raises a ConfigError of one line that names the field, the value and what would 
 """
 
 import difflib
+import importlib.util
 import pathlib
 from typing import Literal
 
@@ -160,6 +161,14 @@ def template(section=ExperimentConfig):
     return template_
 
 
+def from_file(path, variant=None):
+    """The ConfigDict that `get_config(variant)` of the Python file at `path` returns; no variant: its default one."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*([] if variant is None else [variant]))
+
+
 def check_flags(argv):
     """A ConfigError for a --config whose file is missing, or a --config.FIELD that does not exist."""
     for arg in argv:
@@ -291,7 +300,9 @@ def _check(cfg):
 
 
 def _no_such_field(name, known):
-    return f'no such field{nearest(name, known)} Known: {", ".join(known)}'
+    if not known:
+        return f'no such field {name!r} inside of a value'
+    return f'no such field{nearest(name, known) or "."} Known: {", ".join(known)}'
 
 
 def _one_line(validation_error):

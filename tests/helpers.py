@@ -1,6 +1,6 @@
 """Small configs and models that the tests share."""
 
-import importlib.util
+import json
 import pathlib
 
 import jax
@@ -8,18 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from spark.config import template, validate
+from spark.config import from_file, template, validate
 from spark.nn.transformer import Transformer
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def shipped(path, *variant):
-    """The ConfigDict of configs/NAME.py."""
-    spec = importlib.util.spec_from_file_location(path, ROOT / 'configs' / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*variant)
+def shipped(name, variant=None):
+    """The ConfigDict of configs/NAME."""
+    return from_file(ROOT / 'configs' / name, variant)
 
 
 def small(kind='spark', **overrides):
@@ -37,6 +34,20 @@ def small(kind='spark', **overrides):
     c.sample.tokens = 8
     c.update_from_flattened_dict(overrides)
     return validate(c)
+
+
+def write_corpus(directory):
+    """30 short text files in `directory`; the glob that matches them."""
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        (directory / f'{i}.txt').write_text(' '.join(rng.choice(['spark', 'sparse', 'top', 'key', '漢字'], 60)))
+    return f'text:{directory}/*.txt'
+
+
+def records(workdir):
+    """The lines of a run's metrics.jsonl, without the clock."""
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != 'tokens_per_second'} for line in lines]
 
 
 def model_and_params(cfg, seed=0):

@@ -56,6 +56,11 @@ def test_unknown_missing_and_mistyped_fields():
     raw['model']['d_model'] = '32'
     with pytest.raises(ConfigError, match=r"^model\.d_model = '32': want a valid integer"):
         validate(raw)
+    raw['model']['d_model'], raw['xyz'] = 32, 1
+    with pytest.raises(ConfigError, match=r'^xyz: no such field\. Known: seed, model'):
+        validate(raw)
+    with pytest.raises(ConfigError, match=r'^--config\.model\.ffn\.k\.x: no such field .x. inside of a value'):
+        config.check_flags(['--config.model.ffn.k.x=3'])
     with pytest.raises(ConfigError, match=r'^model\.d_model: missing'):
         validate(template())
 

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, records, write_corpus
 
 STEPS = 24
 
@@ -30,9 +30,7 @@ def script(name, *args):
 def place(tmp_path_factory):
     """A directory with a config file, a corpus, and an uninterrupted run of it in `whole`."""
     tmp = tmp_path_factory.mktemp('runs')
-    rng = np.random.default_rng(0)
-    for i in range(30):
-        (tmp / f'{i}.txt').write_text(' '.join(rng.choice(['spark', 'sparse', 'top', 'key', '漢字'], 60)))
+    source = write_corpus(tmp)
     (tmp / 'config.py').write_text(f'''
 from spark.config import template
 
@@ -43,7 +41,7 @@ def get_config(variant='spark'):
     m.d_model, m.n_layers = 32, 2
     f.kind, f.d_ff, f.k, f.r = 'spark', 96, 8, 16
     a.kind, a.n_heads, a.n_kv_heads, a.head_dim, a.window, a.k, a.r = 'spark', 4, 2, 8, 7, 4, 4
-    c.data.source = 'text:{tmp}/*.txt'
+    c.data.source = '{source}'
     c.data.seq_len, c.data.batch_size, c.data.shuffle_rows = 32, 8, 16
     c.optimizer.lr = 1e-2
     c.train.steps, c.train.log_every, c.train.save_every, c.train.eval_every = {STEPS}, 1, 8, 6
@@ -61,11 +59,6 @@ def command(tmp, name, *args):
 
 def train(tmp, name, *args):
     return subprocess.run(command(tmp, name, *args), env=environment(tmp), capture_output=True, text=True, timeout=300)
-
-
-def records(workdir):
-    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != 'tokens_per_second'} for line in lines]
 
 
 def state(workdir, step=STEPS):

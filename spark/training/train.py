@@ -1,6 +1,7 @@
 """Training, top to bottom: what to train, where, on what; restore or start; step, log, evaluate, save; report."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.core import meta
 from tqdm import tqdm
 
@@ -110,18 +112,20 @@ class Trainer:
             (grads, sums), _ = jax.lax.scan(add, zero, micro)
         grads = jax.tree.map(lambda g: g / sums['tokens'], grads)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p + u, state.params, updates)
-        sums['grad_norm'] = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
+        params = optax.apply_updates(state.params, updates)
+        sums['grad_norm'] = optax.global_norm(grads)
         return TrainState(state.step + 1, params, opt_state), sums
 
 
-def evaluate(trainer, params, batches, label='eval'):
-    """`loss.per_token` over an iterable of batches, summed in float64."""
-    results = [trainer.eval_step(params, trainer.put(batch)) for batch in tqdm(batches, desc=label, leave=False)]
+def evaluate(trainer, params, dataset, label='eval', limit=0):
+    """`loss.per_token` over a dataset of batches, or the first `limit` of them if that is not 0; summed in float64."""
+    with contextlib.closing(iter(dataset)) as batches:
+        shown = tqdm(itertools.islice(batches, limit or None), desc=label, leave=False, disable=jax.process_index() != 0)
+        results = [trainer.eval_step(params, trainer.put(batch)) for batch in shown]
     if not results:
         raise DataError(f'{label}: no batches to evaluate on')
     sums = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *jax.device_get(results))
-    return loss.per_token(trainer.cfg.model, sums) | {'tokens': int(sums['tokens'])}
+    return loss.per_token(trainer.cfg.model, sums) | {'tokens': int(sums['tokens']), 'bytes': int(sums['bytes'])}
 
 
 def train(cfg, workdir):
@@ -133,17 +137,18 @@ def train(cfg, workdir):
     Raises:
       SparkError: with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
     """
-    stop = _stop_on_sigterm()
-    config.check_devices(cfg, jax.device_count())
-    asked = cfg
-    tokenizer, cfg = pipeline.tokenizer_for(cfg)
-    process = jax.process_index(), jax.process_count()
-    config.check_devices(cfg, jax.device_count())
-    dataset = pipeline.train_dataset(cfg.data, cfg.seed, tokenizer, process)
-    claim(workdir, asked)
-    trainer = Trainer(cfg)
-    checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_stop_signals())
+        asked = cfg
+        tokenizer, cfg = pipeline.tokenizer_for(cfg)
+        process = jax.process_index(), jax.process_count()
+        config.check_devices(cfg, jax.device_count())
+        # All data is opened before anything is compiled: a held-out split that is missing must not show after the training.
+        dataset = pipeline.train_dataset(cfg.data, cfg.seed, tokenizer, process)
+        held_out = {split: pipeline.eval_dataset(cfg.data, split, tokenizer, process) for split in ('validation', 'test')}
+        claim(workdir, asked)
+        trainer = Trainer(cfg)
+        checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
         stack.enter_context(trainer.context())
         batches = iter(dataset)
         stack.callback(batches.close)
@@ -158,7 +163,6 @@ def train(cfg, workdir):
         if writer:
             stack.callback(writer.close)
         stack.callback(checkpoints.close)
-        validation = lambda: _head(pipeline.eval_dataset(cfg.data, 'validation', tokenizer, process), cfg.train.eval_batches)
 
         started = time.perf_counter()
         compiled, compile_seconds = None, 0.0
@@ -166,11 +170,10 @@ def train(cfg, workdir):
             print(f'Compiling a step of {trainer.n_params:,} parameters for {trainer.mesh.size} × {_kind()} …', flush=True)
             compiled = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()
             compile_seconds = time.perf_counter() - started
-        log = _Log(trainer, writer, step)
         saved = step if steps else None
         bar = tqdm(total=cfg.train.steps, initial=step, desc='train', unit='step', disable=process[0] != 0)
         stack.callback(bar.close)
-        log.start(bar)
+        log = _Log(trainer, writer, bar, step)
         while step < cfg.train.steps and not stop:
             if step + 1 == cfg.train.profile_step:
                 jax.profiler.start_trace(str(workdir / 'profile'))
@@ -183,7 +186,9 @@ def train(cfg, workdir):
             step += 1
             log.flush()  # the step before, while this one runs
             saving = step % cfg.train.save_every == 0 or step == cfg.train.steps
-            log.push(step, sums, batch[pipeline.HASH], due=step % cfg.train.log_every == 0 or step == cfg.train.steps)
+            due = step % cfg.train.log_every == 0 or step == cfg.train.steps
+            if due or saving:
+                log.push(step, sums, batch[pipeline.HASH], due)
             bar.update()
             if cfg.train.profile_step and step == cfg.train.profile_step + cfg.train.profile_steps - 1:
                 jax.block_until_ready(state)
@@ -193,7 +198,7 @@ def train(cfg, workdir):
                 log.flush()  # raises before a state that is not finite could be saved
             if evaluating:
                 with log.paused():
-                    report = evaluate(trainer, state.params, validation(), 'validation')
+                    report = evaluate(trainer, state.params, held_out['validation'], 'validation', cfg.train.eval_batches)
                     if writer:
                         writer.write(step, 'validation', report)
                     bar.write(f'step {step}: validation loss {report["loss"]:.4f}')
@@ -216,18 +221,18 @@ def train(cfg, workdir):
             'tokens_per_second': round(log.tokens / log.seconds, 1) if log.tokens else None,
             'train_loss': log.last_loss,
         }
-        for split in ('validation', 'test'):
-            summary[split] = evaluate(trainer, state.params, pipeline.eval_dataset(cfg.data, split, tokenizer, process), split)
+        for split, split_dataset in held_out.items():
+            summary[split] = evaluate(trainer, state.params, split_dataset, split)
             if writer:
                 writer.write(step, split, summary[split])
-        size, gzipped = pipeline.text_size(cfg.data, 'test')
-        summary['test']['text_bytes'] = size
-        summary['test']['gzip_bits_per_byte'] = gzipped and 8 * gzipped / size
+        size = summary['test']['bytes']
+        # The yardstick that everyone has; on a large split it would take longer than it says.
+        summary['test']['gzip_bits_per_byte'] = 8 * pipeline.gzip_size(cfg.data, 'test') / size if size <= 64 << 20 else None
     return summary, trainer, state
 
 
 def claim(workdir, cfg):
-    """Makes `workdir` this config's, or raises a ConfigError that names the fields in which it is another's."""
+    """Makes `workdir` this config's; a ConfigError names the fields in which it is another's, or a file that is no run's."""
     path = workdir / 'config.json'
     if path.exists():
         theirs, ours = config.fields(config.load(path)), config.fields(cfg)
@@ -239,6 +244,9 @@ def claim(workdir, cfg):
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             scratch = path.with_suffix('.tmp')
+            strangers = sorted(p.name for p in workdir.iterdir() if p != scratch)
+            if strangers:
+                raise ConfigError(f'--workdir={workdir} holds {strangers[0]!r} but no config.json: choose another directory')
             scratch.write_text(cfg.model_dump_json(indent=2) + '\n')
             os.replace(scratch, path)
     except OSError as e:
@@ -258,9 +266,9 @@ def write_summary(path, summary):
 class _Log:
     """Turns device sums into metrics one step late, so that reading them never holds up the next step."""
 
-    def __init__(self, trainer, writer, step):
-        self._trainer, self._writer, self._pending = trainer, writer, None
-        self._since_step, self._mark, self._away = step, 0.0, 0.0
+    def __init__(self, trainer, writer, bar, step):
+        self._trainer, self._writer, self._bar, self._pending = trainer, writer, bar, None
+        self._since_step, self._mark = step, time.perf_counter()
         self.seconds, self.tokens, self.last_loss = 0.0, 0, None
         cfg = trainer.cfg
         per_token = metrics.training_flops_per_token(cfg.model, trainer.n_params, cfg.data.seq_len)
@@ -268,10 +276,8 @@ class _Log:
         self._utilisation_per_speed = per_token / (peak * trainer.mesh.size) if peak else None
         self._schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
 
-    def start(self, bar):
-        self._bar, self._mark = bar, time.perf_counter()
-
     def push(self, step, sums, crc, due):
+        """Device sums of a step, to be checked by the next `flush`, and written if `due`."""
         self._pending = step, sums, crc, due
 
     @contextlib.contextmanager
@@ -282,18 +288,18 @@ class _Log:
         self._mark += time.perf_counter() - start
 
     def flush(self):
+        """Waits for the pushed step. Raises NotFiniteError if its loss or gradient is not finite."""
         if self._pending is None:
             return
         step, sums, crc, due = self._pending
         self._pending = None
-        if not due and self._bar.total != step and not self._saves(step):
-            return
         sums = jax.device_get(sums)
         report = loss.per_token(self._trainer.cfg.model, sums) | {'grad_norm': float(sums['grad_norm'])}
         self.last_loss = report['loss']
         if not np.isfinite([report['loss'], report['grad_norm']]).all():
             raise NotFiniteError(
-                f'step {step}: loss {report["loss"]}, gradient norm {report["grad_norm"]}, batch {crc:08x}; nothing was saved'
+                f'step {step}: loss {report["loss"]}, gradient norm {report["grad_norm"]}, batch {crc:08x}; '
+                'nothing was saved since the last good checkpoint'
             )
         if not due:
             return
@@ -314,11 +320,9 @@ class _Log:
         if self._writer:
             self._writer.write(step, 'train', report)
 
-    def _saves(self, step):
-        return step % self._trainer.cfg.train.save_every == 0
 
-
-def _stop_on_sigterm():
+@contextlib.contextmanager
+def _stop_signals():
     """A list that is no longer empty once SIGTERM (or a first SIGINT) has come."""
     received = []
 
@@ -327,14 +331,15 @@ def _stop_on_sigterm():
         received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is meant
 
-    with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
-        signal.signal(signal.SIGTERM, handler)
-        signal.signal(signal.SIGINT, handler)
-    return received
-
-
-def _head(batches, n):
-    return (batch for i, batch in zip(range(n), batches, strict=False)) if n else batches
+    try:
+        before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: the caller handles signals
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def _kind():

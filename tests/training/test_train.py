@@ -1,19 +1,21 @@
 """Training in this process: meshes agree, accumulation and chunks change nothing, runs resume bitwise."""
 
-import json
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spark.config import validate
 from spark.errors import CheckpointError, ConfigError, DataError, NotFiniteError
 from spark.nn.layers import METRICS
 from spark.nn.transformer import activity
-from spark.training import loss, optimizer, sharding
+from spark.training import loss, metrics, optimizer, sharding
+from spark.training import train as train_module
 from spark.training.metrics import MetricsWriter
 from spark.training.train import Trainer, train
-from tests.helpers import model_and_params, small
+from tests.helpers import model_and_params, records, shipped, small, write_corpus
 
 
 def random_batch(cfg, seed=0):
@@ -153,18 +155,9 @@ def test_weight_decay_spares_the_norms_and_the_schedule_is_warm_up_and_cosine():
 def corpus(tmp_path_factory):
     """Overrides that name 30 text files, and where a run of 10 steps without interruption lies."""
     directory = tmp_path_factory.mktemp('corpus')
-    rng = np.random.default_rng(0)
-    for i in range(30):
-        (directory / f'{i}.txt').write_text(' '.join(rng.choice(['spark', 'sparse', 'top', 'key', '漢字'], 60)))
-    overrides = {'data.source': f'text:{directory}/*.txt', 'data.cache_dir': str(directory / 'cache'), 'train.eval_every': 5}
+    overrides = {'data.source': write_corpus(directory), 'data.cache_dir': str(directory / 'cache'), 'train.eval_every': 5}
     summary, _, state = train(small(**overrides), directory / 'whole')
     return overrides, directory, summary, jax.device_get(state)
-
-
-def records(workdir):
-    """metrics.jsonl without the clock."""
-    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != 'tokens_per_second'} for line in lines]
 
 
 def test_a_run_leaves_what_it_promises(corpus):
@@ -263,3 +256,53 @@ def test_a_checkpoint_moves_to_another_mesh(corpus):
     state, data = Checkpoints(directory / 'whole' / 'checkpoints').restore(10, trainer.abstract_state)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), expected)
     assert state.params['params']['groups']['ffn_0']['V'].sharding.num_devices == 4 and data
+
+
+def test_the_keep_policy_and_the_limits_of_evaluation(corpus, monkeypatch):
+    overrides, directory, _, _ = corpus
+    sizes = []
+    evaluate = train_module.evaluate
+
+    def spy(trainer, params, dataset, label='eval', limit=0):
+        report = evaluate(trainer, params, dataset, label, limit)
+        sizes.append((label, report['tokens']))
+        return report
+
+    monkeypatch.setattr(train_module, 'evaluate', spy)
+    more = {'train.save_every': 2, 'train.keep': 1, 'train.keep_every': 4, 'train.eval_batches': 1}
+    train(small(**overrides, **more), directory / 'kept')
+    assert {p.name for p in (directory / 'kept' / 'checkpoints').iterdir()} == {'4', '8', '10'}
+    assert [label for label, _ in sizes] == ['validation', 'validation', 'test']
+    assert sizes[0][1] < sizes[1][1]  # one batch on the way, the whole split at the end
+
+
+def test_held_out_text_that_is_missing_is_said_before_the_training(corpus):
+    overrides, directory, _, _ = corpus
+    with pytest.raises(DataError, match=r'text:/no/where\.txt: no file matches'):
+        train(small(**overrides, **{'data.eval_source': 'text:/no/where.txt'}), directory / 'blind')
+    assert not (directory / 'blind').exists()
+
+
+def test_a_directory_that_is_no_run_is_left_alone(corpus):
+    overrides, directory, _, _ = corpus
+    (directory / 'home').mkdir()
+    (directory / 'home' / 'summary.json').write_text('mine')
+    with pytest.raises(ConfigError, match=r"holds 'summary\.json' but no config\.json"):
+        train(small(**overrides), directory / 'home')
+    assert [p.name for p in (directory / 'home').iterdir()] == ['summary.json']
+
+
+def test_signal_handlers_are_put_back(corpus):
+    overrides, directory, _, _ = corpus
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    train(small(**overrides), directory / 'whole')
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_model_flops_and_peaks():
+    """6·N plus attention, by hand for Gemma-2 2B; and the chips that share the start of a name."""
+    cfg = validate(shipped('gemma2_2b.py', 'dense')).model
+    expected = 6 * 2.6e9 + 12 * 13 * (4096 + 8192) * 8 * 256
+    assert metrics.training_flops_per_token(cfg, 2.6e9, 8192) == expected
+    kind = lambda name: metrics.peak_flops(type('Device', (), {'device_kind': name}))
+    assert [kind(n) for n in ('TPU v5 lite', 'TPU v5p', 'NVIDIA H100 80GB HBM3', 'cpu')] == [197e12, 459e12, 989e12, None]
