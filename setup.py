@@ -30,7 +30,6 @@ setup(
         'numpy',
         'tqdm',
         'tensorboardX>=2.6',
-        'matplotlib',
         'sentencepiece>=0.2',
         'tokenizers>=0.20',
     ],
