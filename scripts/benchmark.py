@@ -31,7 +31,7 @@ from spark import config, errors, ops
 from spark.config import FFNConfig
 from spark.nn.ffn import FFN
 
-REPEATS = flags.DEFINE_integer('repeats', 11, 'Interleaved repeats of each side.', lower_bound=1)
+REPEATS = flags.DEFINE_integer('repeats', None, 'Interleaved repeats of each side; default: 11, or 5 of slow ones.', lower_bound=1)
 JSON = flags.DEFINE_string('json', None, 'Also write the rows to this file.')
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
@@ -73,24 +73,20 @@ def backend():
 
 
 def topk(repeats):
-    """The operator, forward + backward, against the other ways to find the k, and against GELU's cost."""
+    """The operator by itself, and as the activation GELU ∘ TopK, against the other ways to find the k and plain GELU."""
     tokens, d, k = 4096, 13824, 1106
     x, cotangent = jax.random.normal(jax.random.key(0), (2, tokens, d))
-    ways = {
-        'statistical': lambda x: ops.statistical_topk(x, k),
-        'exact': lambda x: ops.exact_topk(x, k),
-        'approx, recall 0.95': lambda x: ops.approx_topk(x, k),
-        'GELU': jax.nn.gelu,
-    }
-
-    def both(way):
-        f = forward_backward(way, cotangent)
-        return lambda: f(x)
-
-    ms = interleaved({name: both(way) for name, way in ways.items()}, min(repeats, 5))
+    ways = {'statistical': ops.statistical_topk, 'exact': ops.exact_topk, 'approx, recall 0.95': ops.approx_topk}
+    sides = {name: lambda x, f=f: f(x, k) for name, f in ways.items()}
+    sides |= {f'GELU ∘ {name}': lambda x, f=f: jax.nn.gelu(f(x, k)) for name, f in ways.items()}
+    sides['GELU'] = jax.nn.gelu
+    compiled = {name: forward_backward(f, cotangent) for name, f in sides.items()}
+    ms = interleaved({name: lambda f=f: f(x) for name, f in compiled.items()}, repeats or 5)
     active = float(jnp.mean(ops.statistical_topk(x, k) > 0))
     details = {'shape': [tokens, d], 'k': k, 'active': active, 'approx_is_a_sort': jax.default_backend() != 'tpu'}
-    return [row(f'topk: statistical against {name}', ms['statistical'], ms[name], **details) for name in list(ways)[1:]]
+    pairs = [('statistical', name) for name in list(ways)[1:]]
+    pairs += [(f'GELU ∘ {ours}', f'GELU ∘ {theirs}') for ours, theirs in pairs] + [('GELU ∘ statistical', 'GELU')]
+    return [row(f'topk: {ours} against {theirs}', ms[ours], ms[theirs], **details) for ours, theirs in pairs]
 
 
 def ffn(repeats):
@@ -108,7 +104,7 @@ def ffn(repeats):
         step = forward_backward(module.apply, cotangent)
         return lambda: step(variables, x)
 
-    ms = interleaved({name: both(cfg) for name, cfg in kinds.items()}, repeats)
+    ms = interleaved({name: both(cfg) for name, cfg in kinds.items()}, repeats or 11)
     flops = 3 * 2 * tokens * 3 * D * F
     details = {'tokens': tokens, 'd_model': D, 'time_ratio': ms['spark'] / ms['gated'], 'gflops_per_s': flops / ms['spark'] / 1e6}
     return [row('ffn: Spark against gated', ms['spark'], ms['gated'], **details)]
@@ -134,7 +130,7 @@ def train_step(repeats):
             return sums
 
         steps[variant], cfgs[variant] = (step, trainer), cfg
-    ms = interleaved({name: step for name, (step, _) in steps.items()}, repeats)
+    ms = interleaved({name: step for name, (step, _) in steps.items()}, repeats or 11)
     compiled = {name: trainer.train_step._cache_size() for name, (_, trainer) in steps.items()}
     assert set(compiled.values()) == {1}, f'a step after the first was compiled again: {compiled}'
     tokens = cfgs['spark'].data.batch_size * cfgs['spark'].data.seq_len
@@ -161,7 +157,7 @@ def compile_time(repeats):
             trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()
 
     sides = {f'{n} layers': lambda n=n: compile_layers(n) for n in (26, 4)}
-    ms = interleaved(sides, min(repeats, 5))
+    ms = interleaved(sides, repeats or 5)
     return [row('compile: 26 layers against 4', ms['26 layers'], ms['4 layers'], time_ratio=ms['26 layers'] / ms['4 layers'])]
 
 

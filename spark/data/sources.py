@@ -6,7 +6,8 @@
     array_record:GLOB          ArrayRecord files of UTF-8 records
     0.7 stdlib + 0.3 text:…    a mixture: documents are drawn in these proportions
 
-Sources without splits of their own hold documents out by a fixed permutation of their indices. Whatever cannot be
+Sources without splits of their own hold documents out by a fixed permutation of their indices; a TFDS data set with only
+one of validation and test gives that for both. Whatever cannot be
 read or decoded is a DataError that names the file and the place in it.
 """
 

@@ -26,7 +26,8 @@ def statistical_threshold(x, k, *, axis=-1, where=None, ddof=1):
       x: floating-point array; the statistics are in float32 (float64 for float64 x) and take one pass over x.
       k: how many entries to keep, ≥ 1; a number, or an array that broadcasts against θ (k per row).
       axis: the axis that the entries lie along.
-      where: boolean, broadcasts against x: the valid entries; None for all. A row may have any number n of them.
+      where: boolean, the valid entries, None for all; broadcasts against x over the axes before `axis`. A row may have any
+        number n of them.
       ddof: the variance is the sum of squares over n − ddof: 1 in Spark, 0 in Gemma 3n.
 
     Returns:
@@ -34,9 +35,12 @@ def statistical_threshold(x, k, *, axis=-1, where=None, ddof=1):
       the mean itself for a row of equal entries, without NaN in value or gradient.
 
     Raises:
-      ValueError: k is a number below 1.
+      ValueError: k is a number below 1, or `where` does not tell the entries along `axis` apart.
     """
     _check_k(k)
+    axis -= x.ndim if axis >= 0 else 0
+    if where is not None and jnp.shape(where)[axis] != x.shape[axis]:
+        raise ValueError(f'where has shape {jnp.shape(where)}: along axis {axis} want {x.shape[axis]} entries, as in x')
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     n = x.shape[axis] if where is None else jnp.sum(where, axis=axis, keepdims=True, dtype=x.dtype)
     mean, std = _mean_and_std(x, where, n, axis, ddof)

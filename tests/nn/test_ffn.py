@@ -63,6 +63,15 @@ def test_all_of_k_is_the_kind_without_topk(kind):
     np.testing.assert_allclose(full.apply(variables, x), EXPECTED[kind](x, p, lambda s: s) @ p['V'], atol=1e-5)
 
 
+def test_huber_reaches_the_operator():
+    ffn, variables, x = build('spark')
+    smooth = FFN(ffn.cfg.model_copy(update={'huber': 0.3}), jnp.float32)
+    p = variables['params']
+    expected = EXPECTED['spark'](x, p, lambda s: ops.statistical_topk(s, k, huber=0.3)) @ p['V']
+    np.testing.assert_allclose(smooth.apply(variables, x), expected, atol=1e-5)
+    assert jnp.abs(expected - ffn.apply(variables, x)).max() > 1e-3
+
+
 def test_parameters_match_at_one_and_a_half_times_the_gated_width():
     size = lambda kind, d_ff: sum(p.size for p in jax.tree.leaves(build(kind, d_ff=d_ff)[1]))
     assert size('gated', 40) == size('gaussian_topk', 40) == 3 * D * 40

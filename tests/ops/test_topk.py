@@ -133,6 +133,16 @@ def test_mask_counts_each_row_for_itself():
         assert (y[row, n:] == 0).all()
 
 
+def test_a_mask_is_counted_along_the_axis_of_the_entries():
+    x = gaussian(3, 20)
+    where = np.arange(20) < 11  # broadcasts over the rows
+    np.testing.assert_allclose(statistical_topk(x, 4, where=where)[:, :11], statistical_topk(x[:, :11], 4), atol=1e-6)
+    flipped = statistical_topk(x.T, 4, axis=0, where=where[:, None])
+    np.testing.assert_allclose(flipped.T, statistical_topk(x, 4, where=where), atol=1e-6)
+    with pytest.raises(ValueError, match=r'where has shape \(3, 1\): along axis -1 want 20'):
+        statistical_threshold(x, 4, where=np.ones((3, 1), bool))
+
+
 @pytest.mark.parametrize('f', OPERATORS)
 def test_borders(f):
     x = gaussian(3, 10)
