@@ -31,7 +31,7 @@ from spark import config, errors, ops
 from spark.config import FFNConfig
 from spark.nn.ffn import FFN
 
-REPEATS = flags.DEFINE_integer('repeats', None, 'Interleaved repeats of each side; default: 11, or 5 of slow ones.', lower_bound=1)
+REPEATS = flags.DEFINE_integer('repeats', None, 'Interleaved repeats of each side; default 11, or 5 of slow ones.', lower_bound=1)
 JSON = flags.DEFINE_string('json', None, 'Also write the rows to this file.')
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
