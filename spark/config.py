@@ -224,6 +224,17 @@ def nearest(name, known):
     return f'; did you mean {close[0]}?' if close else ''
 
 
+def ffn_matrices(kind):
+    """How many D × d_ff matrices an FFN of a kind has: a predictor and the rest of the key share one."""
+    gated, _, predictor = FFN_KINDS[kind]
+    return 3 if gated and not predictor else 2
+
+
+def matched_d_ff(d_ff, kind, other):
+    """Neurons that an FFN of kind `other` needs for the parameters of one of `kind` with d_ff neurons."""
+    return round(d_ff * ffn_matrices(kind) / ffn_matrices(other))
+
+
 def check_devices(cfg, n_devices):
     """The sizes of the mesh axes on n_devices, as a dict; a ConfigError if the config does not divide over them."""
     mesh = cfg.mesh

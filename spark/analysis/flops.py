@@ -1,0 +1,93 @@
+"""FLOPs per token, part by part, dense and Spark (arXiv 2506.06644, table 1), and the parameter count they are held against.
+
+Both halves of a layer are one lookup among n entries, so one formula gives both:
+
+    2 · (scored width · n  +  rest width · kept  +  value width · kept)
+
+The predictor scores all n entries; the rest of the key and the value are paid for the kept ones alone. Only matmuls are
+counted, a multiply and an add each: what is elementwise (norms, GELU, softmax, the threshold's 2n) is about 1 %.
+"""
+
+import numpy as np
+
+from spark.config import FFN_KINDS, ffn_matrices, matched_d_ff
+
+PARTS = {
+    'ffn.predictor': 'FFN: scores of all neurons, or K of a kind without a gate',
+    'ffn.K2': 'FFN: the rest of the key, of active neurons',
+    'ffn.V': 'FFN: values of active neurons',
+    'attention.projections': 'attention: q, k, v and output',
+    'attention.scores': 'attention: scores of all visible keys',
+    'attention.K2': 'attention: the rest of the key, of attended keys',
+    'attention.V': 'attention: values of attended keys',
+    'head': 'output head',
+}
+PHASES = ('training', 'prefill', 'decode')
+
+
+def flops_per_token(cfg, context, phase='decode', active=None, attended=None):
+    """{part: FLOPs per token} for the keys of PARTS, summed over the layers.
+
+    Args:
+      cfg: a ModelConfig with vocab_size filled in.
+      context: tokens. In 'decode' the token is the last of that many and sees them all; in 'prefill' the mean is taken over
+        the places in a document of that length.
+      phase: 'training' counts forward and backward (three times the forward pass of 'prefill'), in which all entries of a
+        lookup are computed and masked; 'prefill' and 'decode' pay for kept entries only.
+      active: measured neurons per token, a number or one per layer; None for k as configured, and for all of d_ff in a kind
+        without top-k.
+      attended: measured keys per query, a number or one per layer; None for min(k, visible keys) as configured.
+    """
+    if phase not in PHASES:
+        raise ValueError(f'phase {phase!r}: want one of {", ".join(PHASES)}')
+    D, f, a = cfg.d_model, cfg.ffn, cfg.attention
+    per_layer = lambda measured: np.broadcast_to(np.nan if measured is None else measured, cfg.n_layers)
+    total = dict.fromkeys(PARTS, 0.0)
+    for i, active_, attended_ in zip(range(cfg.n_layers), per_layer(active), per_layer(attended), strict=True):
+        window = a.window if cfg.pattern[i % len(cfg.pattern)] == 'local' else context
+        places = np.array([context]) if phase == 'decode' else np.arange(1, context + 1)
+        visible = np.minimum(places, window)
+        keys = np.mean(visible)
+        kept_keys = np.mean(np.minimum(visible, a.k)) if a.kind == 'spark' else keys
+        kept_keys = kept_keys if np.isnan(attended_) else attended_
+        kept_neurons = (f.k or f.d_ff) if np.isnan(active_) else active_
+        if phase == 'training':
+            kept_keys, kept_neurons = keys, f.d_ff
+
+        gated, _, predictor = FFN_KINDS[f.kind]
+        scored, rest = (f.r, D - f.r) if predictor else (D, D if gated else 0)
+        total['ffn.predictor'] += 2 * scored * f.d_ff
+        total['ffn.K2'] += 2 * rest * kept_neurons
+        total['ffn.V'] += 2 * D * kept_neurons
+
+        scored, rest = (a.r, a.head_dim - a.r) if a.kind == 'spark' else (a.head_dim, 0)
+        total['attention.projections'] += 2 * D * a.head_dim * (2 * a.n_heads + 2 * a.n_kv_heads)
+        total['attention.scores'] += 2 * a.n_heads * scored * keys
+        total['attention.K2'] += 2 * a.n_heads * rest * kept_keys
+        total['attention.V'] += 2 * a.n_heads * a.head_dim * kept_keys
+    total['head'] = 2.0 * D * cfg.vocab_size
+    return {part: float(n) * (3 if phase == 'training' else 1) for part, n in total.items()}
+
+
+def group(parts):
+    """{'ffn', 'attention' (scores and values), 'projections', 'head', 'body' (all but the head), 'total'} of FLOPs by part."""
+    add = lambda *prefixes: sum(n for part, n in parts.items() if part.startswith(prefixes))
+    projections = parts['attention.projections']
+    groups = {'ffn': add('ffn'), 'attention': add('attention') - projections, 'projections': projections, 'head': parts['head']}
+    return groups | {'body': add('ffn', 'attention'), 'total': add('')}
+
+
+def dense_twin(cfg):
+    """The ModelConfig with a gated FFN of equal parameters and dense attention."""
+    f, a = cfg.ffn, cfg.attention
+    d_ff = matched_d_ff(f.d_ff, f.kind, 'gated')
+    ffn = type(f)(kind='gated', d_ff=d_ff)
+    return cfg.model_copy(update={'ffn': ffn, 'attention': a.model_copy(update={'kind': 'dense', 'k': 0, 'r': 0})})
+
+
+def parameters(cfg):
+    """Number of parameters of a ModelConfig, the tied embedding once."""
+    D, f, a = cfg.d_model, cfg.ffn, cfg.attention
+    ffn = ffn_matrices(f.kind) * D * f.d_ff
+    attention = D * a.head_dim * (2 * a.n_heads + 2 * a.n_kv_heads)
+    return cfg.vocab_size * D + D + cfg.n_layers * (ffn + attention + 4 * D)
