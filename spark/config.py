@@ -177,12 +177,19 @@ def check_flags(argv):
         if name == 'config' and not path.is_file():
             there = [str(p) for p in path.parent.glob('*.py')]
             raise ConfigError(f'--config={value}: no such file{nearest(str(path), there)}')
-        section = ExperimentConfig
-        for part in name.split('.')[1:] if name.startswith('config.') else []:
-            known = section.model_fields if hasattr(section, 'model_fields') else {}
-            if part not in known:
-                raise ConfigError(f'--{name}: {_no_such_field(part, known)}')
-            section = known[part].annotation
+        if name.startswith('config.'):
+            field_type(name.partition('.')[2], f'--{name}')
+
+
+def field_type(name, label):
+    """The annotation of a field's dotted name; a ConfigError that starts with `label` if there is none."""
+    section = ExperimentConfig
+    for part in name.split('.'):
+        known = section.model_fields if hasattr(section, 'model_fields') else {}
+        if part not in known:
+            raise ConfigError(f'{label}: {_no_such_field(part, known)}')
+        section = known[part].annotation
+    return section
 
 
 def validate(config):

@@ -103,7 +103,7 @@ def test_every_option_is_read_somewhere():
     assert not unread
 
 
-CONFIGS = [('tiny.py', v) for v in ('spark', 'dense')] + [
+CONFIGS = [('tiny.py', 'spark'), ('tiny.py', 'dense'), ('ablation.py', 'spark')] + [
     (f'gemma2_{size}.py', v) for size in ('2b', '9b', '27b') for v in ('dense', 'spark', 'spark_ffn', 'spark_attention')
 ]
 

@@ -1,0 +1,32 @@
+"""The base of ablations over k, r and FFN kinds: small enough for a 3 × 3 grid within an hour on two CPU cores.
+
+    python scripts/sweep.py --config=configs/ablation.py --axis=model.ffn.k=17,69,276 --axis=model.ffn.r=48,96,144 --out=runs/k_r
+
+Four Spark layers at the paper's shares (8 % of the neurons, r of half of d_model), on the standard library's source.
+"""
+
+from spark.config import template
+from spark.errors import ConfigError
+
+
+def get_config(variant='spark'):
+    """The ConfigDict; the sweep makes the other kinds from it."""
+    if variant != 'spark':
+        raise ConfigError(f'--config: variant {variant!r}: want spark')
+    c = template()
+    m, f, a = c.model, c.model.ffn, c.model.attention
+    m.d_model, m.n_layers = 192, 4
+    m.dtype = 'float32'
+    a.kind, a.n_heads, a.n_kv_heads, a.head_dim, a.window, a.k, a.r = 'spark', 2, 1, 64, 128, 32, 32
+    f.kind, f.d_ff, f.k, f.r = 'spark', 864, 69, 96
+
+    c.data.source = 'stdlib'
+    c.data.tokenizer = 'sentencepiece:stdlib_2048.model'
+    c.data.seq_len, c.data.batch_size = 256, 8
+    c.data.shuffle_rows = 4096
+    c.optimizer.lr, c.optimizer.warmup_steps = 4e-3, 50
+    c.train.steps = 400
+    c.train.save_every = 200
+    c.train.activity = False  # each evaluation shows it
+    c.sample.tokens = 0
+    return c
