@@ -6,9 +6,10 @@
 Run the same command again to go on: finished runs are skipped, half-done ones resumed, failed ones tried again; values may be
 added to an axis. With --axis model.ffn.kind=… d_ff is adjusted so that all kinds have the same number of parameters.
 
-Leaves DIR/results.csv (a row per run), results.md (means over seeds, Pareto front) and loss_*.png; a run that failed is a row that
-says why. Launchers: local trains one after another; slurm submits a job per run, and the same command later collects what has
-ended; print shows the commands of what is left. Exit codes: 0 done (failed runs are rows), 2 bad config, 75 stopped (run again).
+Leaves DIR/results.csv (a row per run), results.md (means over seeds, Pareto front) and loss_*.png; a run that failed is a row
+that says why. Launchers: local trains one after another; slurm submits a job per run, and the same command later collects what
+has ended; print shows the commands of what is left. Exit codes: 0 done (failed runs are rows), 2 bad config, 75 stopped (run
+again).
 """
 
 import json
@@ -21,7 +22,7 @@ from ml_collections import config_flags
 
 from spark import config, errors
 
-CONFIG = config_flags.DEFINE_config_file('config', None, 'The base: a file of configs/, with an optional variant: PATH[:VARIANT].')
+CONFIG = config_flags.DEFINE_config_file('config', None, 'The base: a file of configs/, or one of its variants: PATH[:VARIANT].')
 AXIS = flags.DEFINE_multi_string('axis', [], 'FIELD=v1,v2,…; give it several times for a product.')
 OUT = flags.DEFINE_string('out', None, 'The sweep directory: new, or one of the same base and axes to go on with.')
 LAUNCHER = flags.DEFINE_enum('launcher', 'local', ['local', 'slurm', 'print'], 'Where the runs go.')

@@ -3,9 +3,11 @@
 import itertools
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from scipy.stats import norm
 
 COLORS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#000000', '#999933']  # told apart by all (Okabe-Ito)
 
@@ -25,6 +27,104 @@ def sweep(points, labels, out):
     return paths
 
 
+def evaluation(cfg, report, sums, layer, out):
+    """activity.png, scores_LAYER.png and attended.png of `evaluate.evaluate`'s report and sums; the paths written.
+
+    Args:
+      cfg: the ModelConfig.
+      report, sums: of evaluate.
+      layer: whose scores are drawn.
+      out: a directory.
+    """
+    title = f'step {report["step"]}, {report["split"]} split'
+    return [
+        _activity(cfg, report['layers'], title, out / 'activity.png'),
+        _scores(cfg, sums, layer, title, out / f'scores_{layer}.png'),
+        _attended(cfg, sums, title, out / 'attended.png'),
+    ]
+
+
+def _activity(cfg, layers, title, path):
+    """Active neurons and attended keys, layer by layer: mean, 95th percentile and maximum over tokens."""
+    figure, axes = _figure(11, 4.5, 1, 2)
+    share = 100 * cfg.ffn.k / cfg.ffn.d_ff
+    halves = [
+        ('active', 100, 'active neurons, % of d_ff', share, f'k / d_ff = {share:.1f}%'),
+        ('attended', 1, 'keys attended per query and head', cfg.attention.k, f'k = {cfg.attention.k}'),
+    ]
+    x = [layer['layer'] for layer in layers]
+    for ax, (name, scale, label, k, k_label) in zip(axes, halves, strict=True):
+        if f'{name}_mean' in layers[0]:
+            values = {q: [scale * layer[f'{name}_{q}'] for layer in layers] for q in ('mean', 'p95', 'max')}
+            ax.bar(x, values['mean'], color=COLORS[0], width=0.7, label='mean')
+            ax.plot(x, values['p95'], 'v', color=COLORS[1], label='95 % of tokens are below')
+            ax.plot(x, values['max'], '^', color=COLORS[2], label='maximum')
+            if k:
+                ax.axhline(k, color='0.3', ls='--', lw=1, label=k_label)
+            ax.legend(frameon=False, fontsize=9, ncols=2, loc='upper center')
+        else:
+            ax.text(0.5, 0.5, f'kind {cfg.ffn.kind!r}: every neuron takes part', ha='center', transform=ax.transAxes)
+        ax.set_ylim(0, 1.25 * ax.get_ylim()[1])
+        ax.set_xticks(x if len(x) <= 16 else x[:: len(x) // 13])
+        ax.set_xlabel('layer')
+        ax.set_ylabel(label)
+    figure.suptitle(f'Activity by layer: {title}')
+    _save(figure, path)
+    return path
+
+
+def _scores(cfg, sums, layer, title, path):
+    """One layer's standardised scores against the normal density, and the FFN's threshold."""
+    from spark.analysis.sparsity import EDGES, kolmogorov_smirnov
+
+    figure, axes = _figure(11, 4.5, 1, 2)
+    middle, width = (EDGES[1:] + EDGES[:-1]) / 2, EDGES[1] - EDGES[0]
+    for ax, half in zip(axes, ('ffn', 'attention'), strict=True):
+        counts = sums[f'{half}_scores'][layer]
+        if counts.sum():
+            ax.fill_between(middle, counts / counts.sum() / width, step='mid', color=COLORS[0], alpha=0.5, label='scores')
+        ax.plot(middle, norm.pdf(middle), color='0.2', lw=1, label='normal')
+        ax.set_xlim(-5, 5)
+        ax.set_xlabel('score, standardised per token')
+        ax.set_ylabel('density')
+        name = 'FFN' if half == 'ffn' else f'attention, queries that see more than {cfg.attention.k} keys'
+        ax.set_title(f'{name}\nKS distance {kolmogorov_smirnov(counts):.3f}', fontsize=11)
+        ax.set_ylim(0, 1.25 * ax.get_ylim()[1])
+    if 0 < cfg.ffn.k < cfg.ffn.d_ff:
+        threshold = norm.isf(cfg.ffn.k / cfg.ffn.d_ff)
+        counts = sums['ffn_scores'][layer]
+        above = counts[middle > threshold].sum() / counts.sum()
+        label = f'threshold Q(1 − k/d_ff) = {threshold:.2f}\n{above:.1%} above, k/d_ff = {cfg.ffn.k / cfg.ffn.d_ff:.1%}'
+        axes[0].axvline(threshold, color=COLORS[1], ls='--', label=label)
+    for ax in axes:
+        ax.legend(frameon=False, fontsize=9, loc='upper left')
+    figure.suptitle(f'Predictor scores of layer {layer}: {title}' if cfg.ffn.r else f'Scores of layer {layer}: {title}')
+    _save(figure, path)
+    return path
+
+
+def _attended(cfg, sums, title, path):
+    """Keys attended by place in the document, layer by layer, against all that are visible and against k."""
+    figure, axes = _figure(8, 5)
+    there = np.flatnonzero(sums['positions'])
+    spans = [cfg.pattern[i % len(cfg.pattern)] for i in range(cfg.n_layers)]
+    colors = colormaps['viridis'](np.linspace(0, 0.9, cfg.n_layers))
+    for i, (span, color) in enumerate(zip(spans, colors, strict=True)):
+        style = '-' if span == 'global' else ':'
+        y = sums['by_position'][i][there] / sums['positions'][there]
+        axes.plot(there + 1, y, style, color=color, lw=1.5, label=f'layer {i}, {span}' if cfg.n_layers <= 12 else None)
+    axes.plot(there + 1, there + 1, color='0.6', lw=1, ls='-.', label='all visible keys')
+    if cfg.attention.k:
+        axes.axhline(cfg.attention.k, color=COLORS[1], ls='--', lw=1, label=f'k = {cfg.attention.k}')
+        axes.set_ylim(0, 2.5 * cfg.attention.k)
+    axes.set_xlabel('place in the document, or in its part that the row holds')
+    axes.set_ylabel('keys attended per query, mean over heads')
+    axes.legend(frameon=False, fontsize=9)
+    axes.set_title(f'Attended keys by position: {title}')
+    _save(figure, path)
+    return path
+
+
 def _loss_flops(points, labels, path):
     from spark.analysis.sweep import pareto
 
@@ -40,7 +140,8 @@ def _loss_flops(points, labels, path):
         _errorbar(axes, [p['mflops'][0] for p in here], here, color=color, fmt='o', label=name)
     for p in points:
         text = ', '.join(f'{name} {p["axes"][field]}' for name, field in labels.items() if name != color_by)
-        axes.annotate(text, (p['mflops'][0], p['test_loss'][0]), xytext=(6, 4), textcoords='offset points', fontsize=8, color='0.3')
+        place = p['mflops'][0], p['test_loss'][0]
+        axes.annotate(text, place, xytext=(6, 4), textcoords='offset points', fontsize=8, color='0.3')
     _log_x(axes)
     axes.set_xlabel('MFLOPs per token, forward, without the output head, as measured')
     _finish(figure, axes, 'Test loss against compute', points, path)
@@ -102,6 +203,7 @@ def _figure(width, height, rows=1, columns=1, **more):
     for ax in np.ravel(axes):
         ax.spines[['top', 'right']].set_visible(False)
         ax.grid(alpha=0.25)
+        ax.set_axisbelow(True)
     return figure, axes
 
 

@@ -45,16 +45,16 @@ def train_dataset(cfg, seed, tokenizer, process=(0, 1)):
 
 
 def eval_dataset(cfg, split, tokenizer, process=(0, 1)):
-    """The batches of a held-out split ('validation' or 'test') in order, once, none dropped; the last one is padded."""
+    """The batches of a split ('validation', 'test', or 'train') in order, once, none dropped; the last one is padded."""
     documents = held_out(cfg, split)
     in_order = grain.MapDataset.concatenate([grain.MapDataset.source(d) for d in documents])
     return _batches(_rows(in_order, cfg, tokenizer), cfg, process, drop_remainder=False)
 
 
 def held_out(cfg, split):
-    """The Documents of a held-out split, a list with one entry per part of the source."""
-    source = cfg.eval_source or cfg.source
-    return [d for _, d in sources.open_source(source, split, cfg, held_out_source=bool(cfg.eval_source))]
+    """The Documents of a split, a list with one entry per part of the source; held-out ones are those of data.eval_source."""
+    other = bool(cfg.eval_source) and split != 'train'
+    return [d for _, d in sources.open_source(cfg.eval_source if other else cfg.source, split, cfg, held_out_source=other)]
 
 
 def gzip_size(cfg, split):

@@ -68,7 +68,7 @@ class Attention(nn.Module):
         q = q_BxLxHxd.reshape(B, L, N, G, d).transpose(0, 2, 3, 1, 4).reshape(B, N, G * L, d)
         K, V = k_BxSxNxd.transpose(0, 2, 3, 1), v_BxSxNxd.transpose(0, 2, 1, 3)
         visible = jnp.tile(visible_BxLxS, (1, G, 1))[:, None]
-        sigma1 = lambda s: self._sigma1(s, visible)
+        sigma1 = lambda s: self.sigma1(s, visible)
         if cfg.kind == 'dense':
             y = ops.dense_lookup(q, K, V, sigma1, score_dtype=jnp.float32)
         else:
@@ -80,7 +80,8 @@ class Attention(nn.Module):
         out = matrix(self, 'out', (H, d, D), ('heads', 'head_dim', 'embed'), H * d, self.dtype)
         return (y_TxHd @ out.reshape(H * d, D)).reshape(B, L, D), cache
 
-    def _sigma1(self, s, visible):
+    def sigma1(self, s, visible):
+        """The weights of keys for scores (B, N, G·L, S), top-k included; `visible` broadcasts against them."""
         cfg = self.cfg
         keep = visible if cfg.kind == 'dense' else ops.statistical_keep(s, cfg.k, where=visible)
         count(self, 'attended', jnp.broadcast_to(keep, s.shape))

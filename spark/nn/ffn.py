@@ -35,12 +35,13 @@ class FFN(nn.Module):
         if gated:
             q1, q2 = (x_TxD[:, :r], x_TxD[:, r:]) if has_predictor else (x_TxD, x_TxD)
             K1, K2 = keys('K1', q1.shape[-1]), keys('K2', q2.shape[-1])
-            y_TxD = ops.spark_lookup(q1, q2, K1, K2, V_FxD, self._sigma1, lambda s: s)
+            y_TxD = ops.spark_lookup(q1, q2, K1, K2, V_FxD, self.sigma1, lambda s: s)
         else:
-            y_TxD = ops.dense_lookup(x_TxD, keys('K', D), V_FxD, self._sigma1)
+            y_TxD = ops.dense_lookup(x_TxD, keys('K', D), V_FxD, self.sigma1)
         return y_TxD.reshape(x_BxLxD.shape)
 
-    def _sigma1(self, s_TxF):
+    def sigma1(self, s_TxF):
+        """The activation of scores (T, F), top-k included."""
         cfg = self.cfg
         s_TxF = nn.with_logical_constraint(s_TxF, ('batch', 'ffn'))
         match cfg.kind, cfg.topk:

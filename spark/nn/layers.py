@@ -20,8 +20,12 @@ def softcap(x, cap):
 def count(module, name, entries):
     """Sows how many entries of the last axis are true, per token, under `name`."""
     if not module.is_initializing() and module.is_mutable_collection(METRICS):
-        n = jnp.sum(entries, axis=-1, dtype=jnp.float32)
-        module.sow(METRICS, name, n, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        sow(module, name, jnp.sum(entries, axis=-1, dtype=jnp.float32))
+
+
+def sow(module, name, x):
+    """Adds an array to METRICS, to be found by `transformer.by_layer`."""
+    module.sow(METRICS, name, x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 class RMSNorm(nn.Module):

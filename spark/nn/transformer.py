@@ -119,27 +119,31 @@ def init_cache(cfg, batch, size, dtype=jnp.float32):
     return KVCache(layers, jnp.zeros_like(empty), empty, jnp.zeros((), jnp.int32))
 
 
-def activity(cfg, metrics):
-    """Counts sown by a forward pass, per layer and token, in the order of the layers.
+def by_layer(cfg, metrics, half, name):
+    """What `half` ('ffn' or 'attention') of each layer sowed as `name`: (n_layers, …), in the order of the layers.
 
     Args:
       cfg: the ModelConfig.
       metrics: the METRICS collection of `Transformer.apply(…, mutable=[METRICS])`.
+      half, name: see above.
+    """
+    # (groups, len(pattern), …) → (n_layers, …)
+    x = jnp.stack([metrics['groups'][f'{half}_{i}'][name] for i in range(len(cfg.pattern))], axis=1)
+    return x.reshape(cfg.n_layers, *x.shape[2:])
+
+
+def activity(cfg, metrics):
+    """Counts sown by a forward pass, per layer and token; arguments as in `by_layer`.
 
     Returns:
       {'active': (n_layers, B, L) neurons that fired, unless kind 'gated', which has no zeros to count;
        'attended': (n_layers, B, L) keys attended, mean over the heads}.
     """
-    groups = metrics['groups']
-    per_layer = lambda half, name: jnp.stack(
-        [groups[f'{half}_{i}'][name] for i in range(len(cfg.pattern))], axis=1
-    )  # (groups, len(pattern), …)
-    join = lambda x: x.reshape(cfg.n_layers, *x.shape[2:])
-    attended = join(per_layer('attention', 'attended'))  # (n_layers, B, kv heads, queries per kv head × L)
+    attended = by_layer(cfg, metrics, 'attention', 'attended')  # (n_layers, B, kv heads, queries per kv head × L)
     n, B = attended.shape[:2]
     counts = {'attended': jnp.mean(attended.reshape(n, B, cfg.attention.n_heads, -1), axis=2)}
     if cfg.ffn.kind != 'gated':
-        counts['active'] = join(per_layer('ffn', 'active')).reshape(counts['attended'].shape)
+        counts['active'] = by_layer(cfg, metrics, 'ffn', 'active').reshape(counts['attended'].shape)
     return counts
 
 

@@ -36,6 +36,18 @@ class Checkpoints:
             raise CheckpointError(f'{self.directory}/{step}: cannot be restored: {e}') from e
         return restored['state'], restored['data']
 
+    def restore_params(self, step, params):
+        """The parameters of a step alone; `params` gives shapes, dtypes and shardings."""
+        item = {'params': params}
+        args = ocp.args.PyTreeRestore(
+            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        )
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                return checkpointer.restore(self.directory.absolute() / str(step) / 'state', args=args)['params']
+        except Exception as e:
+            raise CheckpointError(f'{self.directory}/{step}: cannot be restored: {e}') from e
+
     def close(self):
         """Waits for a save under way and raises its error."""
         try:

@@ -9,29 +9,28 @@ from spark.nn.layers import METRICS
 from spark.nn.transformer import activity
 
 
-def cross_entropy(logits_fn, hidden_BxLxD, targets_BxL, weights_BxL, chunk=0):
-    """Sums over tokens of −log p(target) and of log²Z, both in float32 (nats), weighted.
+def cross_entropy(logits_fn, hidden_BxLxD, targets_BxL, chunk=0):
+    """Per token (B, L): −log p(target) and log Z, both float32 (nats), and whether the target is the likeliest token.
 
     Args:
       logits_fn: hidden states (B, l, D) → logits (B, l, V) in float32.
       hidden_BxLxD, targets_BxL: hidden states and int32 ids.
-      weights_BxL: float32, 0 for tokens that do not count.
       chunk: positions whose logits exist at a time, forward and backward; 0 for all L.
     """
 
-    def sums(hidden, targets, weights):
+    def per_token(hidden, targets):
         logits = logits_fn(hidden)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jnp.sum(weights * (log_z - target)), jnp.sum(weights * log_z**2)
+        return log_z - target, log_z, target >= jnp.max(logits, axis=-1)
 
     B, L = targets_BxL.shape
     if not chunk or chunk == L:
-        return sums(hidden_BxLxD, targets_BxL, weights_BxL)
+        return per_token(hidden_BxLxD, targets_BxL)
     cut = lambda x: x.reshape(B, L // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
-    add = lambda total, xs: (jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*xs)), None)
-    zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    return jax.lax.scan(add, zero, jax.tree.map(cut, (hidden_BxLxD, targets_BxL, weights_BxL)))[0]
+    join = lambda x: x.swapaxes(0, 1).reshape(B, L)
+    step = lambda _, xs: (None, jax.checkpoint(per_token)(*xs))
+    return jax.tree.map(join, jax.lax.scan(step, None, (cut(hidden_BxLxD), cut(targets_BxL)))[1])
 
 
 def forward(model, params, batch, *, chunk=0, count=True):
@@ -44,8 +43,13 @@ def forward(model, params, batch, *, chunk=0, count=True):
     (hidden, _), state = model.apply(params, *rows, mutable=[METRICS] if count else [])
     weights = (batch['segments'] > 0).astype(jnp.float32)
     logits_fn = lambda hidden: model.apply(params, hidden, method='logits')
-    nll, log_z2 = cross_entropy(logits_fn, hidden, batch['targets'], weights, chunk)
-    sums = {'nll': nll, 'log_z2': log_z2, 'tokens': jnp.sum(weights), 'bytes': jnp.sum(batch['bytes'], dtype=jnp.float32)}
+    nll_BxL, log_z_BxL, _ = cross_entropy(logits_fn, hidden, batch['targets'], chunk)
+    sums = {
+        'nll': jnp.sum(weights * nll_BxL),
+        'log_z2': jnp.sum(weights * log_z_BxL**2),
+        'tokens': jnp.sum(weights),
+        'bytes': jnp.sum(batch['bytes'], dtype=jnp.float32),
+    }
     if count:
         sums |= {name: jnp.einsum('nBL,BL->n', n, weights) for name, n in activity(model.cfg, state[METRICS]).items()}
     return sums

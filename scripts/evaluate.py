@@ -1,0 +1,99 @@
+"""Evaluate a checkpoint of any run, dense or Spark: loss, what its lookups do, FLOPs, tasks. The run directory holds the config.
+
+    python scripts/evaluate.py --workdir=DIR [--step=N] [--split=test] [--json=FILE] [--plots] [--neurons=LAYER]
+        [--tasks=hellaswag,arc_easy,…]
+
+Prints tables. --plots and --neurons leave pictures and a page to browse in DIR/evaluation/; --tasks runs lm-evaluation-harness.
+Exit codes: 0 done, 2 bad usage, 4 data or task unreadable, 5 no such checkpoint.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from spark import errors
+from spark.runtime import use_huge_pages
+
+WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory.')
+STEP = flags.DEFINE_integer('step', None, 'Which checkpoint; default the newest.', lower_bound=0)
+SPLIT = flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test'], 'Which text.')
+SOURCE = flags.DEFINE_string('source', '', 'Held-out text instead of the run\'s own, such as text:GLOB; see data.source.')
+BATCH = flags.DEFINE_integer('batch_size', 0, 'Rows at a time; default those of the training.', lower_bound=0)
+CONTEXT = flags.DEFINE_integer('context', None, 'Tokens that FLOPs are counted for; default data.seq_len.', lower_bound=1)
+PLOTS = flags.DEFINE_bool('plots', False, 'Also draw activity, scores and attended keys.')
+LAYER = flags.DEFINE_integer('layer', None, 'Layer whose scores are drawn; default the middle one.', lower_bound=0)
+NEURONS = flags.DEFINE_integer('neurons', None, 'Also write a page to browse this layer\'s neurons.', lower_bound=0)
+JSON = flags.DEFINE_string('json', None, 'Also write the report to this file.')
+
+
+def main():
+    if not WORKDIR.value:
+        raise errors.ConfigError('--workdir is missing; see --help')
+    workdir = pathlib.Path(WORKDIR.value)
+    # Imported here, so that usage errors are told before jax starts.
+    from spark.analysis import evaluate, plots
+
+    model = evaluate.load(workdir, STEP.value, SOURCE.value, BATCH.value)
+    n_layers = model.cfg.model.n_layers
+    for name, flag in [('layer', LAYER), ('neurons', NEURONS)]:
+        if flag.value is not None and flag.value >= n_layers:
+            raise errors.ConfigError(f'--{name}={flag.value}: want a layer from 0 to {n_layers - 1}')
+    report, sums = evaluate.evaluate(model, SPLIT.value)
+    context = CONTEXT.value or model.cfg.data.seq_len
+    report = {'workdir': str(workdir), **report, 'flops': evaluate.flops_report(model.cfg.model, context, report['layers'])}
+    print(tables(model.cfg.model, report))
+    if PLOTS.value:
+        out = workdir / 'evaluation' / f'{SPLIT.value}_{model.step}'
+        layer = n_layers // 2 if LAYER.value is None else LAYER.value
+        print('\n'.join(map(str, plots.evaluation(model.cfg.model, report, sums, layer, out))))
+    if JSON.value:
+        try:
+            pathlib.Path(JSON.value).write_text(json.dumps(report, indent=2) + '\n')
+        except OSError as e:
+            raise errors.ConfigError(f'--json={JSON.value}: {e.strerror or e}') from None
+
+
+def tables(cfg, report):
+    """The report in Markdown: the text as a whole, a row per layer, a row per part of the FLOPs."""
+    ends = report['without_ends']
+    bits = lambda losses: f'{losses["bits_per_byte"]:.4f}' if 'bits_per_byte' in losses else '–'
+    lines = [
+        f'Step {report["step"]} on the {report["split"]} split: {report["tokens"]:,} tokens, {report["documents"]:,} documents, '
+        f'{report["bytes"]:,} bytes',
+        '',
+        '|  | loss | perplexity | bits/byte |',
+        '|---|---|---|---|',
+        f'| all tokens | {report["loss"]:.4f} | {report["perplexity"]:.3f} | {bits(report)} |',
+        f'| without document ends | {ends["loss"]:.4f} | {ends["perplexity"]:.3f} | {bits(ends)} |',
+        '',
+        '| layer | active mean | p95 | max | recall | precision | KS | dead | Gini | keys mean | max | recall | precision | KS |',
+        '|' + '---|' * 14,
+    ]
+    columns = [
+        ('active_mean', '.1%'), ('active_p95', '.1%'), ('active_max', '.1%'),
+        ('recall', '.3f'), ('precision', '.3f'), ('ks', '.3f'), ('dead', 'd'), ('gini', '.2f'),
+        ('attended_mean', '.1f'), ('attended_max', '.0f'),
+        ('attention_recall', '.3f'), ('attention_precision', '.3f'), ('attention_ks', '.3f'),
+    ]  # fmt: skip
+    for layer in report['layers']:
+        cells = [format(layer[name], style) if name in layer else '–' for name, style in columns]
+        lines.append(f'| {layer["layer"]} {layer["span"]} | ' + ' | '.join(cells) + ' |')
+    lines += ['', f'FLOPs per token, millions, at a context of {report["flops"]["context"]} tokens:', '']
+    columns = [('prefill', 'dense'), ('prefill', 'configured'), ('prefill', 'measured'),
+               ('decode', 'dense'), ('decode', 'configured'), ('decode', 'measured'), ('training', 'configured')]  # fmt: skip
+    lines += ['| part | ' + ' | '.join(f'{phase}, {way}' for phase, way in columns) + ' |', '|' + '---|' * (len(columns) + 1)]
+    names = {'total': 'all', 'body': 'all but the head'}
+    for part in [*report['flops']['decode']['dense']]:
+        cells = [f'{report["flops"][phase][way][part] / 1e6:,.3f}' for phase, way in columns]
+        lines.append(f'| {names.get(part, part)} | ' + ' | '.join(cells) + ' |')
+    decode = report['flops']['decode']
+    ratio = lambda part: decode['dense'][part] / decode['measured'][part]
+    lines += ['', f'Dense over this model, decoding: FFN {ratio("ffn"):.2f}×, attention {ratio("attention"):.2f}×, '
+              f'all but the head {ratio("body"):.2f}×.']  # fmt: skip
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    use_huge_pages()
+    errors.run(main)
