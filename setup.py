@@ -13,7 +13,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['spark', 'spark.*']),
-    package_data={'spark.data': ['*.model']},
+    package_data={'spark.data': ['*.model'], 'spark.analysis': ['*.html']},
     install_requires=[
         'jax>=0.10',
         'flax>=0.12',

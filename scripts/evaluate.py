@@ -32,7 +32,7 @@ def main():
         raise errors.ConfigError('--workdir is missing; see --help')
     workdir = pathlib.Path(WORKDIR.value)
     # Imported here, so that usage errors are told before jax starts.
-    from spark.analysis import evaluate, plots
+    from spark.analysis import evaluate, neurons, plots
 
     model = evaluate.load(workdir, STEP.value, SOURCE.value, BATCH.value)
     n_layers = model.cfg.model.n_layers
@@ -43,10 +43,14 @@ def main():
     context = CONTEXT.value or model.cfg.data.seq_len
     report = {'workdir': str(workdir), **report, 'flops': evaluate.flops_report(model.cfg.model, context, report['layers'])}
     print(tables(model.cfg.model, report))
-    if PLOTS.value:
-        out = workdir / 'evaluation' / f'{SPLIT.value}_{model.step}'
-        layer = n_layers // 2 if LAYER.value is None else LAYER.value
-        print('\n'.join(map(str, plots.evaluation(model.cfg.model, report, sums, layer, out))))
+    out = workdir / 'evaluation' / f'{SPLIT.value}_{model.step}'
+    if PLOTS.value or NEURONS.value is not None:
+        middle = n_layers // 2 if NEURONS.value is None else NEURONS.value
+        pictures = plots.evaluation(model.cfg.model, report, sums, middle if LAYER.value is None else LAYER.value, out)
+        print('\n'.join(map(str, pictures)))
+    if NEURONS.value is not None:
+        page = out / f'neurons_{NEURONS.value}.html'
+        print(neurons.write(model, SPLIT.value, NEURONS.value, page, pictures[0]))
     if JSON.value:
         try:
             pathlib.Path(JSON.value).write_text(json.dumps(report, indent=2) + '\n')

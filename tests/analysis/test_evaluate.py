@@ -8,17 +8,6 @@ import pytest
 
 from spark.analysis import evaluate, plots
 from spark.errors import CheckpointError, ConfigError, DataError
-from spark.training.train import train
-from tests.helpers import small, write_corpus
-
-
-@pytest.fixture(scope='module', params=['spark', 'dense'])
-def run(request, tmp_path_factory):
-    """(run directory, its summary): a few steps on 30 text files; the last batch of the test split is partial."""
-    directory = tmp_path_factory.mktemp(request.param)
-    overrides = {'data.source': write_corpus(directory), 'data.cache_dir': str(directory / 'cache'), 'model.vocab_size': 0}
-    summary, _, _ = train(small(request.param, **overrides, **{'train.steps': 6, 'train.save_every': 3}), directory / 'run')
-    return directory / 'run', summary
 
 
 @pytest.fixture(scope='module')
