@@ -3,7 +3,8 @@
     python scripts/evaluate.py --workdir=DIR [--step=N] [--split=test] [--json=FILE] [--plots] [--neurons=LAYER]
         [--tasks=hellaswag,arc_easy,…]
 
-Prints tables. --plots and --neurons leave pictures and a page to browse in DIR/evaluation/; --tasks runs lm-evaluation-harness.
+Prints tables. --plots and --neurons leave pictures and a page to browse in DIR/evaluation/; --tasks runs lm-evaluation-harness,
+with --split=none nothing else.
 Exit codes: 0 done, 2 bad usage, 4 data or task unreadable, 5 no such checkpoint.
 """
 
@@ -17,13 +18,17 @@ from spark.runtime import use_huge_pages
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory.')
 STEP = flags.DEFINE_integer('step', None, 'Which checkpoint; default the newest.', lower_bound=0)
-SPLIT = flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test'], 'Which text.')
+SPLIT = flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test', 'none'], 'Which text; none for tasks alone.')
 SOURCE = flags.DEFINE_string('source', '', 'Held-out text instead of the run\'s own, such as text:GLOB; see data.source.')
 BATCH = flags.DEFINE_integer('batch_size', 0, 'Rows at a time; default those of the training.', lower_bound=0)
 CONTEXT = flags.DEFINE_integer('context', None, 'Tokens that FLOPs are counted for; default data.seq_len.', lower_bound=1)
 PLOTS = flags.DEFINE_bool('plots', False, 'Also draw activity, scores and attended keys.')
 LAYER = flags.DEFINE_integer('layer', None, 'Layer whose scores are drawn; default the middle one.', lower_bound=0)
 NEURONS = flags.DEFINE_integer('neurons', None, 'Also write a page to browse this layer\'s neurons.', lower_bound=0)
+TASKS = flags.DEFINE_list('tasks', [], 'Tasks or groups of lm-evaluation-harness.')
+TASK_PATH = flags.DEFINE_string('task_path', None, 'A directory with task files of your own; they may run code.')
+LIMIT = flags.DEFINE_integer('limit', None, 'Documents per task; default all.', lower_bound=1)
+FEWSHOT = flags.DEFINE_integer('fewshot', None, 'Examples in the context; default as the task says.', lower_bound=0)
 JSON = flags.DEFINE_string('json', None, 'Also write the report to this file.')
 
 
@@ -31,26 +36,25 @@ def main():
     if not WORKDIR.value:
         raise errors.ConfigError('--workdir is missing; see --help')
     workdir = pathlib.Path(WORKDIR.value)
+    if SPLIT.value == 'none' and (PLOTS.value or NEURONS.value is not None or not TASKS.value):
+        raise errors.ConfigError('--split=none: there is nothing to do without --tasks, and nothing to draw without a split')
     # Imported here, so that usage errors are told before jax starts.
-    from spark.analysis import evaluate, neurons, plots
+    from spark.analysis import evaluate
 
     model = evaluate.load(workdir, STEP.value, SOURCE.value, BATCH.value)
     n_layers = model.cfg.model.n_layers
     for name, flag in [('layer', LAYER), ('neurons', NEURONS)]:
         if flag.value is not None and flag.value >= n_layers:
             raise errors.ConfigError(f'--{name}={flag.value}: want a layer from 0 to {n_layers - 1}')
-    report, sums = evaluate.evaluate(model, SPLIT.value)
-    context = CONTEXT.value or model.cfg.data.seq_len
-    report = {'workdir': str(workdir), **report, 'flops': evaluate.flops_report(model.cfg.model, context, report['layers'])}
-    print(tables(model.cfg.model, report))
-    out = workdir / 'evaluation' / f'{SPLIT.value}_{model.step}'
-    if PLOTS.value or NEURONS.value is not None:
-        middle = n_layers // 2 if NEURONS.value is None else NEURONS.value
-        pictures = plots.evaluation(model.cfg.model, report, sums, middle if LAYER.value is None else LAYER.value, out)
-        print('\n'.join(map(str, pictures)))
-    if NEURONS.value is not None:
-        page = out / f'neurons_{NEURONS.value}.html'
-        print(neurons.write(model, SPLIT.value, NEURONS.value, page, pictures[0]))
+    if TASKS.value:
+        tasks = harness()
+        manager = tasks.load(TASKS.value, TASK_PATH.value)
+    report = {'workdir': str(workdir), 'step': model.step}
+    if SPLIT.value != 'none':
+        report |= split_report(model, workdir / 'evaluation' / f'{SPLIT.value}_{model.step}')
+    if TASKS.value:
+        report['tasks'], table = tasks.run(model, TASKS.value, manager, limit=LIMIT.value, fewshot=FEWSHOT.value)
+        print(table)
     if JSON.value:
         try:
             pathlib.Path(JSON.value).write_text(json.dumps(report, indent=2) + '\n')
@@ -58,7 +62,33 @@ def main():
             raise errors.ConfigError(f'--json={JSON.value}: {e.strerror or e}') from None
 
 
-def tables(cfg, report):
+def split_report(model, out):
+    """Evaluates the split, prints its tables and leaves in `out` what was asked for."""
+    from spark.analysis import evaluate, neurons, plots
+
+    cfg = model.cfg.model
+    report, sums = evaluate.evaluate(model, SPLIT.value)
+    report['flops'] = evaluate.flops_report(cfg, CONTEXT.value or model.cfg.data.seq_len, report['layers'])
+    print(tables(report))
+    if PLOTS.value or NEURONS.value is not None:
+        middle = cfg.n_layers // 2 if NEURONS.value is None else NEURONS.value
+        pictures = plots.evaluation(cfg, report, sums, middle if LAYER.value is None else LAYER.value, out)
+        print('', *pictures, sep='\n')
+    if NEURONS.value is not None:
+        print(neurons.write(model, SPLIT.value, NEURONS.value, out / f'neurons_{NEURONS.value}.html', pictures[0]))
+    return report
+
+
+def harness():
+    """spark.analysis.tasks, if lm-eval is installed."""
+    try:
+        from spark.analysis import tasks
+    except ImportError as e:
+        raise errors.ConfigError(f"--tasks needs lm-eval: pip install 'spark-transformer[eval]' ({e})") from None
+    return tasks
+
+
+def tables(report):
     """The report in Markdown: the text as a whole, a row per layer, a row per part of the FLOPs."""
     ends = report['without_ends']
     bits = lambda losses: f'{losses["bits_per_byte"]:.4f}' if 'bits_per_byte' in losses else '–'

@@ -23,6 +23,18 @@ def test_greedy_generation_is_the_argmax_of_the_forward_pass(kind):
     np.testing.assert_array_equal(tokens, expected)
 
 
+@pytest.mark.parametrize('kind', ['dense', 'spark'])
+def test_prompts_padded_on_the_left_go_on_as_they_would_alone(kind):
+    cfg = small(kind)
+    model, params = model_and_params(cfg)
+    prompts = random_rows(cfg, batch=3, length=12)[0]
+    lengths = jnp.array([12, 5, 9])
+    together = generate(model, params, prompts, jax.random.key(0), n=6, lengths_B=lengths)
+    for i, length in enumerate(lengths):
+        alone = generate(model, params, prompts[i : i + 1, 12 - length :], jax.random.key(0), n=6)
+        np.testing.assert_array_equal(together[i], alone[0])
+
+
 def test_sampling_follows_the_softmax():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
     draws = jax.vmap(lambda key: sample(logits, key, 1.0)[0])(jax.random.split(jax.random.key(0), 4000))
