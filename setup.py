@@ -2,7 +2,9 @@
 
 from setuptools import find_packages, setup
 
-TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'ruff>=0.6']
+EVAL = ['lm-eval>=0.4.9']
+SLURM = ['submitit>=1.5.2']
+TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'ruff>=0.6', 'selenium>=4.20', *EVAL, *SLURM]
 
 setup(
     name='spark-transformer',
@@ -28,6 +30,8 @@ setup(
         'pydantic>=2.7',
         'filelock',
         'numpy',
+        'scipy',
+        'matplotlib>=3.8',
         'tqdm',
         'tensorboardX>=2.6',
         'sentencepiece>=0.2',
@@ -38,7 +42,8 @@ setup(
         'cuda': ['jax[cuda12]'],
         'tpu': ['jax[tpu]'],
         'aot': ['libtpu'],  # compiles for TPUs that are not there
-        'eval': ['lm-eval>=0.4'],
+        'eval': EVAL,
+        'slurm': SLURM,
         'parity': ['torch>=2.6', 'safetensors'],
     },
     classifiers=[

@@ -173,3 +173,80 @@ def test_train_a_tokenizer(place):
     again = run('--vocab_size=300')
     assert again.returncode == 2 and 'exists' in again.stderr
     assert '300' in (run('--vocab_size=10').stderr)
+
+
+def run_script(tmp, name, *args, **more):
+    return subprocess.run(script(name, *args), env=environment(tmp) | more, capture_output=True, text=True, timeout=300)
+
+
+def one_line(result, code, message):
+    said = [line for line in result.stderr.replace('\r', '\n').splitlines() if 'Error: ' in line]
+    assert result.returncode == code, result.stderr
+    assert len(said) == 1 and message in said[0] and 'Traceback' not in result.stderr
+
+
+def test_evaluate_a_run(place):
+    tmp, _ = place
+    args = ['evaluate.py', f'--workdir={tmp}/whole', f'--json={tmp}/e.json', '--plots', '--neurons=1']
+    done = run_script(tmp, *args)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp / 'e.json').read_text())
+    summary = json.loads((tmp / 'whole' / 'summary.json').read_text())
+    assert report['loss'] == pytest.approx(summary['test']['loss'], rel=1e-6) and len(report['layers']) == 2
+    for words in (f'Step {STEPS} on the test split', '| all tokens |', '| 1 global |', '| ffn.predictor |', 'Dense over this model'):
+        assert words in done.stdout
+    left = {p.name for p in (tmp / 'whole' / 'evaluation' / f'test_{STEPS}').iterdir()}
+    assert left == {'activity.png', 'scores_1.png', 'attended.png', 'neurons_1.html'}
+    assert train(tmp, 'whole').returncode == 0  # the directory is still the run's
+
+
+@pytest.mark.parametrize(
+    ('args', 'code', 'message'),
+    [
+        ([], 2, '--workdir is missing'),
+        (['--workdir={}/nowhere'], 2, 'want the config.json of a run'),
+        (['--workdir={}/whole', '--step=7'], 5, f'no step 7; there are 16, {STEPS}'),
+        (['--workdir={}/whole', '--neurons=2'], 2, '--neurons=2: want a layer from 0 to 1'),
+        (['--workdir={}/whole', '--split=tset'], 2, 'tset'),
+        (['--workdir={}/whole', '--split=none'], 2, '--split=none: there is nothing to do without --tasks'),
+        (['--workdir={}/whole', '--source=text:/no/where.txt'], 4, 'no file matches'),
+        (['--workdir={}/whole', '--split=none', '--tasks=hellaswag'], 4, '--tasks=hellaswag: its data cannot be read or downloaded'),
+        (['--workdir={}/whole', '--split=none', '--tasks=helaswag'], 2, 'did you mean hellaswag?'),
+    ],
+)
+def test_what_evaluate_cannot_do(place, args, code, message):
+    tmp, _ = place
+    one_line(run_script(tmp, 'evaluate.py', *[a.format(tmp) for a in args], HF_HUB_OFFLINE='1'), code, message)
+
+
+def test_a_sweep_is_stopped_resumed_and_tells_what_failed(place):
+    tmp, _ = place
+    out = tmp / 'sweep'
+    args = ['sweep.py', f'--config={tmp}/config.py', f'--out={out}', '--axis=optimizer.lr=1e-2,1e30', '--axis=seed=0']
+    args += ['--config.optimizer.clip=0.0', f'--json={tmp}/rows.json']
+    printed = run_script(tmp, *args, '--launcher=print')
+    assert printed.returncode == 0 and printed.stdout.count('--config.optimizer.clip=0.0') == 2, printed.stderr
+    first, pipes = 'lr-0.01_seed-0', {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True}
+    process = subprocess.Popen(script(*args), env=environment(tmp), **pipes)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None and not (out / 'runs' / first / 'checkpoints' / '8').exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75 and f'Preempted: stopped in {first}' in err.splitlines()[-1], err
+
+    done = run_script(tmp, *args)
+    assert done.returncode == 0, done.stderr
+    assert 'Going on from step' in (out / 'logs' / f'{first}.log').read_text()
+    assert '- `lr-1e+30_seed-0`: failed, exit code 3: NotFiniteError: step' in done.stdout
+    rows = json.loads((tmp / 'rows.json').read_text())
+    assert [row['status'].split(',')[0] for row in rows] == ['done', 'failed']
+    assert rows[0]['test_loss'] == json.loads((out / 'runs' / first / 'summary.json').read_text())['test']['loss']
+    assert {'results.csv', 'results.md', 'loss_flops.png'} <= {p.name for p in out.iterdir()}
+
+    written = (out / 'runs' / first / 'summary.json').stat().st_mtime_ns
+    again = run_script(tmp, *args, '--launcher=print')
+    assert again.stdout.count('train.py') == 1  # the failed one is left
+    assert (out / 'runs' / first / 'summary.json').stat().st_mtime_ns == written
+    one_line(run_script(tmp, *args, '--config.train.steps=30'), 2, 'belongs to a sweep with train.steps = 24, now 30')
+    one_line(run_script(tmp, *args, '--axis=model.ffn.kk=1'), 2, '--axis=model.ffn.kk=1: no such field; did you mean k?')

@@ -330,7 +330,7 @@ def _parse_value(axis, kind, text):
             return adapter.validate_python(tuple(text.split('+')))
         return adapter.validate_strings(text)
     except pydantic.ValidationError as e:
-        message = e.errors()[0]['msg'].replace('Input should', 'want')
+        message = e.errors()[0]['msg'].replace('Input should be', 'want')
         raise ConfigError(f'--axis={axis}: {text!r}: {message}') from None
 
 

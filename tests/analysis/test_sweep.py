@@ -1,0 +1,206 @@
+"""Grids: what they contain, what they refuse, where they stand; and submission to a cluster that a few shell scripts play."""
+
+import json
+import os
+import stat
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from spark import config
+from spark.analysis import flops, sweep
+from spark.config import FFN_KINDS
+from spark.errors import ConfigError
+from tests.helpers import small
+
+
+def grid(*axes, base=None):
+    base = base or small()
+    parsed = sweep.parse_axes(axes)
+    return base, parsed, sweep.grid(base, parsed)
+
+
+def test_axes_are_read_by_the_type_of_their_field():
+    axes = sweep.parse_axes(['model.ffn.k=4,8', 'optimizer.lr=1e-3,0.5', 'model.pattern=local+global,global',
+                             'train.activity=true', 'data.source="text:a,b",stdlib', 'seed=0,1,1'])  # fmt: skip
+    assert axes == {
+        'model.ffn.k': [4, 8], 'optimizer.lr': [1e-3, 0.5], 'model.pattern': [('local', 'global'), ('global',)],
+        'train.activity': [True], 'data.source': ['text:a,b', 'stdlib'], 'seed': [0, 1],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('axes', 'message'),
+    [
+        ([], '--axis is missing: want at least one FIELD=value'),
+        (['model.ffn.k'], '--axis=model.ffn.k: want FIELD=value,value'),
+        (['model.ffn.kk=3'], '--axis=model.ffn.kk=3: no such field; did you mean k?'),
+        (['model.ffn.k=3,many'], "--axis=model.ffn.k=3,many: 'many': want a valid integer"),
+        (['model.ffn.kind=spark,sparse'], "--axis=model.ffn.kind=spark,sparse: 'sparse': want 'gated'"),
+        (['model.pattern=local+far'], "--axis=model.pattern=local+far: 'local+far'"),
+        (['seed=0', 'seed=1'], '--axis=seed=1: seed is an axis already'),
+        (['model.ffn.k=97'], 'model.ffn.k = 97: want 1 … d_ff = 96'),
+        (['model.ffn.kind=spark,gated', 'model.ffn.d_ff=96'], 'parameters differ by '),
+    ],
+)
+def test_wrong_axes_are_told_in_one_line(axes, message):
+    with pytest.raises(ConfigError) as e:
+        grid(*axes)
+    assert str(e.value).startswith(message), e.value
+    assert '\n' not in str(e.value)
+
+
+def test_a_grid_is_a_product_of_valid_configs_with_the_same_parameters():
+    base, _, runs = grid('model.ffn.k=4,8', 'model.ffn.r=8,16', 'seed=0,1')
+    assert len(runs) == 8 and runs[0].name == 'k-4_r-8_seed-0' and runs[-1].name == 'k-8_r-16_seed-1'
+    points = {(run.cfg.model.ffn.k, run.cfg.model.ffn.r, run.cfg.seed) for run in runs}
+    assert points == {(k, r, seed) for k in (4, 8) for r in (8, 16) for seed in (0, 1)}
+    assert len({flops.parameters(r.cfg.model) for r in runs}) == 1
+    assert runs[-1].cfg == base.model_copy(update={'seed': 1})
+
+
+def test_kinds_are_compared_at_matched_parameters():
+    _, _, runs = grid('model.ffn.kind=' + ','.join(FFN_KINDS))
+    ffn = {r.name.removeprefix('kind-'): r.cfg.model.ffn for r in runs}
+    assert ffn['gated'].d_ff == ffn['gaussian_topk'].d_ff == 64 and ffn['relu'].d_ff == ffn['topk'].d_ff == 96
+    assert (ffn['gated'].k, ffn['gated'].r, ffn['topk'].k, ffn['topk'].r) == (0, 0, 8, 0)
+    assert ffn['gaussian_topk'].k == 5  # the share of the neurons stays
+    notes = {r.name.removeprefix('kind-'): r.adjusted for r in runs}
+    assert notes['spark'] == '' and notes['gated'] == 'd_ff 96 → 64, ffn.k 8 → 0, ffn.r 16 → 0'
+    counts = [flops.parameters(r.cfg.model) for r in runs]
+    assert max(counts) <= 1.01 * min(counts)
+
+
+def test_points_that_a_kind_does_not_tell_apart_are_one_run():
+    _, _, runs = grid('model.ffn.kind=relu,spark', 'model.ffn.k=4,8', 'model.attention.kind=dense,spark')
+    names = [r.name for r in runs]
+    assert names == ['ffn.kind-relu_k-0_attention.kind-dense', 'ffn.kind-relu_k-0_attention.kind-spark',
+                     'ffn.kind-spark_k-4_attention.kind-dense', 'ffn.kind-spark_k-4_attention.kind-spark',
+                     'ffn.kind-spark_k-8_attention.kind-dense', 'ffn.kind-spark_k-8_attention.kind-spark']  # fmt: skip
+    assert runs[0].cfg.model.attention.k == runs[0].cfg.model.attention.r == 0
+
+
+def test_other_sizes_may_have_other_parameters():
+    _, _, runs = grid('model.d_model=32,64', 'model.ffn.r=8,16')
+    assert len({flops.parameters(r.cfg.model) for r in runs}) == 2
+
+
+def test_a_directory_belongs_to_one_sweep(tmp_path):
+    base, axes, runs = grid('model.ffn.k=4,8')
+    sweep.claim(tmp_path / 'out', base, axes, runs)
+    _, more, more_runs = grid('model.ffn.k=4,8,12')
+    sweep.claim(tmp_path / 'out', base, more, more_runs)  # values may be added
+    assert json.loads((tmp_path / 'out' / 'sweep.json').read_text())['axes'] == {'model.ffn.k': [4, 8, 12]}
+    with pytest.raises(ConfigError, match=r'belongs to a sweep over model\.ffn\.k: choose another'):
+        sweep.claim(tmp_path / 'out', base, {**axes, 'seed': [0]}, runs)
+    other = small(**{'train.steps': 20, 'seed': 3})
+    with pytest.raises(ConfigError, match=r'belongs to a sweep with seed = 0, now 3; train\.steps = 10, now 20: choose another'):
+        sweep.claim(tmp_path / 'out', other, axes, runs)
+    workdir = tmp_path / 'out' / 'runs' / runs[0].name
+    workdir.mkdir(parents=True)
+    (workdir / 'config.json').write_text(small(**{'model.ffn.k': 4, 'optimizer.lr': 0.5}).model_dump_json())
+    with pytest.raises(ConfigError, match=r'k-4 belongs to a run with optimizer\.lr = 0\.5, now 0\.01: choose another --out'):
+        sweep.claim(tmp_path / 'out', base, axes, runs)
+    (tmp_path / 'home').mkdir()
+    (tmp_path / 'home' / 'thesis.tex').write_text('mine')
+    with pytest.raises(ConfigError, match=r"holds 'thesis\.tex' but no sweep\.json"):
+        sweep.claim(tmp_path / 'home', base, axes, runs)
+
+
+def result(loss, mflops, **more):
+    always = {'parameters': 1000, 'flops_ratio': 2.0, 'context': 32, 'bits_per_byte': None}
+    return {'test_loss': loss, 'mflops': mflops} | always | more
+
+
+def test_seeds_are_averaged_and_the_front_is_what_nothing_beats(tmp_path):
+    axes = {'model.ffn.k': [4, 8, 12], 'seed': [0, 1]}
+    row = lambda k, seed, status='done', **more: sweep.Row(f'k-{k}_seed-{seed}', {'model.ffn.k': k, 'seed': seed}, status, **more)
+    rows = [
+        row(4, 0, result=result(3.0, 1.0)), row(4, 1, result=result(3.2, 1.0)),
+        row(8, 0, result=result(3.3, 2.0)), row(8, 1, 'failed, exit code 3: NotFiniteError: step 5: loss nan'),
+        row(12, 0, result=result(2.5, 3.0, active=0.1)), row(12, 1, 'unfinished, at step 4'),
+    ]  # fmt: skip
+    points = sweep.average(rows, axes)
+    assert [p['seeds'] for p in points] == [2, 1, 1]
+    np.testing.assert_allclose(points[0]['test_loss'], (3.1, np.std([3.0, 3.2], ddof=1), 3.0, 3.2))
+    assert [p['axes']['model.ffn.k'] for p in sweep.pareto(points)] == [4, 12]
+    paths = sweep.write_results(tmp_path, rows, axes)
+    assert [p.name for p in paths] == ['results.csv', 'results.md', 'loss_flops.png', 'loss_k.png']
+    assert all(p.exists() for p in paths)
+    text = (tmp_path / 'results.md').read_text()
+    assert '| 4 | 2 | 1,000 | 3.1000 ± 0.1414 |' in text and '2.00× | Pareto |' in text
+    assert '- `k-8_seed-1`: failed, exit code 3: NotFiniteError: step 5: loss nan' in text
+    assert 'unfinished, at step 4' in text
+    lines = (tmp_path / 'results.csv').read_text().splitlines()
+    assert len(lines) == 7 and lines[0].startswith('run,model.ffn.k,seed,status,test_loss,mflops')
+    nothing = sweep.write_results(tmp_path, rows[3:4], axes)
+    assert [p.name for p in nothing] == ['results.csv', 'results.md']
+
+
+def test_commands_say_what_differs_from_the_file(tmp_path):
+    base, _, runs = grid('model.ffn.k=4', 'model.pattern=global+local', base=small(**{'optimizer.lr': 0.5}))
+    words = sweep.command(['train'], 'c.py:spark', {'optimizer.lr': 0.5}, base, runs[0], tmp_path)
+    assert words[:3] == ['train', '--config=c.py:spark', f'--workdir={tmp_path}/runs/k-4_pattern-global+local']
+    assert words[3:] == ['--config.optimizer.lr=0.5', "--config.model.pattern=('global', 'local')", '--config.model.ffn.k=4']  # fmt: skip
+
+
+FAKE = {
+    'sbatch': '#!/bin/sh\nid=$(date +%N)\n(SLURM_JOB_ID=$id sh "$1") >/dev/null 2>&1 &\necho "Submitted batch job $id"\n',
+    'srun': '#!/bin/sh\nwhile [ "${1#-}" != "$1" ]; do case "$1" in --output|--error) shift;; esac; shift; done\n'
+            'export SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=here\n'
+            'eval "exec $*"\n',
+    'sacct': '#!/bin/sh\necho "JobID|State|NodeList"\nfor id in "$@"; do echo "$id|RUNNING|here"; done\n',
+    'scontrol': '#!/bin/sh\necho here\n',
+}  # fmt: skip
+
+
+def test_slurm_gets_a_job_per_run(tmp_path, monkeypatch):
+    """The real submitit, against sbatch and srun that start the job on this machine."""
+    pytest.importorskip('submitit')
+    (tmp_path / 'bin').mkdir()
+    for name, text in FAKE.items():
+        (tmp_path / 'bin' / name).write_text(text)
+        (tmp_path / 'bin' / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv('PATH', f'{tmp_path}/bin:{os.environ["PATH"]}')
+    base, axes, runs = grid('model.ffn.k=4,8', 'seed=0')
+    out = tmp_path / 'out'
+    sweep.claim(out, base, axes, runs)
+    finish = 'import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(parents=True); (p / "summary.json").write_text("{}")'
+    fail = 'raise SystemExit("NotFiniteError: step 3: loss nan")'
+    command = lambda run, code: [sys.executable, '-c', code, str(out / 'runs' / run.name)]
+    commands = {runs[0].name: command(runs[0], finish), runs[1].name: command(runs[1], fail)}
+    jobs = sweep.submit(runs, commands, out, {'time': 5, 'partition': 'night'})
+    assert set(jobs) == {run.name for run in runs}
+    scripts = [p.read_text() for p in (out / 'slurm').rglob('*.sh')]
+    assert all('#SBATCH --partition=night' in s and '#SBATCH --time=5' in s for s in scripts) and scripts
+    deadline = time.monotonic() + 60
+    while len(list((out / 'logs').glob('*.json'))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert sweep.finished(out, runs[0]) and not sweep.finished(out, runs[1])
+    assert json.loads((out / 'logs' / f'{runs[1].name}.json').read_text()) == {
+        'exit_code': 1, 'message': 'NotFiniteError: step 3: loss nan',
+    }  # fmt: skip
+    again = sweep.submit(runs, commands, out, {})
+    assert set(again) <= {runs[1].name}
+    with pytest.raises(ConfigError, match=r'--launcher=slurm: '):
+        sweep.submit(runs, commands, out, {'tiem': 5})
+
+
+def test_config_of_a_run_is_what_its_row_says(tmp_path):
+    base, axes, runs = grid('model.ffn.k=4,8', 'seed=0')
+    sweep.claim(tmp_path, base, axes, runs)
+    rows = sweep.collect(tmp_path, axes, runs)
+    assert [(r.axes['model.ffn.k'], r.status) for r in rows] == [(4, 'not started'), (8, 'not started')]
+    (tmp_path / 'logs' / f'{runs[0].name}.json').write_text('{"exit_code": 4, "message": "DataError: gone"}')
+    (tmp_path / 'logs' / f'{runs[1].name}.json').write_text('{"exit_code": 75, "message": "Preempted: stopped"}')
+    workdir = tmp_path / 'runs' / runs[1].name
+    workdir.mkdir(parents=True)
+    (workdir / 'config.json').write_text(runs[1].cfg.model_dump_json())
+    (workdir / 'metrics.jsonl').write_text('{"step": 7, "split": "train", "loss": 3.5}\n{"step": 8, "spl')
+    rows = sweep.collect(tmp_path, axes)
+    assert [(r.run, r.status) for r in rows] == [(runs[1].name, 'unfinished, at step 7')]
+    rows = sweep.collect(tmp_path, axes, runs)
+    assert rows[0].status == 'failed, exit code 4: DataError: gone'
+    assert config.load(workdir / 'config.json') == runs[1].cfg
