@@ -193,7 +193,7 @@ def test_evaluate_a_run(place):
     report = json.loads((tmp / 'e.json').read_text())
     summary = json.loads((tmp / 'whole' / 'summary.json').read_text())
     assert report['loss'] == pytest.approx(summary['test']['loss'], rel=1e-6) and len(report['layers']) == 2
-    for words in (f'Step {STEPS} on the test split', '| all tokens |', '| 1 global |', '| ffn.predictor |', 'Dense over this model'):
+    for words in (f'Step {STEPS} on the test split', '| all tokens |', '| 1 global |', '| ffn.predictor |', 'Dense over this'):
         assert words in done.stdout
     left = {p.name for p in (tmp / 'whole' / 'evaluation' / f'test_{STEPS}').iterdir()}
     assert left == {'activity.png', 'scores_1.png', 'attended.png', 'neurons_1.html'}
@@ -210,7 +210,7 @@ def test_evaluate_a_run(place):
         (['--workdir={}/whole', '--split=tset'], 2, 'tset'),
         (['--workdir={}/whole', '--split=none'], 2, '--split=none: there is nothing to do without --tasks'),
         (['--workdir={}/whole', '--source=text:/no/where.txt'], 4, 'no file matches'),
-        (['--workdir={}/whole', '--split=none', '--tasks=hellaswag'], 4, '--tasks=hellaswag: its data cannot be read or downloaded'),
+        (['--workdir={}/whole', '--split=none', '--tasks=hellaswag'], 4, 'hellaswag: its data cannot be read or downloaded'),
         (['--workdir={}/whole', '--split=none', '--tasks=helaswag'], 2, 'did you mean hellaswag?'),
     ],
 )

@@ -143,7 +143,8 @@ def test_commands_say_what_differs_from_the_file(tmp_path):
     base, _, runs = grid('model.ffn.k=4', 'model.pattern=global+local', base=small(**{'optimizer.lr': 0.5}))
     words = sweep.command(['train'], 'c.py:spark', {'optimizer.lr': 0.5}, base, runs[0], tmp_path)
     assert words[:3] == ['train', '--config=c.py:spark', f'--workdir={tmp_path}/runs/k-4_pattern-global+local']
-    assert words[3:] == ['--config.optimizer.lr=0.5', "--config.model.pattern=('global', 'local')", '--config.model.ffn.k=4']  # fmt: skip
+    assert words[3] == '--config.optimizer.lr=0.5'
+    assert words[4:] == ["--config.model.pattern=('global', 'local')", '--config.model.ffn.k=4']
 
 
 FAKE = {
