@@ -36,7 +36,7 @@ def main():
         if not flag.value:
             raise errors.ConfigError(f'--{name} is missing; see --help')
     base = config.validate(CONFIG.value)
-    from spark.analysis import sweep
+    from spark.analysis import results, sweep
 
     axes = sweep.parse_axes(AXIS.value)
     runs = sweep.grid(base, axes)
@@ -61,8 +61,8 @@ def main():
             for run in runs:
                 if not sweep.finished(out, run):
                     print(shlex.join(commands[run.name]))
-    rows = sweep.collect(out, axes, runs)
-    paths = sweep.write_results(out, rows, axes)
+    rows = results.collect(out, axes, runs)
+    paths = results.write(out, rows, axes)
     if any(row.status == 'done' for row in rows):
         print((out / 'results.md').read_text())
         print('\n'.join(map(str, paths)))

@@ -225,6 +225,12 @@ def fields(cfg, prefix=''):
     return leaves
 
 
+def differences(theirs, ours, but=()):
+    """'a.b = 1, now 2; …' for every field in which two configs differ, but for those named; '' if there is none."""
+    theirs, ours = fields(theirs), fields(ours)
+    return '; '.join(f'{f} = {theirs[f]!r}, now {ours[f]!r}' for f in ours if f not in but and ours[f] != theirs[f])
+
+
 def nearest(name, known):
     """', did you mean X?' for the closest of the known names, or ''."""
     close = difflib.get_close_matches(name, list(known), n=1)

@@ -1,6 +1,8 @@
-"""What the process needs before jax starts."""
+"""What the process asks of the operating system: huge pages before jax starts, and a say in how it is stopped."""
 
+import contextlib
 import os
+import signal
 import sys
 
 
@@ -16,3 +18,24 @@ def use_huge_pages():
         return
     os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+@contextlib.contextmanager
+def stop_signals(handle):
+    """Yields a list of the SIGTERM and SIGINT that came; `handle(n)` is called at the n-th. Outside of the main thread: never."""
+    received = []
+
+    def handler(number, frame):
+        del frame
+        received.append(number)
+        handle(len(received))
+
+    try:
+        before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: the caller handles signals
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

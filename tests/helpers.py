@@ -36,6 +36,15 @@ def small(kind='spark', **overrides):
     return validate(c)
 
 
+def grid(*axes, base=None):
+    """(base, parsed axes, runs) of a sweep from strings FIELD=v1,v2 over a small config."""
+    from spark.analysis import sweep
+
+    base = base or small()
+    parsed = sweep.parse_axes(axes)
+    return base, parsed, sweep.grid(base, parsed)
+
+
 def write_corpus(directory):
     """30 short text files in `directory`; the glob that matches them."""
     rng = np.random.default_rng(0)

@@ -12,9 +12,9 @@ ALLOWED = {
     'kernels': {'ops'},
     'nn': {'ops', 'kernels', 'config'},
     'data': {'config', 'errors'},
-    'training': {'nn', 'data', 'config', 'errors'},
+    'training': {'nn', 'data', 'config', 'errors', 'runtime'},
     'inference': {'nn', 'kernels', 'ops', 'data', 'config', 'errors'},
-    'analysis': {'training', 'inference', 'nn', 'data', 'ops', 'config', 'errors'},
+    'analysis': {'training', 'inference', 'nn', 'data', 'ops', 'config', 'errors', 'runtime'},
 }
 
 

@@ -12,15 +12,16 @@ from scipy.stats import norm
 COLORS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#000000', '#999933']  # told apart by all (Okabe-Ito)
 
 
-def sweep(points, labels, out):
+def sweep(points, front, labels, out):
     """Loss against FLOPs with the Pareto front, and against each axis, with the spread over seeds; the paths written.
 
     Args:
-      points: of `sweep.average`.
+      points: of `results.average`.
+      front: those of `results.pareto`.
       labels: {short name: field} of the axes other than the seed.
       out: a directory.
     """
-    paths = [_loss_flops(points, labels, out / 'loss_flops.png')]
+    paths = [_loss_flops(points, front, labels, out / 'loss_flops.png')]
     for label, field in labels.items():
         if len({p['axes'][field] for p in points}) > 1:
             paths.append(_loss_axis(points, label, labels, out / f'loss_{label}.png'))
@@ -125,11 +126,8 @@ def _attended(cfg, sums, title, path):
     return path
 
 
-def _loss_flops(points, labels, path):
-    from spark.analysis.sweep import pareto
-
+def _loss_flops(points, front, labels, path):
     figure, axes = _figure(8, 5.5)
-    front = pareto(points)
     cost, loss = ([p[name][0] for p in front] for name in ('mflops', 'test_loss'))
     axes.step(cost, loss, where='post', color='0.6', lw=1.5, zorder=1, label='Pareto front')
     color_by = next(iter(labels), None)

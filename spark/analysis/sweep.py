@@ -1,31 +1,28 @@
-"""Grids of training runs: what to run, where it stands, and what came out.
+"""Grids of training runs: what to run, and running it. What came out of them is in results.py.
 
     OUT/sweep.json      the base config and the axes
     OUT/runs/NAME/      one run directory each, as scripts/train.py leaves it
-    OUT/logs/NAME.log   what the run printed; NAME.json how it ended
-    OUT/results.csv     a row per run; results.md and *.png: means over seeds
+    OUT/logs/NAME.log   what the run printed; NAME.json how it ended; with SLURM, NAME.job its number
 """
 
-import contextlib
 import csv
 import dataclasses
 import itertools
 import json
 import os
 import re
-import signal
 import subprocess
 
 import filelock
-import numpy as np
 import pydantic
 from tqdm import tqdm
 
 from spark import config
-from spark.analysis import flops, plots
+from spark.analysis import flops
 from spark.config import FFN_KINDS, matched_d_ff
 from spark.data import pipeline
 from spark.errors import ConfigError, Preempted
+from spark.runtime import stop_signals
 
 # What may differ between runs whose parameter counts are compared: no choice of a lookup changes the count.
 LOOKUP = {f'model.{half}.{name}' for half in ('ffn', 'attention') for name in ('kind', 'k', 'r', 'topk', 'huber')}
@@ -38,16 +35,6 @@ class Run:
     name: str
     cfg: config.ExperimentConfig
     adjusted: str = ''
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Where a run stands; `result` holds the figures of a finished one."""
-
-    run: str
-    axes: dict
-    status: str
-    result: dict = dataclasses.field(default_factory=dict)
 
 
 def parse_axes(axes):
@@ -75,7 +62,7 @@ def grid(base, axes):
         r does.
     """
     runs, counts = {}, {}
-    short = _short_names(axes)
+    short = short_names(axes)
     for point in itertools.product(*axes.values()):
         chosen = dict(zip(axes, point, strict=True))
         cfg, adjusted = _fit(base, chosen)
@@ -102,23 +89,18 @@ def claim(out, base, axes, runs):
     if path.exists():
         try:
             before = json.loads(path.read_text())
-            theirs = config.fields(config.ExperimentConfig.model_validate_json(json.dumps(before['config'])))
+            theirs = config.ExperimentConfig.model_validate_json(json.dumps(before['config']))
             their_axes = set(before['axes'])
         except (ValueError, KeyError, TypeError) as e:
             raise ConfigError(f'{path}: not the record of a sweep: {" ".join(str(e).split())}') from None
         if their_axes != set(axes):
             raise ConfigError(f'--out={out} belongs to a sweep over {", ".join(sorted(their_axes))}: choose another directory')
-        ours = config.fields(base)
-        different = [f'{f} = {theirs.get(f)!r}, now {ours[f]!r}' for f in ours if f not in axes and ours[f] != theirs.get(f)]
-        if different:
-            raise ConfigError(f'--out={out} belongs to a sweep with {"; ".join(different)}: choose another directory')
+        if different := config.differences(theirs, base, but=axes):
+            raise ConfigError(f'--out={out} belongs to a sweep with {different}: choose another directory')
     for run in runs:
         there = out / 'runs' / run.name / 'config.json'
-        if there.exists():
-            theirs, ours = config.fields(config.load(there)), config.fields(run.cfg)
-            different = [f'{f} = {theirs[f]!r}, now {ours[f]!r}' for f in ours if ours[f] != theirs[f]]
-            if different:
-                raise ConfigError(f'{there.parent} belongs to a run with {"; ".join(different)}: choose another --out')
+        if there.exists() and (different := config.differences(config.load(there), run.cfg)):
+            raise ConfigError(f'{there.parent} belongs to a run with {different}: choose another --out')
     try:
         (out / 'logs').mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -168,7 +150,7 @@ def execute(words, out, name, tick=lambda: None):
         start = output.tell()
         # Its own session, so that a Ctrl-C reaches it through here, once.
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        with _handed_on(process) as signals:
+        with stop_signals(lambda n: process.terminate() if n == 1 else process.kill()) as signals:
             while True:
                 try:
                     code = process.wait(timeout=0.5)
@@ -198,7 +180,7 @@ def run_locally(runs, commands, out):
             before = bar.n
 
             def tick(i=i, run=run, before=before):
-                step, loss = _latest(out / 'runs' / run.name)
+                step, loss = latest(out / 'runs' / run.name)
                 bar.n = before + step
                 bar.set_postfix_str(f'run {i + 1} of {len(runs)}: {run.name}' + (f', loss {loss:.3f}' if loss else ''))
 
@@ -246,81 +228,18 @@ def submit(runs, commands, out, parameters):
     return jobs
 
 
-def collect(out, axes, runs=()):
-    """A Row for every one of `runs` and every run directory in OUT, in the order of the axes' values."""
-    cfgs = {run.name: run.cfg for run in runs}
-    cfgs |= {p.parent.name: config.load(p) for p in out.glob('runs/*/config.json')}
-    rows = [_row(out, name, cfg, axes) for name, cfg in cfgs.items()]
-    place = lambda row: [_sortable(row.axes.get(field)) for field in axes]
-    return sorted(rows, key=lambda row: (place(row), row.run))
-
-
-def write_results(out, rows, axes):
-    """results.csv, results.md and the plots of Rows; the paths."""
-    short = _short_names(axes)
-    paths = [out / 'results.csv', out / 'results.md']
-    columns = list(dict.fromkeys(name for row in rows for name in row.result))
-    with paths[0].open('w', newline='') as f:
-        writer = csv.DictWriter(f, ['run', *axes, 'status', *columns])
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({'run': row.run, **row.axes, 'status': row.status, **row.result})
-    points = average(rows, axes)
-    paths[1].write_text(markdown(points, rows, axes) + '\n')
-    if points:
-        labels = {short[field]: field for field in axes if field != 'seed'}
-        paths += plots.sweep(points, labels, out)
-    return paths
-
-
-def average(rows, axes):
-    """Finished rows that differ in nothing but the seed, as one: [{'axes', 'seeds', name: (mean, sample std, min, max)}]."""
-    groups = {}
-    for row in rows:
-        if row.result:
-            groups.setdefault(tuple((f, row.axes[f]) for f in axes if f != 'seed'), []).append(row.result)
-    points = []
-    for key, results in groups.items():
-        point = {'axes': dict(key), 'seeds': len(results)}
-        for name in results[0]:
-            values = np.array([r[name] for r in results if r.get(name) is not None], float)
-            if len(values):
-                point[name] = (values.mean(), values.std(ddof=1) if len(values) > 1 else np.nan, values.min(), values.max())
-        points.append(point)
-    return points
-
-
-def pareto(points, cost='mflops', loss='test_loss'):
-    """The points that no other one beats in both cost and loss, by ascending cost."""
-    best, front = np.inf, []
-    for point in sorted(points, key=lambda p: (p[cost][0], p[loss][0])):
-        if point[loss][0] < best:
-            best = point[loss][0]
-            front.append(point)
-    return front
-
-
-def markdown(points, rows, axes):
-    """The averaged points as a table, the Pareto front marked; below it every run that did not finish, and why."""
-    short = _short_names(axes)
-    fields = [field for field in axes if field != 'seed']
-    head = [*(short[f] for f in fields), 'seeds', 'parameters', 'test loss', 'bits/byte', 'active', 'attended', 'MFLOPs']
-    head += ['dense ÷ this', '']
-    lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
-    front = [id(p) for p in pareto(points)]
-    number = lambda p, name, digits: f'{p[name][0]:.{digits}f}' if name in p else '–'
-    for p in points:
-        spread = '' if np.isnan(p['test_loss'][1]) else f' ± {p["test_loss"][1]:.4f}'
-        active = f'{p["active"][0]:.1%}' if 'active' in p else '–'
-        lines.append('| ' + ' | '.join([
-            *(str(p['axes'][f]) for f in fields), str(p['seeds']), f'{p["parameters"][0]:,.0f}',
-            f'{p["test_loss"][0]:.4f}{spread}', number(p, 'bits_per_byte', 4), active, number(p, 'attended', 1),
-            number(p, 'mflops', 3), f'{p["flops_ratio"][0]:.2f}×', 'Pareto' if id(p) in front else '',
-        ]) + ' |')  # fmt: skip
-    notes = [f'MFLOPs: per token, forward, mean over a context of {int(p["context"][0])} tokens, without the output head, '
-             'with the measured activity. ± is the standard deviation over seeds.' for p in points[:1]]  # fmt: skip
-    failed = [f'- `{row.run}`: {row.status}' for row in rows if row.status != 'done']
-    return '\n'.join([*lines, '', *notes, *(['', 'Not finished:', '', *failed] if failed else [])])
+def latest(workdir):
+    """(step, loss) of the last complete line of training metrics in a run directory; (0, None) before there is one."""
+    try:
+        with (workdir / 'metrics.jsonl').open('rb') as f:
+            f.seek(max(f.seek(0, os.SEEK_END) - 20_000, 0))
+            for line in reversed(f.read().split(b'\n')[:-1]):
+                record = json.loads(line)
+                if record['split'] == 'train':
+                    return record['step'], record['loss'] if isinstance(record['loss'], float) else None
+    except (OSError, ValueError, KeyError):
+        pass
+    return 0, None
 
 
 def _parse_value(axis, kind, text):
@@ -371,7 +290,7 @@ def _fit(base, chosen):
     return config.validate(raw), ', '.join(note)
 
 
-def _short_names(axes):
+def short_names(axes):
     """{field: the shortest end of its dotted name that no other axis shares}."""
     names = {}
     for field in axes:
@@ -386,76 +305,3 @@ def _safe(value):
     return re.sub(r'[^A-Za-z0-9.+-]+', '_', text).strip('._') or '_'
 
 
-def _sortable(value):
-    return (value is not None, isinstance(value, str), value if isinstance(value, int | float | str) else str(value))
-
-
-def _latest(workdir):
-    """(step, loss) of a run's last complete line of training metrics."""
-    try:
-        with (workdir / 'metrics.jsonl').open('rb') as f:
-            f.seek(max(f.seek(0, os.SEEK_END) - 20_000, 0))
-            for line in reversed(f.read().split(b'\n')[:-1]):
-                record = json.loads(line)
-                if record['split'] == 'train':
-                    return record['step'], record['loss'] if isinstance(record['loss'], float) else None
-    except (OSError, ValueError, KeyError):
-        pass
-    return 0, None
-
-
-def _row(out, name, cfg, axes):
-    values = {field: config.fields(cfg)[field] for field in axes}
-    summary, ended = out / 'runs' / name / 'summary.json', out / 'logs' / f'{name}.json'
-    if summary.exists():
-        return Row(name, values, 'done', _figures(cfg, json.loads(summary.read_text())))
-    end = json.loads(ended.read_text()) if ended.exists() else {}
-    if end.get('exit_code') not in (None, 0, Preempted.exit_code):
-        return Row(name, values, f'failed, exit code {end["exit_code"]}: {end["message"]}')
-    step, _ = _latest(summary.parent)
-    return Row(name, values, f'unfinished, at step {step}' if step or summary.parent.exists() else 'not started')
-
-
-def _figures(cfg, summary):
-    model, test = pipeline.tokenizer_for(cfg)[1].model, summary['test']
-    context = cfg.data.seq_len
-    active = np.array(test['active_by_layer']) * model.ffn.d_ff if 'active_by_layer' in test else None
-    body = lambda cfg, **measured: flops.group(flops.flops_per_token(cfg, context, 'prefill', **measured))['body']
-    measured = body(model, active=active, attended=test['attended_by_layer'])
-    return {
-        'parameters': summary['parameters'],
-        'test_loss': test['loss'],
-        'validation_loss': summary['validation']['loss'],
-        'perplexity': test['perplexity'],
-        'bits_per_byte': test.get('bits_per_byte'),
-        'active': test.get('active'),
-        'attended': test['attended'],
-        'd_ff': model.ffn.d_ff,
-        'context': context,
-        'mflops': measured / 1e6,
-        'mflops_configured': body(model) / 1e6,
-        'flops_ratio': body(flops.dense_twin(model)) / measured,
-        'train_seconds': summary['train_seconds'],
-        'tokens_per_second': summary['tokens_per_second'],
-    }
-
-
-@contextlib.contextmanager
-def _handed_on(process):
-    """SIGTERM and SIGINT go to a process while in here, a second one kills it; yields the list of those that came."""
-    received = []
-
-    def handler(number, frame):
-        del frame
-        received.append(number)
-        process.terminate() if len(received) == 1 else process.kill()
-
-    try:
-        before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread
-        before = {}
-    try:
-        yield received
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)

@@ -19,6 +19,7 @@ from spark import config
 from spark.data import pipeline
 from spark.errors import ConfigError, DataError, NotFiniteError, Preempted
 from spark.nn.transformer import Transformer, compute_dtype
+from spark.runtime import stop_signals
 from spark.training import loss, metrics, optimizer, sharding
 from spark.training.checkpoint import Checkpoints
 
@@ -138,7 +139,8 @@ def train(cfg, workdir):
       SparkError: with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
     """
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_stop_signals())
+        # The loop ends once there is one; a second Ctrl-C is meant.
+        stop = stack.enter_context(stop_signals(lambda n: signal.signal(signal.SIGINT, signal.default_int_handler)))
         asked = cfg
         tokenizer, cfg = pipeline.tokenizer_for(cfg)
         process = jax.process_index(), jax.process_count()
@@ -235,10 +237,8 @@ def claim(workdir, cfg):
     """Makes `workdir` this config's; a ConfigError names the fields in which it is another's, or a file that is no run's."""
     path = workdir / 'config.json'
     if path.exists():
-        theirs, ours = config.fields(config.load(path)), config.fields(cfg)
-        different = [f'{name} = {theirs.get(name)!r}, now {ours[name]!r}' for name in ours if ours[name] != theirs.get(name)]
-        if different:
-            raise ConfigError(f'--workdir={workdir} belongs to a run with {"; ".join(different)}: choose another directory')
+        if different := config.differences(config.load(path), cfg):
+            raise ConfigError(f'--workdir={workdir} belongs to a run with {different}: choose another directory')
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -319,27 +319,6 @@ class _Log:
         self._bar.set_postfix(shown, refresh=False)
         if self._writer:
             self._writer.write(step, 'train', report)
-
-
-@contextlib.contextmanager
-def _stop_signals():
-    """A list that is no longer empty once SIGTERM (or a first SIGINT) has come."""
-    received = []
-
-    def handler(number, frame):
-        del frame
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is meant
-
-    try:
-        before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: the caller handles signals
-        before = {}
-    try:
-        yield received
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
 
 
 def _kind():
