@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,8 @@ def load(names, path=None):
     """
     for library in ('lm_eval', 'datasets', 'huggingface_hub'):  # what they say of retries is not for the user
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    if path is not None and not pathlib.Path(path).is_dir():
+        raise ConfigError(f'--task_path={path}: no such directory')
     try:
         manager = TaskManager(include_path=path)
     except Exception as e:

@@ -143,6 +143,8 @@ def test_the_harness_runs_our_tasks(model, task_path):
 def test_tasks_that_are_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"no task 'helaswag'; did you mean hellaswag\?"):
         tasks.load(['helaswag'])
+    with pytest.raises(ConfigError, match='--task_path=/no/where: no such directory'):
+        tasks.load(['lost'], '/no/where')
     lines = ['task: lost', 'dataset_path: json', 'dataset_kwargs: {data_files: /no/where.jsonl}', 'test_split: train']
     lines += ['output_type: loglikelihood_rolling', 'doc_to_target: x']
     (tmp_path / 'lost.yaml').write_text('\n'.join(lines))
