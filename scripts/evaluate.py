@@ -114,17 +114,19 @@ def tables(report):
         cells = [format(layer[name], style) if name in layer else '–' for name, style in columns]
         lines.append(f'| {layer["layer"]} {layer["span"]} | ' + ' | '.join(cells) + ' |')
     lines += ['', f'FLOPs per token, millions, at a context of {report["flops"]["context"]} tokens:', '']
-    columns = [('prefill', 'dense'), ('prefill', 'configured'), ('prefill', 'measured'),
-               ('decode', 'dense'), ('decode', 'configured'), ('decode', 'measured'), ('training', 'configured')]  # fmt: skip
+    decode = report['flops']['decode']
+    sparse = decode['measured'] != decode['dense']
+    ways = ('dense', 'configured', 'measured') if sparse else ('measured',)
+    columns = [*((phase, way) for phase in ('prefill', 'decode') for way in ways), ('training', 'configured')]
     lines += ['| part | ' + ' | '.join(f'{phase}, {way}' for phase, way in columns) + ' |', '|' + '---|' * (len(columns) + 1)]
     names = {'total': 'all', 'body': 'all but the head'}
     for part in [*report['flops']['decode']['dense']]:
         cells = [f'{report["flops"][phase][way][part] / 1e6:,.3f}' for phase, way in columns]
         lines.append(f'| {names.get(part, part)} | ' + ' | '.join(cells) + ' |')
-    decode = report['flops']['decode']
     ratio = lambda part: decode['dense'][part] / decode['measured'][part]
-    lines += ['', f'Dense over this model, decoding: FFN {ratio("ffn"):.2f}×, attention {ratio("attention"):.2f}×, '
-              f'all but the head {ratio("body"):.2f}×.']  # fmt: skip
+    if sparse:
+        lines += ['', f'Dense over this model, decoding: FFN {ratio("ffn"):.2f}×, attention {ratio("attention"):.2f}×, '
+                  f'all but the head {ratio("body"):.2f}×.']  # fmt: skip
     return '\n'.join(lines)
 
 

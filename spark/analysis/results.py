@@ -56,18 +56,23 @@ def write(out, rows, axes):
 
 
 def average(rows, axes):
-    """Finished rows that differ in nothing but the seed, as one: [{'axes', 'seeds', name: (mean, sample std, min, max)}]."""
+    """Finished rows that differ in nothing but the seed, as one.
+
+    Returns:
+      [{'axes', 'seeds': how many, 'losses': {seed: test loss}, name: (mean, sample std, min, max)}]; std is NaN for one seed.
+    """
     groups = {}
     for row in rows:
         if row.result:
-            groups.setdefault(tuple((f, row.axes[f]) for f in axes if f != 'seed'), []).append(row.result)
+            groups.setdefault(tuple((f, row.axes[f]) for f in axes if f != 'seed'), []).append(row)
     points = []
-    for key, results in groups.items():
-        point = {'axes': dict(key), 'seeds': len(results)}
-        for name in results[0]:
-            values = np.array([r[name] for r in results if r.get(name) is not None], float)
-            if len(values):
-                point[name] = (values.mean(), values.std(ddof=1) if len(values) > 1 else np.nan, values.min(), values.max())
+    for key, group in groups.items():
+        losses = {row.axes.get('seed'): row.result['test_loss'] for row in group}
+        point = {'axes': dict(key), 'seeds': len(group), 'losses': losses}
+        for name in group[0].result:
+            values = [row.result[name] for row in group if row.result.get(name) is not None]
+            if values:
+                point[name] = (*_mean_and_std(values), min(values), max(values))
         points.append(point)
     return points
 
@@ -87,22 +92,32 @@ def markdown(points, rows, axes):
     short = short_names(axes)
     fields = [field for field in axes if field != 'seed']
     head = [*(short[f] for f in fields), 'seeds', 'parameters', 'test loss', 'bits/byte', 'active', 'attended', 'MFLOPs']
-    head += ['dense ÷ this', '']
+    head += ['dense ÷ this', 'behind the best', '']
     lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
     front = [id(p) for p in pareto(points)]
+    best = min(points, key=lambda p: p['test_loss'][0], default=None)
+    with_spread = lambda mean, std: f'{mean:.4f}' + ('' if np.isnan(std) else f' ± {std:.4f}')
     number = lambda p, name, digits: f'{p[name][0]:.{digits}f}' if name in p else '–'
     for p in points:
-        spread = '' if np.isnan(p['test_loss'][1]) else f' ± {p["test_loss"][1]:.4f}'
+        # Seed by seed, since a seed's data and initial weights move all points alike.
+        behind = [loss - best['losses'][seed] for seed, loss in p['losses'].items() if seed in best['losses']]
         active = f'{p["active"][0]:.1%}' if 'active' in p else '–'
         lines.append('| ' + ' | '.join([
             *(str(p['axes'][f]) for f in fields), str(p['seeds']), f'{p["parameters"][0]:,.0f}',
-            f'{p["test_loss"][0]:.4f}{spread}', number(p, 'bits_per_byte', 4), active, number(p, 'attended', 1),
-            number(p, 'mflops', 3), f'{p["flops_ratio"][0]:.2f}×', 'Pareto' if id(p) in front else '',
+            with_spread(*p['test_loss'][:2]), number(p, 'bits_per_byte', 4), active, number(p, 'attended', 1),
+            number(p, 'mflops', 3), f'{p["flops_ratio"][0]:.2f}×',
+            with_spread(*_mean_and_std(behind)) if behind and p is not best else '–', 'Pareto' if id(p) in front else '',
         ]) + ' |')  # fmt: skip
     notes = [f'MFLOPs: per token, forward, mean over a context of {int(p["context"][0])} tokens, without the output head, '
-             'with the measured activity. ± is the standard deviation over seeds.' for p in points[:1]]  # fmt: skip
+             'with the measured activity. ± is the standard deviation over seeds; the distance behind the best is taken '
+             'seed by seed.' for p in points[:1]]  # fmt: skip
     failed = [f'- `{row.run}`: {row.status}' for row in rows if row.status != 'done']
     return '\n'.join([*lines, '', *notes, *(['', 'Not finished:', '', *failed] if failed else [])])
+
+
+def _mean_and_std(values):
+    """Mean and sample standard deviation, NaN for a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float('nan')
 
 
 def _row(out, name, cfg, axes):

@@ -29,7 +29,8 @@ def test_seeds_are_averaged_and_the_front_is_what_nothing_beats(tmp_path):
     assert [p.name for p in paths] == ['results.csv', 'results.md', 'loss_flops.png', 'loss_k.png']
     assert all(p.exists() for p in paths)
     text = (tmp_path / 'results.md').read_text()
-    assert '| 4 | 2 | 1,000 | 3.1000 ± 0.1414 |' in text and '2.00× | Pareto |' in text
+    assert '| 4 | 2 | 1,000 | 3.1000 ± 0.1414 |' in text and '2.00× | 0.5000 | Pareto |' in text  # 3.0 − 2.5 of seed 0 alone
+    assert '2.00× | 0.8000 |  |' in text and '2.00× | – | Pareto |' in text
     assert '- `k-8_seed-1`: failed, exit code 3: NotFiniteError: step 5: loss nan' in text
     assert 'unfinished, at step 4' in text
     lines = (tmp_path / 'results.csv').read_text().splitlines()
