@@ -130,7 +130,7 @@ def test_padding_and_empty_rows_change_nothing():
     model, params = model_and_params(cfg)
     rows = batch(cfg)
     longer = {name: np.pad(x, ((0, 2), (0, 0))) for name, x in rows.items()}
-    observe = lambda rows: sparsity.observe(model, params, rows)[1]
+    observe = jax.jit(lambda rows: sparsity.observe(model, params, rows)[1])
     a, b = observe(rows), observe(longer)
     for name in a:
         if name.endswith('scores'):  # rounding may carry a score over a bin's edge
