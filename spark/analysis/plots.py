@@ -172,9 +172,11 @@ def _loss_axis(points, label, labels, path):
 
 
 def _errorbar(axes, x, points, **style):
-    """Mean, and from the smallest to the largest over seeds."""
+    """The mean over seeds; a thin bar for their range, a thick one for what is left when each seed's own level is out."""
     mean, _, least, most = np.array([p['test_loss'] for p in points]).T
-    axes.errorbar(x, mean, yerr=[mean - least, most - mean], capsize=3, ms=5, lw=1.5, **style)
+    within = np.nan_to_num([p['within'] for p in points])
+    axes.errorbar(x, mean, yerr=[mean - least, most - mean], capsize=0, lw=0.8, alpha=0.5, fmt='none', color=style['color'])
+    axes.errorbar(x, mean, yerr=within, capsize=3, elinewidth=3, ms=5, lw=1.5, **style)
 
 
 def _log_x(axes):
@@ -187,8 +189,9 @@ def _log_x(axes):
 
 def _finish(figure, axes, title, points, path):
     seeds = max(p['seeds'] for p in points)
-    axes.set_ylabel('test loss, nats per token' + (f' (mean and range of {seeds} seeds)' if seeds > 1 else ''))
-    axes.set_title(title)
+    axes.set_ylabel('test loss, nats per token')
+    spread = f'{seeds} seeds: mean, range (thin), standard deviation about each seed\'s level (thick)'
+    axes.set_title(title + (f'\n{spread}' if seeds > 1 else ''), fontsize=11)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
     _save(figure, path)

@@ -59,7 +59,8 @@ def average(rows, axes):
     """Finished rows that differ in nothing but the seed, as one.
 
     Returns:
-      [{'axes', 'seeds': how many, 'losses': {seed: test loss}, name: (mean, sample std, min, max)}]; std is NaN for one seed.
+      [{'axes', 'seeds': how many, 'losses': {seed: test loss}, name: (mean, sample std, min, max),
+        'within': sample std of the test loss once every seed's mean over the points is taken out}]; a std of one value is NaN.
     """
     groups = {}
     for row in rows:
@@ -74,6 +75,11 @@ def average(rows, axes):
             if values:
                 point[name] = (*_mean_and_std(values), min(values), max(values))
         points.append(point)
+    common = set.intersection(*(set(p['losses']) for p in points)) if points else ()
+    level = {seed: np.mean([p['losses'][seed] for p in points]) for seed in common}
+    for p in points:
+        rest = [p['losses'][seed] - level[seed] for seed in common]
+        p['within'] = _mean_and_std(rest)[1] if rest else float('nan')
     return points
 
 

@@ -25,6 +25,9 @@ def test_seeds_are_averaged_and_the_front_is_what_nothing_beats(tmp_path):
     assert [p['seeds'] for p in points] == [2, 1, 1]
     np.testing.assert_allclose(points[0]['test_loss'], (3.1, np.std([3.0, 3.2], ddof=1), 3.0, 3.2))
     assert [p['axes']['model.ffn.k'] for p in results.pareto(points)] == [4, 12]
+    assert all(np.isnan(p['within']) for p in points)  # one common seed
+    both = results.average([*rows[:2], row(8, 0, result=result(2.0, 2.0)), row(8, 1, result=result(2.4, 2.0))], axes)
+    np.testing.assert_allclose([p['within'] for p in both], 0.1 / 2**0.5)  # ±0.05 about levels 2.5 and 2.8
     paths = results.write(tmp_path, rows, axes)
     assert [p.name for p in paths] == ['results.csv', 'results.md', 'loss_flops.png', 'loss_k.png']
     assert all(p.exists() for p in paths)
