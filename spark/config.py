@@ -53,6 +53,8 @@ class AttentionConfig(_Frozen):
     window: int = Field(0, ge=0)  # tokens that a query of a local layer sees, itself included; 0 if no layer is local
     logit_cap: float = Field(0.0, ge=0)  # soft-cap of the softmax's logits; 0: none
     rope_base: float = Field(10_000.0, gt=0)
+    impl: Literal['auto', 'full', 'blockwise'] = 'auto'  # all scores at once, or in linear memory; auto: full up to one block
+    block: int = Field(512, gt=0)  # tokens in a block of the blockwise one
     query_dim: float = Field(0.0, ge=0)  # queries are scaled by 1/sqrt(this); 0: head_dim
 
 

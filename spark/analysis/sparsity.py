@@ -33,10 +33,12 @@ def observe(model, params, batch):
         'ffn_scores', 'attention_scores' (bins): standardised scores; in attention, of the long queries.
     """
     cfg = model.cfg
+    # Blocks do not go through sigma1.
+    whole = model.clone(cfg=cfg.model_copy(update={'attention': cfg.attention.model_copy(update={'impl': 'full'})}))
     rows = batch['tokens'], batch['positions'], batch['segments']
     real_BxL = batch['segments'] > 0
     with nn.intercept_methods(_statistics(cfg.attention.k, real_BxL)):
-        (hidden, _), state = model.apply(params, *rows, mutable=[METRICS])
+        (hidden, _), state = whole.apply(params, *rows, mutable=[METRICS])
     layer = lambda half, name: by_layer(cfg, state[METRICS], half, name)
     B, L = real_BxL.shape
     n, H = cfg.n_layers, cfg.attention.n_heads

@@ -55,7 +55,7 @@ def attention(q, k, v, starts_BxL, spec):
         pad = lambda x, axis: jnp.pad(x, [(0, padding if a == axis else 0) for a in range(x.ndim)])
         own = jnp.broadcast_to(jnp.arange(L, L + padding, dtype=jnp.int32), (len(starts_BxL), padding))
         q, k, v, starts_BxL = pad(q, 3), pad(k, 2), pad(v, 2), jnp.concatenate([starts_BxL, own], axis=1)
-    y, attended = _attention(q, k, v, starts_BxL, spec)
+    y, attended = _attention(q, k, v, starts_BxL, _bounds(starts_BxL, min(spec.block, L)), spec)
     return y[..., :L, :], attended[..., :L]
 
 
@@ -66,6 +66,7 @@ def thresholds(q, k, starts_BxL, spec):
     """
     B, N, _, L, r = q.shape
     b = min(spec.block, L)
+    lows, wholes = _bounds(starts_BxL, b)
     q, k = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (q, k))
     # About the mean of all keys, so that E[s²] − E[s]² does not cancel; it shifts a query's scores and its threshold alike.
     centre = jnp.mean(k, axis=2, keepdims=True)
@@ -78,8 +79,8 @@ def thresholds(q, k, starts_BxL, spec):
     def block(i):
         q_i, starts_i = _cut(q, i, b, 3), _cut(starts_BxL, i, b, 1)
         places = i * b + jnp.arange(b)
-        # Blocks that every query of this one sees whole are `whole` … i − 1; those before and block i are scored.
-        low, whole = jnp.min(starts_i) // b, jnp.minimum((jnp.max(starts_i) + b - 1) // b, i)
+        # Blocks whole … i − 1 are summed in closed form; those before, and block i, are scored.
+        low, whole = lows[i], wholes[i]
         between = lambda x: _at(x, i, 2) - _at(x, whole, 2)
         s = _dot('BNGqr,BNr->BNGq', q_i, between(first))
         s2 = jnp.sum(_dot('BNGqr,BNrs->BNGqs', q_i, between(second)) * q_i, axis=-1)
@@ -101,12 +102,12 @@ def thresholds(q, k, starts_BxL, spec):
     return _join(jax.lax.map(block, jnp.arange(L // b)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q, k, v, starts, spec):
-    return _forward(q, k, v, starts, spec)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q, k, v, starts, bounds, spec):
+    return _forward(q, k, v, starts, bounds, spec)[0]
 
 
-def _forward(q, k, v, starts, spec):
+def _forward(q, k, v, starts, bounds, spec):
     B, N, G, L, _ = q.shape
     b = min(spec.block, L)
     theta = thresholds(q[..., : spec.r], k[..., : spec.r], starts, spec) if spec.k else None
@@ -128,7 +129,7 @@ def _forward(q, k, v, starts, spec):
 
             zero = jnp.zeros((B, N, G, b), jnp.float32)
             start = jnp.zeros((B, N, G, b, v.shape[-1]), jnp.float32), zero, zero - jnp.inf, zero, zero - jnp.inf
-            return jax.lax.fori_loop(jnp.min(starts_i) // b, i + 1, step, start)
+            return jax.lax.fori_loop(bounds[0][i], i + 1, step, start)
 
         if theta is None:
             theta_i = None
@@ -145,11 +146,11 @@ def _forward(q, k, v, starts, spec):
     y, log_z, n, theta = jax.tree.map(_join, jax.lax.map(block, jnp.arange(L // b)))
     # What backward wants of forward besides its inputs: cheap to keep, dear to make again.
     log_z, theta = checkpoint_name((log_z, theta), THRESHOLD)
-    return (y, n), (q, k, v, starts, theta, y, log_z)
+    return (y, n), (q, k, v, starts, bounds, theta, y, log_z)
 
 
 def _backward(spec, residuals, cotangents):
-    q, k, v, starts, theta, y, log_z = residuals
+    q, k, v, starts, bounds, theta, y, log_z = residuals
     dy = cotangents[0].astype(jnp.float32)
     b = min(spec.block, q.shape[3])
     r = spec.r
@@ -183,15 +184,25 @@ def _backward(spec, residuals, cotangents):
                 ], axis=-1)  # fmt: skip
             return dq_i, into(dk, dk_j), dv
 
-        dq_i, dk, dv = jax.lax.fori_loop(jnp.min(starts_i) // b, i + 1, step, (jnp.zeros(q_i.shape, jnp.float32), *carry))
+        dq_i, dk, dv = jax.lax.fori_loop(bounds[0][i], i + 1, step, (jnp.zeros(q_i.shape, jnp.float32), *carry))
         return (dk, dv), dq_i
 
     zero = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     (dk, dv), dq = jax.lax.scan(block, zero, jnp.arange(q.shape[3] // b))
-    return _join(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return _join(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _bounds(starts, b):
+    """For every block of queries, over all rows: the first block of keys that any sees, and the first that all see whole.
+
+    Where there is no such block before its own, that is its own.
+    """
+    starts = starts.reshape(len(starts), -1, b)
+    own = jnp.arange(starts.shape[1])
+    return jnp.min(starts, axis=(0, 2)) // b, jnp.minimum((jnp.max(starts, axis=(0, 2)) + b - 1) // b, own)
 
 
 class _Scores(NamedTuple):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from spark import ops
 from spark.config import AttentionConfig
-from spark.nn.layers import count, matrix, softcap
+from spark.kernels import blockwise
+from spark.nn.layers import count, matrix, softcap, sow
 
 
 @flax.struct.dataclass
@@ -32,20 +33,27 @@ def visible_keys(q_positions, k_positions, q_segments, k_segments, window=0):
     return seen & (distance < window) if window else seen
 
 
+def visible_to(cfg, window, positions_BxL, segments_BxL, k_positions, k_segments, cached):
+    """What each query sees, in the form that `Attention` wants: `visible_keys`, or blockwise, `visible_starts` (B, L)."""
+    if not cached and (cfg.impl == 'blockwise' or (cfg.impl == 'auto' and positions_BxL.shape[1] > cfg.block)):
+        return blockwise.visible_starts(segments_BxL, window)
+    return visible_keys(positions_BxL, k_positions, segments_BxL, k_segments, window)
+
+
 class Attention(nn.Module):
     """x (B, L, D) → (B, L, D) and the layer's new cache.
 
     kind 'dense': softmax over all visible keys. kind 'spark': the first r dimensions of a head choose about k of the
     visible keys (all, where no more are visible) and weigh them by softmax; the others multiply by softplus. Rotary
     embedding and the scale 1/sqrt(width) go to each part by itself. The threshold is that of the plain scores; the
-    soft-cap, being monotone, comes after it.
+    soft-cap, being monotone, comes after it. `visible` is of `visible_to`.
     """
 
     cfg: AttentionConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BxLxD, positions_BxL, visible_BxLxS, cache=None, start=None):
+    def __call__(self, x_BxLxD, positions_BxL, visible, cache=None, start=None):
         cfg = self.cfg
         D, H, N, d = x_BxLxD.shape[-1], cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
         B, L = positions_BxL.shape
@@ -63,22 +71,30 @@ class Attention(nn.Module):
             cache = {'k': write(cache['k'], k_BxSxNxd), 'v': write(cache['v'], v_BxSxNxd)}
             k_BxSxNxd, v_BxSxNxd = cache['k'], cache['v']
 
-        # H/N query heads share a key-value head: their queries line up in one axis, and each lookup has one table.
+        # H/N query heads share a key-value head.
         G = H // N
-        q = q_BxLxHxd.reshape(B, L, N, G, d).transpose(0, 2, 3, 1, 4).reshape(B, N, G * L, d)
-        K, V = k_BxSxNxd.transpose(0, 2, 3, 1), v_BxSxNxd.transpose(0, 2, 1, 3)
-        visible = jnp.tile(visible_BxLxS, (1, G, 1))[:, None]
-        sigma1 = lambda s: self.sigma1(s, visible)
-        if cfg.kind == 'dense':
-            y = ops.dense_lookup(q, K, V, sigma1, score_dtype=jnp.float32)
+        q_BxNxGxLxd = q_BxLxHxd.reshape(B, L, N, G, d).transpose(0, 2, 3, 1, 4)
+        k_BxNxSxd, v_BxNxSxd = k_BxSxNxd.transpose(0, 2, 1, 3), v_BxSxNxd.transpose(0, 2, 1, 3)
+        if visible.ndim == 2:
+            spec = blockwise.Spec(cfg.r, cfg.k, cfg.logit_cap, cfg.block)
+            y, attended = blockwise.attention(q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible, spec)
+            sow(self, 'attended', attended.reshape(B, N, G * L))
         else:
-            r = cfg.r
-            y = ops.spark_lookup(
-                q[..., :r], q[..., r:], K[..., :r, :], K[..., r:, :], V, sigma1, jax.nn.softplus, score_dtype=jnp.float32
-            )  # fmt: skip
+            y = self._look_up(q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible)
         y_TxHd = y.reshape(B, N, G, L, d).transpose(0, 3, 1, 2, 4).reshape(B * L, H * d)
         out = matrix(self, 'out', (H, d, D), ('heads', 'head_dim', 'embed'), H * d, self.dtype)
         return (y_TxHd @ out.reshape(H * d, D)).reshape(B, L, D), cache
+
+    def _look_up(self, q_BxNxGxLxd, k_BxNxSxd, V, visible_BxLxS):
+        """All scores at once; the queries that share keys line up in one axis, so that each lookup has one table."""
+        B, N, G, L, d = q_BxNxGxLxd.shape
+        q, K = q_BxNxGxLxd.reshape(B, N, G * L, d), k_BxNxSxd.swapaxes(2, 3)
+        visible = jnp.tile(visible_BxLxS, (1, G, 1))[:, None]
+        sigma1 = lambda s: self.sigma1(s, visible)
+        if self.cfg.kind == 'dense':
+            return ops.dense_lookup(q, K, V, sigma1, score_dtype=jnp.float32)
+        (q1, q2), (K1, K2) = jnp.split(q, [self.cfg.r], axis=-1), jnp.split(K, [self.cfg.r], axis=-2)
+        return ops.spark_lookup(q1, q2, K1, K2, V, sigma1, jax.nn.softplus, score_dtype=jnp.float32)
 
     def sigma1(self, s, visible):
         """The weights of keys for scores (B, N, G·L, S), top-k included; `visible` broadcasts against them."""

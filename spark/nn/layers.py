@@ -19,13 +19,13 @@ def softcap(x, cap):
 
 def count(module, name, entries):
     """Sows how many entries of the last axis are true, per token, under `name`."""
-    if not module.is_initializing() and module.is_mutable_collection(METRICS):
-        sow(module, name, jnp.sum(entries, axis=-1, dtype=jnp.float32))
+    sow(module, name, jnp.sum(entries, axis=-1, dtype=jnp.float32))
 
 
 def sow(module, name, x):
-    """Adds an array to METRICS, to be found by `transformer.by_layer`."""
-    module.sow(METRICS, name, x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    """Adds an array to METRICS, where that is asked for, to be found by `transformer.by_layer`."""
+    if not module.is_initializing() and module.is_mutable_collection(METRICS):
+        module.sow(METRICS, name, x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 class RMSNorm(nn.Module):

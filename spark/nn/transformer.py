@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from spark.config import ModelConfig
-from spark.nn.attention import Attention, KVCache, visible_keys
+from spark.nn.attention import Attention, KVCache, visible_to
 from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, RMSNorm, softcap
 from spark.ops.topk import THRESHOLD
@@ -92,8 +92,9 @@ class Transformer(nn.Module):
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
             k_positions, k_segments = write(cache.positions, positions_BxL), write(cache.segments, segments_BxL)
         spans = {'local': self.cfg.attention.window, 'global': 0}
+        places = positions_BxL, segments_BxL, k_positions, k_segments
         visible = {
-            span: visible_keys(positions_BxL, k_positions, segments_BxL, k_segments, window)
+            span: visible_to(self.cfg.attention, window, *places, cache is not None)
             for span, window in spans.items()
             if span in self.cfg.pattern
         }

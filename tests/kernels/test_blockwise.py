@@ -137,7 +137,7 @@ def test_a_query_never_goes_without_a_key():
 @pytest.mark.parametrize('spec', [DENSE, SPARK._replace(k=256)], ids=['dense', 'spark'])
 def test_temporary_memory_is_linear_in_the_length(spec):
     def temporary(L):
-        q, k, v, _, segments = (jax.ShapeDtypeStruct(x.shape[:-2] + (L, 16) if x.ndim > 2 else (1, L), x.dtype)
+        q, k, v, _, segments = (jax.ShapeDtypeStruct((*x.shape[:-2], L, 16) if x.ndim > 2 else (1, L), x.dtype)
                                 for x in inputs(B=1, N=1, G=2))  # fmt: skip
 
         def step(q, k, v, segments):

@@ -145,3 +145,33 @@ def test_parameter_counts_are_gemma2s(size):
         if size == '2b' and variant == 'spark':
             f, a = cfg.model.ffn, cfg.model.attention
             assert (f.d_ff, f.k, f.r, a.k, a.r) == (13824, 1106, 1024, 256, 128)
+
+
+@pytest.mark.parametrize('kind', ['dense', 'spark'])
+def test_attention_in_blocks_is_the_same_model(kind):
+    """Hidden states, gradients and counts, on rows of several documents with padding; auto takes blocks for long rows only."""
+    cfg = small(kind, **{'model.attention.impl': 'full'}).model
+    _, params = model_and_params(small(kind))
+    tokens, positions, segments = random_rows(small(kind), length=30)
+    segments = segments.at[:, 11:].set(2).at[0, 25:].set(0)
+    positions = positions.at[:, 11:].add(-11)
+    rows = tokens, positions, segments
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(model, params):
+        def loss(params):
+            (hidden, _), state = model.apply(params, *rows, mutable=[METRICS])
+            return jnp.sum(jnp.where(segments[..., None] > 0, hidden, 0) ** 3), activity(model.cfg, state[METRICS])
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    with_ = lambda **more: Transformer(cfg.model_copy(update={'attention': cfg.attention.model_copy(update=more)}))
+    (value, counts), gradients = run(with_(), params)
+    for other in ({'impl': 'blockwise', 'block': 8}, {'impl': 'auto', 'block': 16}, {'impl': 'blockwise'}):
+        (value_, counts_), gradients_ = run(with_(**other), params)
+        np.testing.assert_allclose(value, value_, rtol=1e-5)
+        jax.tree.map(np.testing.assert_array_equal, counts, counts_)
+        for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(gradients_), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(a).max()))
+    scores = lambda **more: 'f32[2,2,60,30]' in jax.jit(with_(**more).apply).lower(params, *rows).compile().as_text()
+    assert scores(impl='auto', block=30) and not scores(impl='auto', block=16) and not scores(impl='blockwise', block=16)

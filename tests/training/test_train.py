@@ -59,6 +59,7 @@ MESHES = [
     {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.model': 2},
     {'mesh.fsdp': 4, 'mesh.model': 2, 'train.accumulate': 2},
     {'mesh.data': 8},
+    {'mesh.fsdp': 2, 'mesh.model': 2, 'model.attention.impl': 'blockwise', 'model.attention.block': 8},
     {'mesh.data': 1, 'train.accumulate': 4, 'train.loss_chunk': 8, 'train.activity': False},
 ]
 
