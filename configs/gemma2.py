@@ -38,7 +38,7 @@ def make(variant, *, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, que
     c.optimizer.warmup_steps = 2000
     c.optimizer.z_loss = 1e-4
     c.train.steps = 480_000
-    c.train.loss_chunk = 512
+    c.train.loss_pieces = 16
     c.train.eval_every, c.train.eval_batches = 2000, 16
     c.train.save_every, c.train.keep, c.train.keep_every = 1000, 3, 50_000
     c.mesh.fsdp = 256

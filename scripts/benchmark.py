@@ -151,7 +151,7 @@ def compile_time(repeats):
         m.n_layers, m.d_model, m.vocab_size = n, 64, 512
         f.d_ff, f.k, f.r = 192, 16, 32
         a.n_heads, a.n_kv_heads, a.head_dim, a.k, a.r, a.window = 4, 2, 16, 16, 8, 32
-        c.data.seq_len, c.data.batch_size, c.train.loss_chunk, c.mesh.fsdp = 64, 4, 0, 1
+        c.data.seq_len, c.data.batch_size, c.train.loss_pieces, c.mesh.fsdp = 64, 4, 1, 1
         trainer = Trainer(config.validate(c), jax.devices()[:1])
         with trainer.context():
             trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()

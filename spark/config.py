@@ -115,7 +115,7 @@ class TrainConfig(_Frozen):
 
     steps: int = Field(gt=0)
     accumulate: int = Field(1, gt=0)  # microbatches that a step's batch is split into
-    loss_chunk: int = Field(0, ge=0)  # positions whose logits exist at a time; 0: all of a row
+    loss_pieces: int = Field(1, gt=0)  # that the vocabulary is cut into; logits exist for one piece at a time
     log_every: int = Field(10, gt=0)
     eval_every: int = Field(0, ge=0)  # steps; 0: only at the end
     eval_batches: int = Field(0, ge=0)  # of the validation split, while training; 0: all of it
@@ -319,8 +319,8 @@ def _check(cfg):
     _want(m.n_layers % len(m.pattern) == 0, 'model.n_layers', m.n_layers, f'a multiple of len(model.pattern) = {len(m.pattern)}')
     d, t = cfg.data, cfg.train
     _want(d.batch_size % t.accumulate == 0, 'train.accumulate', t.accumulate, f'a divisor of data.batch_size = {d.batch_size}')
-    chunk = t.loss_chunk or d.seq_len
-    _want(d.seq_len % chunk == 0, 'train.loss_chunk', t.loss_chunk, f'0 or a divisor of data.seq_len = {d.seq_len}')
+    _want(m.vocab_size % t.loss_pieces == 0, 'train.loss_pieces', t.loss_pieces,
+          f'a divisor of model.vocab_size = {m.vocab_size}')  # fmt: skip
     warmup = cfg.optimizer.warmup_steps
     _want(warmup < t.steps, 'optimizer.warmup_steps', warmup, f'less than train.steps = {t.steps}')
 

@@ -27,7 +27,7 @@ WRONG = [
     ({'model.n_layers': 3}, 'model.n_layers = 3: want a multiple of len(model.pattern) = 2'),
     ({'model.remat': 'some'}, "model.remat = 'some': want 'none', 'full'"),
     ({'train.accumulate': 3}, 'train.accumulate = 3: want a divisor of data.batch_size = 8'),
-    ({'train.loss_chunk': 5}, 'train.loss_chunk = 5: want 0 or a divisor of data.seq_len = 32'),
+    ({'train.loss_pieces': 5}, 'train.loss_pieces = 5: want a divisor of model.vocab_size = 264'),
     ({'optimizer.warmup_steps': 10}, 'optimizer.warmup_steps = 10: want less than train.steps = 10'),
     ({'optimizer.lr': -1.0}, 'optimizer.lr = -1.0: want greater than 0'),
     ({'mesh.data': 0}, 'mesh.data = 0: want at least 1, or -1'),

@@ -98,12 +98,11 @@ def accumulate(trainer, params, eos, batches):
 
     One compiled step adds them up on the device, and they are fetched once in DRAIN batches.
     """
-    model, chunk = trainer.model, trainer.cfg.train.loss_chunk
+    model, pieces = trainer.model, trainer.cfg.train.loss_pieces
 
     def totals(params, batch):
         hidden, sums = sparsity.observe(model, params, batch)
-        logits_fn = lambda hidden: model.apply(params, hidden, method='logits')
-        nll_BxL, _, _ = cross_entropy(logits_fn, hidden, batch['targets'], chunk)
+        nll_BxL, _, _ = cross_entropy(model, params, hidden, batch['targets'], pieces)
         real = batch['segments'] > 0
         end = real & (batch['targets'] == eos)
         sums |= {'nll': jnp.sum(nll_BxL * real), 'nll_ends': jnp.sum(nll_BxL * end)}

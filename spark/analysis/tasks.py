@@ -31,15 +31,12 @@ class HarnessModel(TemplateLM):
     def __init__(self, model):
         super().__init__()
         self._model, trainer = model, model.trainer
-        chunk = trainer.cfg.train.loss_chunk
 
         @jax.jit
         def score(params, batch):
             """Per token: its log-likelihood, and whether it is the likeliest."""
             hidden, _ = trainer.model.apply(params, batch['tokens'], batch['positions'], batch['segments'])
-            logits_fn = lambda hidden: trainer.model.apply(params, hidden, method='logits')
-            length = batch['tokens'].shape[1]
-            nll, _, greedy = cross_entropy(logits_fn, hidden, batch['targets'], chunk if length % (chunk or 1) == 0 else 0)
+            nll, _, greedy = cross_entropy(trainer.model, params, hidden, batch['targets'], trainer.cfg.train.loss_pieces)
             return -nll, greedy
 
         self._score = score

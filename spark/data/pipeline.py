@@ -72,6 +72,8 @@ def tokenizer_for(cfg):
         raise ConfigError(
             f'model.vocab_size = {size}: want 0 or at least {tokenizer.vocab_size}, the size of {cfg.data.tokenizer}'
         )
+    if size % cfg.train.loss_pieces:
+        raise ConfigError(f'train.loss_pieces = {cfg.train.loss_pieces}: want a divisor of the vocabulary of {size}')
     return tokenizer, cfg.model_copy(update={'model': cfg.model.model_copy(update={'vocab_size': size})})
 
 

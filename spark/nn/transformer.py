@@ -49,7 +49,7 @@ class Group(nn.Module):
 class Transformer(nn.Module):
     """Tokens to hidden states (`__call__`), hidden states to logits (`logits`); the embedding is tied.
 
-    The two are apart so that the loss can compute logits a chunk at a time. Layers are scanned in groups of one
+    The two are apart so that the loss can compute logits a piece at a time. Layers are scanned in groups of one
     `pattern`, so a deep model compiles as fast as a shallow one. Parameters are float32, computation is in `dtype`.
     """
 
@@ -103,10 +103,10 @@ class Transformer(nn.Module):
             cache = KVCache(layers, k_positions, k_segments, start + tokens_BxL.shape[1])
         return self.final_norm(x_BxLxD), cache
 
-    def logits(self, x_BxLxD):
-        """Float32 logits (B, L, vocab_size) of hidden states."""
+    def logits(self, x_BxLxD, E_VxD=None):
+        """Float32 logits (B, L, V) of hidden states, for the whole vocabulary or some rows of the embedding."""
         B, L, D = x_BxLxD.shape
-        E_VxD = self.embedding.astype(self.dtype)
+        E_VxD = (self.embedding if E_VxD is None else E_VxD).astype(self.dtype)
         y_BxLxV = jnp.matmul(x_BxLxD.reshape(-1, D), E_VxD.T, preferred_element_type=jnp.float32).reshape(B, L, -1)
         return softcap(nn.with_logical_constraint(y_BxLxV, ('batch', 'length', 'vocab')), self.cfg.logit_cap)
 

@@ -9,31 +9,41 @@ from spark.nn.layers import METRICS
 from spark.nn.transformer import activity
 
 
-def cross_entropy(logits_fn, hidden_BxLxD, targets_BxL, chunk=0):
+def cross_entropy(model, params, hidden_BxLxD, targets_BxL, pieces=1):
     """Per token (B, L): −log p(target) and log Z, both float32 (nats), and whether the target is the likeliest token.
 
     Args:
-      logits_fn: hidden states (B, l, D) → logits (B, l, V) in float32.
-      hidden_BxLxD, targets_BxL: hidden states and int32 ids.
-      chunk: positions whose logits exist at a time, forward and backward; 0 for all L.
+      model, params: a Transformer and its parameters.
+      hidden_BxLxD, targets_BxL: its hidden states, and int32 ids.
+      pieces: that the vocabulary is cut into; logits exist for one piece at a time, forward and backward, and a sharded
+        embedding is gathered piece by piece. A divisor of its size.
     """
+    E_VxD = params['params']['embedding']
+    rows = len(E_VxD) // pieces
+    # Piece c holds the tokens i · pieces + c, so that every shard of the vocabulary has a part of each piece.
+    E_CxRxD = E_VxD.reshape(rows, pieces, -1).swapaxes(0, 1)
+    hidden_BxLxD = hidden_BxLxD.astype(jnp.float32)  # so that its gradient is summed over the pieces in float32
 
-    def per_token(hidden, targets):
-        logits = logits_fn(hidden)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return log_z - target, log_z, target >= jnp.max(logits, axis=-1)
+    def step(carry, piece):
+        top, total, target = carry
+        E_RxD, c = piece
+        z_BxLxR = model.apply(params, hidden_BxLxD.astype(model.dtype), E_RxD, method='logits')
+        new_top = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(z_BxLxR, axis=-1)))
+        total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(z_BxLxR - new_top[..., None]), axis=-1)
+        is_target = (targets_BxL[..., None] // pieces == jnp.arange(rows)) & (targets_BxL[..., None] % pieces == c)
+        return (new_top, total, target + jnp.sum(jnp.where(is_target, z_BxLxR, 0), axis=-1)), None
 
-    B, L = targets_BxL.shape
-    if not chunk or chunk == L:
-        return per_token(hidden_BxLxD, targets_BxL)
-    cut = lambda x: x.reshape(B, L // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
-    join = lambda x: x.swapaxes(0, 1).reshape(B, L)
-    step = lambda _, xs: (None, jax.checkpoint(per_token)(*xs))
-    return jax.tree.map(join, jax.lax.scan(step, None, (cut(hidden_BxLxD), cut(targets_BxL)))[1])
+    zero = jnp.zeros(targets_BxL.shape, jnp.float32)
+    start = zero - jnp.inf, zero, zero
+    if pieces == 1:
+        (top, total, target), _ = step(start, (E_VxD, 0))
+    else:
+        (top, total, target), _ = jax.lax.scan(jax.checkpoint(step), start, (E_CxRxD, jnp.arange(pieces)))
+    log_z = top + jnp.log(total)
+    return log_z - target, log_z, target >= top
 
 
-def forward(model, params, batch, *, chunk=0, count=True):
+def forward(model, params, batch, *, pieces=1, count=True):
     """One forward pass over a batch (see spark.data.pipeline); sums over its tokens, padding excluded.
 
     Returns:
@@ -42,8 +52,7 @@ def forward(model, params, batch, *, chunk=0, count=True):
     rows = batch['tokens'], batch['positions'], batch['segments']
     (hidden, _), state = model.apply(params, *rows, mutable=[METRICS] if count else [])
     weights = (batch['segments'] > 0).astype(jnp.float32)
-    logits_fn = lambda hidden: model.apply(params, hidden, method='logits')
-    nll_BxL, log_z_BxL, _ = cross_entropy(logits_fn, hidden, batch['targets'], chunk)
+    nll_BxL, log_z_BxL, _ = cross_entropy(model, params, hidden, batch['targets'], pieces)
     sums = {
         'nll': jnp.sum(weights * nll_BxL),
         'log_z2': jnp.sum(weights * log_z_BxL**2),

@@ -61,7 +61,7 @@ class Trainer:
             donate_argnums=0,
         )
         self.eval_step = jax.jit(
-            lambda params, batch: loss.forward(self.model, params, batch, chunk=cfg.train.loss_chunk),
+            lambda params, batch: loss.forward(self.model, params, batch, pieces=cfg.train.loss_pieces),
             in_shardings=(self.state_shardings.params, self._rows),
         )
 
@@ -96,7 +96,7 @@ class Trainer:
         cfg = self.cfg
 
         def objective(params, rows):
-            sums = loss.forward(self.model, params, rows, chunk=cfg.train.loss_chunk, count=cfg.train.activity)
+            sums = loss.forward(self.model, params, rows, pieces=cfg.train.loss_pieces, count=cfg.train.activity)
             return sums['nll'] + cfg.optimizer.z_loss * sums['log_z2'], sums
 
         gradient = jax.grad(objective, has_aux=True)

@@ -57,10 +57,10 @@ def one_device(request):
 
 MESHES = [
     {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.model': 2},
-    {'mesh.fsdp': 4, 'mesh.model': 2, 'train.accumulate': 2},
+    {'mesh.fsdp': 4, 'mesh.model': 2, 'train.accumulate': 2, 'train.loss_pieces': 4},
     {'mesh.data': 8},
     {'mesh.fsdp': 2, 'mesh.model': 2, 'model.attention.impl': 'blockwise', 'model.attention.block': 8},
-    {'mesh.data': 1, 'train.accumulate': 4, 'train.loss_chunk': 8, 'train.activity': False},
+    {'mesh.data': 1, 'train.accumulate': 4, 'train.loss_pieces': 8, 'train.activity': False},
 ]
 
 
@@ -128,12 +128,41 @@ def test_z_loss_pulls_the_normaliser_to_zero():
     assert z[-1] < 0.7 * z[0]
 
 
-def test_chunked_loss_never_holds_all_logits():
-    cfg = small(**{'model.vocab_size': 5000, 'train.loss_chunk': 4, 'data.batch_size': 2})
+def test_a_loss_in_pieces_never_holds_all_logits():
+    cfg = small(**{'model.vocab_size': 5000, 'train.loss_pieces': 8, 'data.batch_size': 2})
     trainer = Trainer(cfg, jax.devices()[:1])
     with trainer.context():
         text = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).as_text()
-    assert '2x4x5000' in text and '2x32x5000' not in text and '64x5000' not in text
+    assert '2x32x625x' in text and '2x32x5000' not in text and '64x5000' not in text
+
+
+@pytest.mark.parametrize('pieces', [1, 2, 8, 264])
+def test_a_loss_in_pieces_is_the_loss(pieces):
+    """Losses, log Z, the likeliest token, and gradients, against log_softmax."""
+    cfg = small()
+    model, params = model_and_params(cfg)
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(2, 7, 32)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 264, (2, 7)), jnp.int32)
+    best = jnp.argmax(model.apply(params, hidden, method='logits'), -1)
+    targets = targets.at[0, :3].set(best[0, :3])
+
+    def ours(params, hidden):
+        nll, log_z, greedy = loss.cross_entropy(model, params, hidden, targets, pieces)
+        return jnp.sum(nll * jnp.arange(7) + 0.1 * log_z**2), (nll, log_z, greedy)
+
+    def theirs(params, hidden):
+        logits = model.apply(params, hidden, method='logits')
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+        return jnp.sum(nll * jnp.arange(7) + 0.1 * log_z**2), (nll, log_z, targets == jnp.argmax(logits, -1))
+
+    (_, found), gradients = jax.value_and_grad(ours, (0, 1), has_aux=True)(params, hidden)
+    (_, expected), gradients_ = jax.value_and_grad(theirs, (0, 1), has_aux=True)(params, hidden)
+    np.testing.assert_array_equal(found[2], expected[2])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found[:2], expected[:2])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients, gradients_)
+    assert found[2].sum() >= 3
 
 
 def test_weight_decay_spares_the_norms_and_the_schedule_is_warm_up_and_cosine():
