@@ -1,9 +1,12 @@
 """The attention half of a layer: a lookup in the tokens of the context."""
 
+import math
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from spark import ops
 from spark.config import AttentionConfig
@@ -38,6 +41,22 @@ def visible_to(cfg, window, positions_BxL, segments_BxL, k_positions, k_segments
     if not cached and (cfg.impl == 'blockwise' or (cfg.impl == 'auto' and positions_BxL.shape[1] > cfg.block)):
         return blockwise.visible_starts(segments_BxL, window)
     return visible_keys(positions_BxL, k_positions, segments_BxL, k_segments, window)
+
+
+def on_each_device(attention, B, N):
+    """`attention(q, k, v, starts) -> (y, attended)` on every device's own rows and key-value heads.
+
+    Loops whose length depends on the data need not agree on it then. Without a mesh, or where B or N does not divide over it,
+    attention itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    batch, heads = nn.logical_to_mesh_axes(('batch', 'kv_heads')) if nn.get_logical_axis_rules() else (None, None)
+    devices = lambda axes: math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+    if mesh.empty or B % devices(batch) or N % devices(heads):
+        return attention
+    head = PartitionSpec(batch, heads)
+    specs = {'in_specs': (head, head, head, PartitionSpec(batch)), 'out_specs': (head, head)}
+    return jax.shard_map(attention, mesh=mesh, check_vma=False, **specs)
 
 
 class Attention(nn.Module):
@@ -77,7 +96,8 @@ class Attention(nn.Module):
         k_BxNxSxd, v_BxNxSxd = k_BxSxNxd.transpose(0, 2, 1, 3), v_BxSxNxd.transpose(0, 2, 1, 3)
         if visible.ndim == 2:
             spec = blockwise.Spec(cfg.r, cfg.k, cfg.logit_cap, cfg.block)
-            y, attended = blockwise.attention(q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible, spec)
+            look_up = on_each_device(lambda *x: blockwise.attention(*x, spec), B, N)
+            y, attended = look_up(q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible)
             sow(self, 'attended', attended.reshape(B, N, G * L))
         else:
             y = self._look_up(q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible)
