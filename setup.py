@@ -2,9 +2,10 @@
 
 from setuptools import find_packages, setup
 
+AOT = ['libtpu']  # compiles for TPUs that are not there
 EVAL = ['lm-eval>=0.4.9']
 SLURM = ['submitit>=1.5.2']
-TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'ruff>=0.6', 'selenium>=4.20', *EVAL, *SLURM]
+TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'ruff>=0.6', 'selenium>=4.20', *AOT, *EVAL, *SLURM]
 
 setup(
     name='spark-transformer',
@@ -41,7 +42,7 @@ setup(
         'test': TEST,
         'cuda': ['jax[cuda12]'],
         'tpu': ['jax[tpu]'],
-        'aot': ['libtpu'],  # compiles for TPUs that are not there
+        'aot': AOT,
         'eval': EVAL,
         'slurm': SLURM,
         'parity': ['torch>=2.6', 'safetensors'],

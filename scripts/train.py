@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from spark import config, errors
-from spark.runtime import use_huge_pages
+from spark.runtime import join_processes, use_huge_pages
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with an optional variant: PATH[:VARIANT].')
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory: new, or one of the same config to go on with.')
@@ -27,6 +27,8 @@ def main():
 
     # Imported here, so that a wrong config is told before jax starts.
     import jax
+
+    join_processes()
 
     from spark.training.train import train, write_summary
 

@@ -1,9 +1,11 @@
-"""What the process asks of the operating system: huge pages before jax starts, and a say in how it is stopped."""
+"""What a process asks of the machines it runs on: huge pages, its companions in other processes, a say in how it is stopped."""
 
 import contextlib
 import os
 import signal
 import sys
+
+from spark.errors import ConfigError
 
 
 def use_huge_pages():
@@ -13,11 +15,44 @@ def use_huge_pages():
     training step of the tiny model takes about two thirds of the time. The results are the same.
     """
     tunables = os.environ.get('GLIBC_TUNABLES')
-    chip = any(map(os.path.exists, ('/dev/nvidiactl', '/dev/accel0', '/dev/vfio/0')))
+    chip = os.path.exists('/dev/nvidiactl') or _chips()
     if sys.platform != 'linux' or tunables is not None or (chip and os.environ.get('JAX_PLATFORMS') != 'cpu'):
         return
     os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def join_processes():
+    """Joins the processes of a job into one jax program; nothing to do in a job of one process. Before jax is used.
+
+    A job is told by JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by what SLURM, Open MPI,
+    Kubernetes (an indexed job or JobSet) or Cloud TPU leave in the environment.
+
+    Raises:
+      ConfigError: the three variables do not go together.
+    """
+    import jax
+
+    address = os.environ.get('JAX_COORDINATOR_ADDRESS')
+    if address:
+        numbers = [os.environ.get(name, '') for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')]
+        if not all(n.isdigit() for n in numbers) or not int(numbers[1]) < int(numbers[0]) or ':' not in address:
+            raise ConfigError(
+                f'JAX_COORDINATOR_ADDRESS={address}, JAX_NUM_PROCESSES={numbers[0]}, JAX_PROCESS_ID={numbers[1]}: '
+                'want host:port, how many, and which, from 0'
+            )
+        if int(numbers[0]) > 1:
+            jax.distributed.initialize(address, *map(int, numbers))
+        return
+    several = [int(os.environ.get(name, '1')) for name in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')]
+    pod = _chips() and os.environ.get('JAX_PLATFORMS') in (None, 'tpu')
+    if max(several) > 1 or 'JOB_COMPLETION_INDEX' in os.environ or pod:
+        jax.distributed.initialize()
+
+
+def _chips():
+    """Is this a Cloud TPU host?"""
+    return any(map(os.path.exists, ('/dev/accel0', '/dev/vfio/0')))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,177 @@
+"""What a compiled program tells: collectives in loops, buffers and their lines, FLOPs; and real slices, with libtpu."""
+
+import importlib.util
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from spark.analysis import aot, flops
+from spark.config import validate
+from spark.errors import ConfigError
+from spark.training import sharding
+from spark.training.train import Trainer
+from tests.helpers import ROOT, shipped, small
+
+libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='wants libtpu')
+
+
+@pytest.fixture(scope='module')
+def mesh():
+    return sharding.make_mesh(small(**{'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.model': 2}))
+
+
+def compiled_text(mesh, f, *arguments):
+    """Of f on (shape, PartitionSpec) arguments in float32, with its result replicated."""
+    structs = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for shape, spec in arguments]
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(f, out_shardings=everywhere).lower(*structs).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ('spec', 'axes'),
+    [('model', 'model'), ('fsdp', 'fsdp'), (('data', 'fsdp'), 'data × fsdp'), (('data', 'fsdp', 'model'), 'data × fsdp × model')],
+)
+def test_a_gather_is_found_with_its_axes_and_bytes(mesh, spec, axes):
+    text = compiled_text(mesh, lambda x: jnp.sin(x), ((64, 16), PartitionSpec(spec)))
+    assert aot.collectives(text, mesh) == [{'kind': 'all-gather', 'axes': axes, 'count': 1, 'bytes': 64 * 16 * 4}]
+
+
+def test_collectives_in_loops_count_by_their_trips(mesh):
+    def f(x, w):
+        step = lambda x, w: (jnp.tanh(x @ w), None)  # the contracted axis is split: a sum over 'model' at every step
+        return jax.lax.scan(step, x, w)[0]
+
+    split = PartitionSpec(None, 'model')
+    text = compiled_text(mesh, f, ((4, 32), split), ((5, 32, 32), PartitionSpec(None, 'model', None)))
+    found = {(c['kind'], c['axes']): c for c in aot.collectives(text, mesh)}
+    reduced = found['all-reduce', 'model']
+    assert reduced['count'] >= 5 and reduced['bytes'] >= 5 * 4 * 32 * 4 / 2
+
+
+def test_groups_are_read_in_every_form():
+    pairs = frozenset(map(frozenset, [(0, 4), (1, 5), (2, 6), (3, 7)]))
+    for text in ('replica_groups={{0,4},{1,5},{2,6},{3,7}}', 'replica_groups=[4,2]<=[2,4]T(1,0)',
+                 "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}"):  # fmt: skip
+        assert aot._members(text + ', use_global') == pairs
+    assert aot._members('replica_groups=[2,4]<=[8]') == frozenset(map(frozenset, [range(4), range(4, 8)]))
+
+
+UNROLLED = '''
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]) parameter(0)
+  %limit = s32[] constant(8)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %sent = f32[8]{0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6,7},{7,6}}
+  ROOT %out = (s32[], f32[8]{0}) tuple(%next, %sent)
+}
+
+ENTRY %main (x: f32[8]) -> (s32[], f32[8]) {
+  %x = f32[8]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8]{0}) tuple(%zero, %x)
+  ROOT %loop = (s32[], f32[8]{0}) while(%start), condition=%cond, body=%body
+}
+'''
+
+
+def test_an_unrolled_ring(mesh):
+    """Eight steps, two at a time."""
+    assert aot.collectives(UNROLLED, mesh) == [{'kind': 'collective-permute', 'axes': 'model', 'count': 4, 'bytes': 4 * 8 * 4}]
+
+
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_flops_of_the_traced_step_are_those_counted_by_part(remat):
+    """All scores are computed and masked, so each token pays for a whole row of keys; the backward pass is twice the forward."""
+    L = 32
+    cfg = small('dense', **{'model.attention.window': L, 'model.remat': remat, 'train.loss_pieces': 1})
+    trainer = Trainer(cfg, jax.devices()[:1])
+    parts = flops.flops_per_token(cfg.model, L)
+    forward = flops.group(parts)
+    expected = 3 * forward['total'] + (forward['body'] if remat == 'full' else 0)
+    found = aot.matmul_flops(trainer) / (cfg.data.batch_size * L)
+    # Of a rematerialised layer nobody needs the last matmul again.
+    assert found == pytest.approx(expected, rel=0.001 if remat == 'none' else 0.08)
+
+
+def test_flops_of_blocks_are_those_of_the_keys_that_are_seen():
+    L, block = 256, 16
+    more = {'data.seq_len': L, 'model.attention.block': block, 'model.attention.impl': 'blockwise', 'model.attention.window': 64}
+    per_token = {}
+    for kind in ('dense', 'spark'):
+        cfg = small(kind, **more)
+        per_token[kind] = aot.matmul_flops(Trainer(cfg, jax.devices()[:1])) / (cfg.data.batch_size * L)
+        model = sum(flops.flops_per_token(cfg.model, L, 'training').values())
+        # Diagonal blocks are computed whole, and backward scores once more.
+        assert model < per_token[kind] < 1.25 * model
+
+
+def test_the_largest_buffers_name_their_lines():
+    cfg = small(**{'model.vocab_size': 4096, 'mesh.data': 1})
+    trainer, compiled = aot.compile_step(cfg, jax.devices()[:1])
+    rows = aot.largest_buffers(compiled.as_text(), 5)
+    sizes = [row['bytes'] for row in rows]
+    assert sizes[0] == 8 * 32 * 4096 * 4 and sizes == sorted(sizes, reverse=True)
+    m = aot.memory(compiled, jax.devices()[0])
+    assert m['hbm'] is None and m['peak'] >= m['arguments'] > 3 * 4 * trainer.n_params
+
+
+def compile_script(*arguments):
+    command = [sys.executable, str(ROOT / 'scripts' / 'compile.py'), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=550)
+
+
+@libtpu
+def test_a_slice_that_is_not_there(tmp_path):
+    done = compile_script(f'--config={ROOT}/configs/tiny.py', '--topology=v5e:2x2', f'--json={tmp_path}/r.json')
+    assert done.returncode == 0, done.stderr
+    for words in ('Compiling for 4 × TPU v5 lite', 'of 16 GiB: fits', '| all-reduce | data |', 'largest buffers', 'lookup.py:'):
+        assert words in done.stdout
+    wrong = compile_script(f'--config={ROOT}/configs/tiny.py', '--topology=v5e:3x7')
+    assert wrong.returncode == 2 and '--topology=v5e:3x7' in wrong.stderr.splitlines()[-1]
+
+
+@libtpu
+def test_what_does_not_fit_is_said():
+    big = {'model.d_model': 4096, 'model.ffn.d_ff': 100000, 'model.n_layers': 8, 'data.batch_size': 4}
+    big = [f'--config.{name}={value}' for name, value in big.items()]
+    done = compile_script(f'--config={ROOT}/configs/tiny.py', '--topology=v5e:2x2', *big)
+    assert done.returncode == 2 and 'lower data.batch_size' in done.stderr.splitlines()[-1], done.stderr
+
+
+@libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize('variant', ['spark', 'dense'])
+def test_gemma2_2b_fits_the_slice_of_its_header_as_lean_as_maxtext(variant):
+    """256 v5e chips as shipped; and 16 with 1 × 2048 tokens each, where MaxText takes 1.96 GB and 4.03 of temporaries."""
+    c = shipped('gemma2_2b.py', variant)
+    devices = aot.devices('v5e:16x16')
+    m = aot.memory(aot.compile_step(validate(c), devices)[1], devices[0])
+    assert m['peak'] < m['hbm']
+    c.data.seq_len, c.data.batch_size, c.mesh.fsdp = 2048, 16, 16
+    devices = aot.devices('v5e:4x4')
+    trainer, compiled = aot.compile_step(validate(c), devices)
+    m = aot.memory(compiled, devices[0])
+    assert m['arguments'] < 1.97e9 and m['temporaries'] < 4.03e9
+    moved = sum(row['bytes'] for row in aot.collectives(compiled.as_text(), trainer.mesh))
+    assert moved < 1.4 * 3 * 2 * trainer.n_params  # gathered twice, scattered once, in bfloat16
+
+
+def test_unknown_topologies(monkeypatch):
+    pytest.importorskip('libtpu')
+    with pytest.raises(ConfigError, match=r'--topology=v9:2x2: .*want such as v4:2x2x2'):
+        aot.devices('v9:2x2')
+    assert np.isfinite(max(aot.HBM.values()))
