@@ -54,7 +54,7 @@ def continuation(cfg, trainer, state):
         return None
     tokenizer = load(cfg.data.tokenizer)
     prompt = jnp.asarray([[tokenizer.bos, *tokenizer.encode(cfg.sample.prompt)]], jnp.int32)
-    with trainer.context():
+    with jax.set_mesh(trainer.mesh):  # without the axes of activations: one row is not spread
         tokens = generate(
             trainer.model, state.params, prompt, jax.random.key(cfg.seed),
             n=cfg.sample.tokens, temperature=cfg.sample.temperature,

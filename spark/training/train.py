@@ -183,8 +183,9 @@ def train(cfg, workdir):
                 batch = next(batches)
             except StopIteration:
                 raise DataError(f'{cfg.data.source}: exhausted at step {step} after data.epochs = {cfg.data.epochs}') from None
+            rows = trainer.put(batch)
             with jax.transfer_guard('disallow'):  # whatever waits for the device does so on purpose
-                state, sums = compiled(state, trainer.put(batch))
+                state, sums = compiled(state, rows)
             step += 1
             log.flush()  # the step before, while this one runs
             saving = step % cfg.train.save_every == 0 or step == cfg.train.steps

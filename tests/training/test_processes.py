@@ -56,8 +56,12 @@ def losses(workdir, split='train'):
 
 
 def params(workdir, step):
-    restored = ocp.StandardCheckpointer().restore((workdir / 'checkpoints' / str(step) / 'state').absolute())
-    return [np.asarray(x) for x in jax.tree.leaves(restored['params'])]
+    path = (workdir / 'checkpoints' / str(step) / 'state').absolute()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        restored = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return jax.tree.leaves(restored['params'])
 
 
 @pytest.fixture(scope='module')
