@@ -46,12 +46,7 @@ def main():
         write(HLO, text)
     if JSON.value:
         write(JSON, json.dumps(report, indent=2) + '\n')
-    m = report['memory']
-    if m['hbm'] and m['peak'] > m['hbm']:
-        raise errors.ConfigError(
-            f'{TOPOLOGY.value}: wants {m["peak"] / 2**30:.2f} GiB per chip, which has {m["hbm"] / 2**30:.0f}; lower '
-            "data.batch_size, raise mesh.fsdp or mesh.model, or set model.remat='full' (--search finds what fits)"
-        )
+    aot.check_fit(report['memory'])
 
 
 def write(flag, text):

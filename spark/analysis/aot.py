@@ -24,6 +24,16 @@ _BYTES = {'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, 'f32': 4, 's32': 4, 'u32': 4,
 _CALLS = ('body', 'calls', 'to_apply', 'branch_computations', 'true_computation', 'false_computation')
 
 
+class TooBig(ConfigError):
+    """A step that wants `wanted` GiB per chip of `there`."""
+
+    def __init__(self, wanted, there):
+        super().__init__(
+            f'the step wants {wanted:.2f} GiB per chip, which has {there:.2f}; lower data.batch_size, raise mesh.fsdp or '
+            "mesh.model, or set model.remat='full' (--search finds what fits)"
+        )
+
+
 def devices(topology):
     """The devices of a slice such as 'v5e:16x16', which need not be there; a ConfigError if libtpu knows none of that name."""
     # Compiling takes no chip, so that several processes may do it at once, and on a machine that is nowhere in a cloud.
@@ -43,11 +53,21 @@ def devices(topology):
 
 
 def compile_step(cfg, devices_):
-    """(Trainer, compiled train step): the very step that training runs."""
+    """(Trainer, compiled train step): the very step that training runs.
+
+    Raises:
+      TooBig: the compiler itself finds that the memory does not do.
+    """
     trainer = Trainer(cfg, devices_)
     with trainer.context():
         lowered = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch())
-        return trainer, lowered.compile()
+        try:
+            return trainer, lowered.compile()
+        except jax.errors.JaxRuntimeError as e:
+            if 'RESOURCE_EXHAUSTED' not in str(e):
+                raise
+            sizes = re.search(r'\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)', str(e))
+            raise TooBig(*map(float, sizes.groups()) if sizes else (math.inf, math.nan)) from None
 
 
 def report(cfg, devices_):
@@ -82,14 +102,10 @@ def search(cfg, devices_, say=lambda line: None):
             })  # fmt: skip
             try:
                 m = memory(compile_step(tried, devices_)[1], devices_[0])
-                peak = m['peak']
-            except jax.errors.JaxRuntimeError as e:  # the compiler itself gives up
-                if 'RESOURCE_EXHAUSTED' not in str(e):
-                    raise
-                peak = math.inf
-            if m['hbm'] and peak > m['hbm']:
+                check_fit(m)
+            except TooBig:
                 break
-            best = {'remat': remat, 'batch_size': tried.data.batch_size, 'peak': peak}
+            best = {'remat': remat, 'batch_size': tried.data.batch_size, 'peak': m['peak']}
             rows *= 2
         say(f'{remat}: ' + (f'batch_size {best["batch_size"]}, peak {best["peak"] / 1e9:.2f} GB' if best else 'does not fit'))
         found += [best] if best else []
@@ -102,6 +118,12 @@ def memory(compiled, device):
     hbm = next((n for kind, n in HBM.items() if device.device_kind.startswith(kind)), None)
     peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
     return {'arguments': m.argument_size_in_bytes, 'temporaries': m.temp_size_in_bytes, 'peak': peak, 'hbm': hbm}
+
+
+def check_fit(memory_):
+    """TooBig if the peak of `memory` is above what the device has."""
+    if memory_['hbm'] and memory_['peak'] > memory_['hbm']:
+        raise TooBig(memory_['peak'] / 2**30, memory_['hbm'] / 2**30)
 
 
 def matmul_flops(trainer):
@@ -264,17 +286,18 @@ def _groups_of(mesh, axes):
 
 def _members(line):
     """The replica groups of a collective, in any of the forms that the compiler writes them."""
+    numbers = lambda s: tuple(map(int, s.split(',')))
     if m := re.search(r'replica_groups=\{(\{[\d,{}]*\})\}', line):
         return frozenset(frozenset(map(int, g.split(','))) for g in re.findall(r'\{([\d,]+)\}', m[1]))
     if m := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line):
-        numbers = lambda s: tuple(map(int, s.split(',')))
         x = np.arange(math.prod(numbers(m[2]))).reshape(numbers(m[2]))
         x = (x.transpose(numbers(m[3])) if m[3] else x).reshape(numbers(m[1]))
         return frozenset(map(frozenset, x.tolist()))
-    if m := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if m := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{([^}]*)\}", line):
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", m[1])}
-        chosen = re.findall(r"'(\w+)'", m[2])
-        x = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        chosen = re.findall(r"'(\w+)'", m[4])
+        x = np.arange(math.prod(sizes.values()))
+        x = (x.reshape(numbers(m[2])).transpose(numbers(m[3])) if m[2] else x).reshape(tuple(sizes.values()))
         order = [i for i, n in enumerate(sizes) if n not in chosen] + [i for i, n in enumerate(sizes) if n in chosen]
         return frozenset(map(frozenset, x.transpose(order).reshape(-1, math.prod(sizes[n] for n in chosen)).tolist()))
     return None

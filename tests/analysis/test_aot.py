@@ -56,7 +56,8 @@ def test_collectives_in_loops_count_by_their_trips(mesh):
 def test_groups_are_read_in_every_form():
     pairs = frozenset(map(frozenset, [(0, 4), (1, 5), (2, 6), (3, 7)]))
     for text in ('replica_groups={{0,4},{1,5},{2,6},{3,7}}', 'replica_groups=[4,2]<=[2,4]T(1,0)',
-                 "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}"):  # fmt: skip
+                 "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}",
+                 "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}"):  # fmt: skip
         assert aot._members(text + ', use_global') == pairs
     assert aot._members('replica_groups=[2,4]<=[8]') == frozenset(map(frozenset, [range(4), range(4, 8)]))
 
@@ -115,8 +116,8 @@ def test_flops_of_blocks_are_those_of_the_keys_that_are_seen():
         cfg = small(kind, **more)
         per_token[kind] = aot.matmul_flops(Trainer(cfg, jax.devices()[:1])) / (cfg.data.batch_size * L)
         model = sum(flops.flops_per_token(cfg.model, L, 'training').values())
-        # Diagonal blocks are computed whole, and backward scores once more.
-        assert model < per_token[kind] < 1.25 * model
+        # Blocks at the edges are computed whole, and backward scores once more.
+        assert model < per_token[kind] < 1.4 * model
 
 
 def test_the_largest_buffers_name_their_lines():
