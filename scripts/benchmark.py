@@ -1,18 +1,22 @@
 """Measure what this project claims, both sides in one run, medians of interleaved repeats.
 
-    python scripts/benchmark.py topk|ffn|train_step|compile [--repeats=N] [--json=FILE]
+    python scripts/benchmark.py topk|ffn|attention|train_step|compile [--repeats=N] [--topology=v5e:2x2] [--json=FILE]
 
 topk        statistical top-k against exact, approximate and GELU, forward + backward, [4096, 13824], k 1106
 ffn         a Spark FFN against the gated FFN of equal parameters, forward + backward, D 2304, 1024 tokens
+            with --topology: the compiler's own estimate of cycles on a TPU that need not be there, 8192 tokens, bfloat16
+attention   Spark attention in blocks against dense attention in blocks, forward + backward, 2k and 8k tokens; and the memory
 train_step  a training step of configs/tiny.py, Spark against dense; fails if a step after the first compiles anything
 compile     compiling the step of a 26-layer model against that of 4 layers, at small widths
 
 JSON: a list of rows {name, backend, ours_ms, baseline_ms, speedup = baseline / ours, …}.
 """
 
+import functools
 import json
 import os
 import pathlib
+import re
 import sys
 import time
 
@@ -25,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax.core import meta
 from tqdm import tqdm
 
 from spark import config, errors, ops
@@ -32,6 +37,7 @@ from spark.config import FFNConfig
 from spark.nn.ffn import FFN
 
 REPEATS = flags.DEFINE_integer('repeats', None, 'Interleaved repeats of each side; default 11, or 5 of slow ones.', lower_bound=1)
+TOPOLOGY = flags.DEFINE_string('topology', None, 'Of ffn: estimate for this slice, such as v5e:2x2.')
 JSON = flags.DEFINE_string('json', None, 'Also write the rows to this file.')
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
@@ -110,6 +116,67 @@ def ffn(repeats):
     return [row('ffn: Spark against gated', ms['spark'], ms['gated'], **details)]
 
 
+def ffn_cycles(topology):
+    """The sum of estimated_cycles over the operations that the compiler makes of both FFNs, forward + backward."""
+    from jax.sharding import SingleDeviceSharding
+
+    from spark.analysis import aot
+
+    tokens, D, F = 8192, 2304, 9216
+    device = aot.devices(topology)[0]
+    there = lambda tree: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), tree
+    )  # fmt: skip
+    x = jax.ShapeDtypeStruct((1, tokens, D), jnp.bfloat16)
+    cycles = {}
+    for kind, cfg in {
+        'spark': FFNConfig(kind='spark', d_ff=F * 3 // 2, k=1106, r=1024),
+        'gated': FFNConfig(kind='gated', d_ff=F),
+    }.items():
+        module = FFN(cfg, jnp.bfloat16)
+        variables = meta.unbox(jax.eval_shape(module.init, jax.random.key(0), x))
+
+        def step(variables, x, cotangent, module=module):
+            y, backward = jax.vjp(module.apply, variables, x)
+            return y, backward(cotangent)
+
+        text = jax.jit(step).lower(*there((variables, x, x))).compile().as_text()
+        cycles[kind] = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
+    return [{
+        'name': f'ffn: estimated cycles on {topology}, Spark against gated', 'backend': f'{device.device_kind}, not there',
+        'ours_ms': cycles['spark'] / 1e6, 'baseline_ms': cycles['gated'] / 1e6, 'speedup': cycles['gated'] / cycles['spark'],
+        'unit': 'million cycles, an estimate of the compiler, not a time', 'ratio': cycles['spark'] / cycles['gated'],
+    }]  # fmt: skip
+
+
+def attention(repeats):
+    """One layer's lookups, the paper's heads halved in number, B 1; temporary memory as compiled."""
+    from spark.kernels import blockwise
+
+    N, G, d = 2, 2, 256
+    kinds = {'spark': blockwise.Spec(r=128, k=256, logit_cap=50.0), 'dense': blockwise.Spec(logit_cap=50.0)}
+
+    def step(spec, q, k, v, c):
+        starts = blockwise.visible_starts(jnp.ones((1, q.shape[3]), jnp.int32))
+        y, backward = jax.vjp(lambda *x: blockwise.attention(*x, starts, spec)[0], q, k, v)
+        return y, backward(c)
+
+    shapes = lambda L: [(1, N, G, L, d), (1, N, L, d), (1, N, L, d), (1, N, G, L, d)]
+    memory = {}
+    for L in (2048, 8192, 32768):
+        structs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes(L)]
+        compiled = jax.jit(functools.partial(step, kinds['spark'])).lower(*structs).compile()
+        memory[f'temporary_mb_at_{L}'] = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    rows = []
+    for L in (2048, 8192):
+        x = [jax.random.normal(key, s) for key, s in zip(jax.random.split(jax.random.key(0), 4), shapes(L), strict=True)]
+        x[0] = x[0] / d**0.5
+        sides = {name: functools.partial(jax.jit(functools.partial(step, spec)), *x) for name, spec in kinds.items()}
+        ms = interleaved(sides, repeats or 3)
+        rows.append(row(f'attention: Spark against dense, {L} tokens', ms['spark'], ms['dense'], **memory))
+    return rows
+
+
 def train_step(repeats):
     """The tiny config's step on one device, on a batch of its corpus; the state goes round, as in training."""
     from spark.data import pipeline
@@ -161,7 +228,7 @@ def compile_time(repeats):
     return [row('compile: 26 layers against 4', ms['26 layers'], ms['4 layers'], time_ratio=ms['26 layers'] / ms['4 layers'])]
 
 
-BENCHMARKS = {'topk': topk, 'ffn': ffn, 'train_step': train_step, 'compile': compile_time}
+BENCHMARKS = {'topk': topk, 'ffn': ffn, 'attention': attention, 'train_step': train_step, 'compile': compile_time}
 
 
 def table(rows):
@@ -174,7 +241,9 @@ def table(rows):
 
 
 def main(name):
-    rows = BENCHMARKS[name](REPEATS.value)
+    if TOPOLOGY.value and name != 'ffn':
+        raise errors.ConfigError(f'--topology={TOPOLOGY.value}: only ffn has an estimate')
+    rows = ffn_cycles(TOPOLOGY.value) if TOPOLOGY.value else BENCHMARKS[name](REPEATS.value)
     print(table(rows))
     if JSON.value:
         try:
