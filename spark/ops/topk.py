@@ -19,7 +19,7 @@ from jax.scipy.special import ndtri
 THRESHOLD = 'threshold'
 
 
-def statistical_threshold(x, k, *, axis=-1, where=None, ddof=1):
+def statistical_threshold(x, k, *, axis=-1, where=None, ddof=1, pivot=True):
     """θ(x, k): about k of the n valid entries of x lie above it if x is Gaussian.
 
     Args:
@@ -29,6 +29,8 @@ def statistical_threshold(x, k, *, axis=-1, where=None, ddof=1):
       where: boolean, the valid entries, None for all; broadcasts against x over the axes before `axis`. A row may have any
         number n of them.
       ddof: the variance is the sum of squares over n − ddof: 1 in Spark, 0 in Gemma 3n.
+      pivot: take squares about the first entry, so that the variance does not cancel where the mean is large against the spread.
+        Without it the sums fuse into the matmul that makes x, and lose (mean / std)² units of rounding.
 
     Returns:
       θ in the dtype of the statistics, shaped as x with `axis` of size 1; −inf where k ≥ n (everything is kept), and
@@ -43,14 +45,14 @@ def statistical_threshold(x, k, *, axis=-1, where=None, ddof=1):
         raise ValueError(f'where has shape {jnp.shape(where)}: along axis {axis} want {x.shape[axis]} entries, as in x')
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     n = x.shape[axis] if where is None else jnp.sum(where, axis=axis, keepdims=True, dtype=x.dtype)
-    mean, std = _mean_and_std(x, where, n, axis, ddof)
+    mean, std = _mean_and_std(x, where, n, axis, ddof, pivot)
     # Q(1 − k/n) = −Q(k/n), and k/n keeps the digits that 1 − k/n would lose.
     share = jnp.asarray(k, x.dtype) / jnp.maximum(n, 1)
     quantile = -ndtri(jnp.where(share < 1, share, 0.5))
     return checkpoint_name(jnp.where(share < 1, mean + std * quantile, -jnp.inf), THRESHOLD)
 
 
-def statistical_topk(x, k, *, axis=-1, where=None, ddof=1, huber=0.0):
+def statistical_topk(x, k, *, axis=-1, where=None, ddof=1, huber=0.0, pivot=True):
     """StatTopK_k(x) = max(x − θ(x, k), 0), the soft threshold of the paper, in the dtype of x.
 
     Gradients flow through mean and standard deviation. With `huber` = δ > 0 the kink at θ is rounded into a
@@ -61,7 +63,7 @@ def statistical_topk(x, k, *, axis=-1, where=None, ddof=1, huber=0.0):
         raise ValueError(f'huber = {huber}: want a width ≥ 0')
     if where is None and isinstance(k, numbers.Real) and k >= x.shape[axis]:
         return x
-    theta = statistical_threshold(x, k, axis=axis, where=where, ddof=ddof)
+    theta = statistical_threshold(x, k, axis=axis, where=where, ddof=ddof, pivot=pivot)
     above = jnp.maximum(x.astype(theta.dtype) - theta, 0)
     if huber:
         above = jnp.where(above < huber, above * above / (2 * huber), above - huber / 2)
@@ -96,25 +98,25 @@ def approx_topk(x, k, *, axis=-1, where=None, recall=0.95):
     return _keep_largest(x, k, axis, where, lambda x, k: jax.lax.approx_max_k(x, k, recall_target=recall)[0])
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _mean_and_std(x, where, n, axis, ddof):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def _mean_and_std(x, where, n, axis, ddof, pivot):
     """Of the n valid entries, in one pass; (…, 1, …) each."""
     total = lambda x: jnp.sum(_masked(x, where), axis=axis, keepdims=True) / jnp.maximum(n, 1)
-    # E[x²] − E[x]² fuses into one pass, but cancels where the mean is large against the spread: shift by a pivot.
+    # E[x²] − E[x]² takes one pass, but cancels where the mean is large against the spread: shift it.
     # Any entry will do, a masked one too as long as it is finite; a maximum would cost a pass of its own.
-    pivot = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
-    pivot = jnp.where(jnp.isfinite(pivot), pivot, 0)
+    about = jax.lax.slice_in_dim(x, 0, 1, axis=axis) if pivot else jnp.zeros((), x.dtype)
+    about = jnp.where(jnp.isfinite(about), about, 0)
     mean = total(x)
-    variance = (total(jnp.square(x - pivot)) - jnp.square(mean - pivot)) * (n / jnp.maximum(n - ddof, 1))
+    variance = (total(jnp.square(x - about)) - jnp.square(mean - about)) * (n / jnp.maximum(n - ddof, 1))
     return mean, jnp.sqrt(jnp.maximum(variance, 0))
 
 
 @_mean_and_std.defjvp
-def _mean_and_std_jvp(axis, ddof, primals, tangents):
+def _mean_and_std_jvp(axis, ddof, pivot, primals, tangents):
     # In closed form it does not go through the pivot, and a constant row, std 0, has derivative 0 rather than NaN.
     x, where, n = primals
     dx = tangents[0]
-    mean, std = _mean_and_std(x, where, n, axis, ddof)
+    mean, std = _mean_and_std(x, where, n, axis, ddof, pivot)
     total = lambda x: jnp.sum(_masked(x, where), axis=axis, keepdims=True)
     slope = jnp.where(std > 0, 1 / (jnp.maximum(n - ddof, 1) * jnp.where(std > 0, std, 1)), 0)
     return (mean, std), (total(dx) / jnp.maximum(n, 1), slope * total((x - mean) * dx))
