@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spark.analysis import aot, flops
-from spark.config import validate
+from spark.config import FFNConfig, validate
 from spark.errors import ConfigError
+from spark.nn.ffn import FFN
 from spark.training import sharding
 from spark.training.train import Trainer
 from tests.helpers import ROOT, shipped, small
@@ -128,6 +130,20 @@ def test_the_largest_buffers_name_their_lines():
     assert sizes[0] == 8 * 32 * 4096 * 4 and sizes == sorted(sizes, reverse=True)
     m = aot.memory(compiled, jax.devices()[0])
     assert m['hbm'] is None and m['peak'] >= m['arguments'] > 3 * 4 * trainer.n_params
+
+
+def test_topk_over_a_sharded_d_ff_reduces_two_scalars_per_token(mesh):
+    """And gathers no activations: over 'model' goes that and the sum that gives the output, in the forward pass."""
+    tokens, D = 16, 32  # per device
+    module = FFN(FFNConfig(kind='spark', d_ff=8192, k=655, r=16), jnp.float32)
+    x = jax.ShapeDtypeStruct((4, tokens, D), jnp.float32, sharding=sharding.batch_sharding(mesh))
+    boxed = jax.eval_shape(module.init, jax.random.key(0), x)
+    place = lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s)
+    params = jax.tree.map(place, meta.unbox(boxed), sharding.shardings(mesh, boxed))
+    with jax.set_mesh(mesh), sharding.logical_rules():
+        text = jax.jit(module.apply).lower(params, x).compile().as_text()
+    over_model = [c for c in aot.collectives(text, mesh) if 'model' in c['axes']]
+    assert [(c['kind'], c['axes'], c['bytes']) for c in over_model] == [('all-reduce', 'model', 4 * tokens * (2 + D))]
 
 
 def compile_script(*arguments):
