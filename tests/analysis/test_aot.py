@@ -1,6 +1,7 @@
 """What a compiled program tells: collectives in loops, buffers and their lines, FLOPs; and real slices, with libtpu."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -148,7 +149,8 @@ def test_topk_over_a_sharded_d_ff_reduces_two_scalars_per_token(mesh):
 
 def compile_script(*arguments):
     command = [sys.executable, str(ROOT / 'scripts' / 'compile.py'), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=550)
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=550)
 
 
 @libtpu
