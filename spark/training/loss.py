@@ -20,8 +20,6 @@ def cross_entropy(model, params, hidden_BxLxD, targets_BxL, pieces=1):
     """
     E_VxD = params['params']['embedding']
     rows = len(E_VxD) // pieces
-    # Piece c holds the tokens i · pieces + c, so that every shard of the vocabulary has a part of each piece.
-    E_CxRxD = E_VxD.reshape(rows, pieces, -1).swapaxes(0, 1)
     hidden_BxLxD = hidden_BxLxD.astype(jnp.float32)  # so that its gradient is summed over the pieces in float32
 
     def step(carry, piece):
@@ -38,6 +36,8 @@ def cross_entropy(model, params, hidden_BxLxD, targets_BxL, pieces=1):
     if pieces == 1:
         (top, total, target), _ = step(start, (E_VxD, 0))
     else:
+        # Piece c holds the tokens i · pieces + c, so that every shard of the vocabulary has a part of each piece.
+        E_CxRxD = E_VxD.reshape(rows, pieces, -1).swapaxes(0, 1)
         (top, total, target), _ = jax.lax.scan(jax.checkpoint(step), start, (E_CxRxD, jnp.arange(pieces)))
     log_z = top + jnp.log(total)
     return log_z - target, log_z, target >= top
