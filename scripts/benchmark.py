@@ -13,7 +13,6 @@ JSON: a list of rows {name, backend, ours_ms, baseline_ms, speedup = baseline / 
 """
 
 import functools
-import json
 import os
 import pathlib
 import re
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from spark import config, errors, ops
 from spark.config import FFNConfig
 from spark.nn.ffn import FFN
+from spark.runtime import write_json
 
 REPEATS = flags.DEFINE_integer('repeats', None, 'Interleaved repeats of each side; default 11, or 5 of slow ones.', lower_bound=1)
 TOPOLOGY = flags.DEFINE_string('topology', None, 'Of ffn: estimate for this slice, such as v5e:2x2.')
@@ -246,10 +246,7 @@ def main(name):
     rows = ffn_cycles(TOPOLOGY.value) if TOPOLOGY.value else BENCHMARKS[name](REPEATS.value)
     print(table(rows))
     if JSON.value:
-        try:
-            pathlib.Path(JSON.value).write_text(json.dumps(rows, indent=2) + '\n')
-        except OSError as e:
-            raise errors.ConfigError(f'--json={JSON.value}: {e.strerror or e}') from None
+        write_json(JSON.value, rows)
 
 
 if __name__ == '__main__':

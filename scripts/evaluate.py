@@ -8,13 +8,12 @@ with --split=none nothing else.
 Exit codes: 0 done, 2 bad usage, 4 data or task unreadable, 5 no such checkpoint.
 """
 
-import json
 import pathlib
 
 from absl import flags
 
 from spark import errors
-from spark.runtime import use_huge_pages
+from spark.runtime import use_huge_pages, write_json
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory.')
 STEP = flags.DEFINE_integer('step', None, 'Which checkpoint; default the newest.', lower_bound=0)
@@ -56,10 +55,7 @@ def main():
         report['tasks'], table = tasks.run(model, TASKS.value, manager, limit=LIMIT.value, fewshot=FEWSHOT.value)
         print(table)
     if JSON.value:
-        try:
-            pathlib.Path(JSON.value).write_text(json.dumps(report, indent=2) + '\n')
-        except OSError as e:
-            raise errors.ConfigError(f'--json={JSON.value}: {e.strerror or e}') from None
+        write_json(JSON.value, report)
 
 
 def split_report(model, out):

@@ -12,7 +12,6 @@ has ended; print shows the commands of what is left. Exit codes: 0 done (failed 
 again).
 """
 
-import json
 import pathlib
 import shlex
 import sys
@@ -21,6 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from spark import config, errors
+from spark.runtime import write_json
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The base: a file of configs/, or one of its variants: PATH[:VARIANT].')
 AXIS = flags.DEFINE_multi_string('axis', [], 'FIELD=v1,v2,…; give it several times for a product.')
@@ -68,10 +68,7 @@ def main():
         print('\n'.join(map(str, paths)))
     if JSON.value:
         records = [{'run': row.run, **row.axes, 'status': row.status, **row.result} for row in rows]
-        try:
-            pathlib.Path(JSON.value).write_text(json.dumps(records, indent=2) + '\n')
-        except OSError as e:
-            raise errors.ConfigError(f'--json={JSON.value}: {e.strerror or e}') from None
+        write_json(JSON.value, records)
 
 
 def _parameter(text):

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from spark import config, errors
-from spark.runtime import join_processes, use_huge_pages
+from spark.runtime import join_processes, use_huge_pages, write_json
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with an optional variant: PATH[:VARIANT].')
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory: new, or one of the same config to go on with.')
@@ -30,15 +30,15 @@ def main():
 
     join_processes()
 
-    from spark.training.train import train, write_summary
+    from spark.training.train import train
 
     workdir = pathlib.Path(WORKDIR.value)
     summary, trainer, state = train(cfg, workdir)
     summary['sample'] = continuation(cfg, trainer, state)
     if jax.process_index() == 0:
-        write_summary(workdir / 'summary.json', summary)
+        write_json(workdir / 'summary.json', summary)
         if JSON.value:
-            write_summary(pathlib.Path(JSON.value), summary)
+            write_json(JSON.value, summary)
         print(table(cfg, summary))
 
 

@@ -1,7 +1,9 @@
-"""What a process asks of the machines it runs on: huge pages, its companions in other processes, a say in how it is stopped."""
+"""A process and the machine it runs on: huge pages, its companions in other processes, whole files, how it is stopped."""
 
 import contextlib
+import json
 import os
+import pathlib
 import signal
 import sys
 
@@ -20,6 +22,17 @@ def use_huge_pages():
         return
     os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def write_json(path, value):
+    """A JSON file, whole or not at all; a ConfigError if it cannot be written."""
+    path = pathlib.Path(path)
+    scratch = path.with_name(path.name + '.tmp')
+    try:
+        scratch.write_text(json.dumps(value, indent=2) + '\n')
+        os.replace(scratch, path)
+    except OSError as e:
+        raise ConfigError(f'{path}: {e.strerror or e}') from None
 
 
 def join_processes():

@@ -22,7 +22,7 @@ from spark.analysis import flops
 from spark.config import FFN_KINDS, matched_d_ff
 from spark.data import pipeline
 from spark.errors import ConfigError, Preempted
-from spark.runtime import stop_signals
+from spark.runtime import stop_signals, write_json
 
 # What may differ between runs whose parameter counts are compared: no choice of a lookup changes the count.
 LOOKUP = {f'model.{half}.{name}' for half in ('ffn', 'attention') for name in ('kind', 'k', 'r', 'topk', 'huber')}
@@ -107,10 +107,7 @@ def claim(out, base, axes, runs):
             strangers = sorted(p.name for p in out.iterdir() if p.name not in ('logs', '.lock'))
             if strangers:
                 raise ConfigError(f'--out={out} holds {strangers[0]!r} but no sweep.json: choose another directory')
-        record = {'config': json.loads(base.model_dump_json()), 'axes': axes}
-        scratch = path.with_suffix('.tmp')
-        scratch.write_text(json.dumps(record, indent=2) + '\n')
-        os.replace(scratch, path)
+        write_json(path, {'config': json.loads(base.model_dump_json()), 'axes': axes})
     except OSError as e:
         raise ConfigError(f'--out={out}: {e.strerror or e}') from None
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 import signal
 import time
@@ -252,16 +251,6 @@ def claim(workdir, cfg):
             os.replace(scratch, path)
     except OSError as e:
         raise ConfigError(f'--workdir={workdir}: {e.strerror or e}') from None
-
-
-def write_summary(path, summary):
-    """The summary as JSON, whole or not at all."""
-    try:
-        scratch = path.with_suffix('.tmp')
-        scratch.write_text(json.dumps(summary, indent=2) + '\n')
-        os.replace(scratch, path)
-    except OSError as e:
-        raise ConfigError(f'{path}: {e.strerror or e}') from None
 
 
 class _Log:
