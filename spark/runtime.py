@@ -57,7 +57,8 @@ def join_processes():
         if int(numbers[0]) > 1:
             jax.distributed.initialize(address, *map(int, numbers))
         return
-    several = [int(os.environ.get(name, '1')) for name in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')]
+    # Of the step that srun starts: SLURM_NTASKS stands in an allocation's own shell, too, where nobody else would join.
+    several = [int(os.environ.get(name, '1')) for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')]
     pod = _chips() and os.environ.get('JAX_PLATFORMS') in (None, 'tpu')
     if max(several) > 1 or 'JOB_COMPLETION_INDEX' in os.environ or pod:
         jax.distributed.initialize()
