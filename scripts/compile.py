@@ -7,7 +7,6 @@ source that makes each. --search tries rematerialisation policies and batch size
 libtpu (.[aot]). Exit codes: 0 it fits, 2 it does not, or a bad config.
 """
 
-import json
 import os
 import pathlib
 
@@ -15,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from spark import config, errors
+from spark.runtime import write_json
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, or one of its variants: PATH[:VARIANT].')
 TOPOLOGY = flags.DEFINE_string('topology', None, 'A slice such as v5e:16x16, v4:2x2x2, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1.')
@@ -37,20 +37,26 @@ def main():
 
         cfg = pipeline.tokenizer_for(cfg)[1]
     print(f'Compiling for {len(devices)} × {devices[0].device_kind} …', flush=True)
-    report, text = aot.report(cfg, devices)
-    report = {'config': CONFIG.value and cfg.model_dump(), 'topology': TOPOLOGY.value} | report
-    print(tables(report))
+    report, too_big = {'config': cfg.model_dump(), 'topology': TOPOLOGY.value}, None
+    try:
+        made, text = aot.report(cfg, devices)
+        report |= made
+        print(tables(report))
+        if HLO.value:
+            write(HLO, text)
+        aot.check_fit(report['memory'])
+    except aot.TooBig as e:
+        too_big = e
     if SEARCH.value:
         report['search'] = aot.search(cfg, devices, print)
-    if HLO.value:
-        write(HLO, text)
     if JSON.value:
-        write(JSON, json.dumps(report, indent=2) + '\n')
-    aot.check_fit(report['memory'])
+        write_json(JSON.value, report | {'fits': too_big is None})
+    if too_big:
+        raise too_big
 
 
 def write(flag, text):
-    """A file named by a flag."""
+    """A text file named by a flag."""
     try:
         pathlib.Path(flag.value).write_text(text)
     except OSError as e:
