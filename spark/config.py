@@ -53,8 +53,10 @@ class AttentionConfig(_Frozen):
     window: int = Field(0, ge=0)  # tokens that a query of a local layer sees, itself included; 0 if no layer is local
     logit_cap: float = Field(0.0, ge=0)  # soft-cap of the softmax's logits; 0: none
     rope_base: float = Field(10_000.0, gt=0)
-    impl: Literal['auto', 'full', 'blockwise'] = 'auto'  # all scores at once, or in linear memory; auto: full up to one block
-    block: int = Field(512, gt=0)  # tokens in a block of the blockwise one
+    # All scores at once (full), or in linear memory: in XLA (blockwise), or in Pallas for TPU (interpreted elsewhere, slowly).
+    # auto: full up to one block, and above that the best there is for the platform.
+    impl: Literal['auto', 'full', 'blockwise', 'pallas'] = 'auto'
+    block: int = Field(512, gt=0)  # tokens in a block of those in linear memory; on TPU a multiple of 128
     query_dim: float = Field(0.0, ge=0)  # queries are scaled by 1/sqrt(this); 0: head_dim
 
 
@@ -93,7 +95,9 @@ class MeshConfig(_Frozen):
 
     data: int = Field(-1, ge=-1)  # replicas; -1: all that are left
     fsdp: int = Field(1, gt=0)  # parameters, optimizer state and batch are split
+    context: int = Field(1, gt=0)  # the tokens of a row are split; a device gathers the keys and values of its heads
     model: int = Field(1, gt=0)  # heads, neurons and vocabulary are split
+    slices: int = Field(1, gt=0)  # groups of devices with a fast network of their own, that `data` is spread over
 
 
 class OptimizerConfig(_Frozen):
@@ -253,29 +257,34 @@ def matched_d_ff(d_ff, kind, other):
 def check_devices(cfg, n_devices):
     """The sizes of the mesh axes on n_devices, as a dict; a ConfigError if the config does not divide over them."""
     mesh = cfg.mesh
-    rest = mesh.fsdp * mesh.model
-    data = max(n_devices // rest, 1) if mesh.data == -1 else mesh.data
-    if data * rest != n_devices:
-        raise ConfigError(
-            f'mesh = data {data} × fsdp {mesh.fsdp} × model {mesh.model}: that is {data * rest} devices, here are {n_devices}'
-        )
-    model, shards = cfg.model, data * mesh.fsdp
+    sizes = {axis: getattr(mesh, axis) for axis in ('data', 'fsdp', 'context', 'model')}
+    rest = mesh.fsdp * mesh.context * mesh.model
+    if mesh.data == -1:
+        sizes['data'] = max(n_devices // rest, 1)
+    if sizes['data'] * rest != n_devices:
+        product = ' × '.join(f'{axis} {n}' for axis, n in sizes.items())
+        raise ConfigError(f'mesh = {product}: that is {sizes["data"] * rest} devices, here are {n_devices}')
+    _want(sizes['data'] % mesh.slices == 0, 'mesh.slices', mesh.slices, f'a divisor of mesh.data = {sizes["data"]}')
+    model, shards = cfg.model, sizes['data'] * mesh.fsdp
     rows = cfg.data.batch_size // cfg.train.accumulate
     _want(rows % shards == 0, 'data.batch_size', cfg.data.batch_size,
           f'a multiple of {shards * cfg.train.accumulate} = data × fsdp × train.accumulate')  # fmt: skip
-    for name, value in [
-        ('model.d_model', model.d_model),
-        ('model.ffn.r', model.ffn.r),
+    for axis, name, value in [
+        ('fsdp', 'model.d_model', model.d_model),
+        ('fsdp', 'model.ffn.r', model.ffn.r),
+        ('context', 'data.seq_len', cfg.data.seq_len),
+        ('model', 'model.ffn.d_ff', model.ffn.d_ff),
+        ('model', 'model.attention.n_heads', model.attention.n_heads),
+        ('model', 'model.attention.n_kv_heads', model.attention.n_kv_heads),
+        ('model', 'model.vocab_size', model.vocab_size),
     ]:
-        _want(value % mesh.fsdp == 0, name, value, f'a multiple of mesh.fsdp = {mesh.fsdp}')
-    for name, value in [
-        ('model.ffn.d_ff', model.ffn.d_ff),
-        ('model.attention.n_heads', model.attention.n_heads),
-        ('model.attention.n_kv_heads', model.attention.n_kv_heads),
-        ('model.vocab_size', model.vocab_size),
-    ]:
-        _want(value % mesh.model == 0, name, value, f'a multiple of mesh.model = {mesh.model}')
-    return {'data': data, 'fsdp': mesh.fsdp, 'model': mesh.model}
+        _want(value % sizes[axis] == 0, name, value, f'a multiple of mesh.{axis} = {sizes[axis]}')
+    if mesh.context > 1:
+        a, own = model.attention, cfg.data.seq_len // mesh.context
+        _want(a.impl != 'full', 'model.attention.impl', 'full', "'auto' or one in linear memory: mesh.context splits the rows")
+        _want(own % min(own, a.block) == 0, 'model.attention.block', a.block,
+              f'a divisor of data.seq_len / mesh.context = {own}, or at least that')  # fmt: skip
+    return sizes
 
 
 def _without_placeholders(raw):

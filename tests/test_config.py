@@ -68,12 +68,16 @@ def test_unknown_missing_and_mistyped_fields():
 @pytest.mark.parametrize(
     ('overrides', 'devices', 'message'),
     [
-        ({'mesh.fsdp': 3}, 8, 'mesh = data 2 × fsdp 3 × model 1: that is 6 devices, here are 8'),
-        ({'mesh.data': 2}, 8, 'mesh = data 2 × fsdp 1 × model 1'),
+        ({'mesh.fsdp': 3}, 8, 'mesh = data 2 × fsdp 3 × context 1 × model 1: that is 6 devices, here are 8'),
+        ({'mesh.data': 2}, 8, 'mesh = data 2 × fsdp 1 × context 1 × model 1'),
         ({'data.batch_size': 12}, 8, 'data.batch_size = 12: want a multiple of 8'),
         ({'train.accumulate': 2}, 8, 'data.batch_size = 8: want a multiple of 16'),
         ({'mesh.fsdp': 8, 'model.ffn.r': 12}, 8, 'model.ffn.r = 12: want a multiple of mesh.fsdp = 8'),
         ({'mesh.model': 4}, 8, 'model.attention.n_kv_heads = 2: want a multiple of mesh.model = 4'),
+        ({'mesh.context': 3}, 3, 'data.seq_len = 32: want a multiple of mesh.context = 3'),
+        ({'mesh.context': 2, 'model.attention.impl': 'full'}, 2, "model.attention.impl = 'full': want 'auto'"),
+        ({'mesh.context': 2, 'model.attention.block': 6}, 2, 'model.attention.block = 6: want a divisor of data.seq_len / mesh.c'),
+        ({'mesh.data': 2, 'mesh.slices': 3}, 2, 'mesh.slices = 3: want a divisor of mesh.data = 2'),
     ],
 )
 def test_what_does_not_divide_over_the_devices(overrides, devices, message):

@@ -136,16 +136,18 @@ def matmul_flops(trainer):
     first = lambda i, window: max(i * b - window + 1, 0) // b if window else 0
     mean = lambda window: float(np.mean([i + 1 - first(i, window) for i in range(-(-L // b))]))
 
-    def trips(eqn):
-        layer = re.search(r'attention_(\d+)', str(eqn.source_info.name_stack))
+    def trips(where):
+        layer = re.search(r'attention_(\d+)', where)
         return mean(a.window if layer and cfg.model.pattern[int(layer[1])] == 'local' else 0)
 
     return _flops(jaxpr.jaxpr, trips)
 
 
-def _flops(jaxpr, trips):
+def _flops(jaxpr, trips, where='', in_kernel=False):
+    """`trips(where)`: of a loop whose length depends on data, by the names of the modules that it is in."""
     total = 0
     for eqn in jaxpr.eqns:
+        here = f'{where}/{eqn.source_info.name_stack}'
         times, inner = 1, [p for v in eqn.params.values() for p in (v if isinstance(v, tuple | list) else [v]) if _jaxpr(p)]
         match eqn.primitive.name:
             case 'dot_general':
@@ -154,13 +156,16 @@ def _flops(jaxpr, trips):
                 total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
             case 'scan':
                 times = eqn.params['length']
-            case 'while':
-                times = trips(eqn)
+            case 'while' if not in_kernel:
+                times = trips(here)
             case 'shard_map':
                 times = eqn.params['mesh'].size
-            case 'cond':
-                inner = inner[:1]  # branch 0 is the one not taken in the rule: a query without a key
-        total += times * sum(_flops(_jaxpr(p), trips) for p in inner)
+            case 'pallas_call':
+                *outer, _ = eqn.params['grid_mapping'].grid
+                times = math.prod(outer) * trips(here)
+            case 'cond' if not in_kernel:
+                inner = inner[:1]  # the rule is the branch of what is false: no query is without a key
+        total += times * sum(_flops(_jaxpr(p), trips, here, in_kernel or eqn.primitive.name == 'pallas_call') for p in inner)
     return total
 
 

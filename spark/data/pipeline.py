@@ -1,6 +1,6 @@
-"""Documents to batches with Grain: shuffle, tokenize, concatenate and split into rows, batch, shard, prefetch.
+"""Documents to batches with Grain: shuffle, tokenize, concatenate and split into rows, batch, prefetch.
 
-Each process walks the one global stream and keeps its share of every batch's rows. So the stream's state is the same
+Each process walks the one global stream, of which its devices take what is theirs. So the stream's state is the same
 small dict everywhere, and a run goes on exactly where it was on any number of processes.
 
 A document of tokens t₁ … t_n becomes inputs BOS t₁ … t_n and targets t₁ … t_n EOS: every token is predicted once,
@@ -16,20 +16,19 @@ from spark.data import sources
 from spark.data.tokenizer import load as load_tokenizer
 from spark.errors import ConfigError
 
-HASH = 'crc'  # checksum of a whole (global) batch, for logs
+HASH = 'crc'  # checksum of a batch, for logs
 
 
-def train_dataset(cfg, seed, tokenizer, process=(0, 1)):
+def train_dataset(cfg, seed, tokenizer):
     """An endless (or data.epochs long) `grain.IterDataset` of shuffled training batches.
 
     Args:
       cfg: a DataConfig.
       seed: of the shuffles.
       tokenizer: see spark.data.tokenizer.
-      process: this process's index and the number of processes.
 
     Returns:
-      Batches: a dict of int32 arrays (batch_size / processes, seq_len): `tokens`, `targets`, `positions` in the document,
+      Batches: a dict of int32 arrays (batch_size, seq_len): `tokens`, `targets`, `positions` in the document,
       `segments` (1, 2, … by document, 0 for padding), `bytes` of text per target; and `crc`, an int.
     """
     parts = sources.open_source(cfg.source, 'train', cfg)
@@ -41,14 +40,14 @@ def train_dataset(cfg, seed, tokenizer, process=(0, 1)):
     rows = _rows(mixed, cfg, tokenizer)
     if cfg.shuffle_rows:
         rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=cfg.shuffle_rows, seed=seed)
-    return _batches(rows, cfg, process, drop_remainder=True)
+    return _batches(rows, cfg, drop_remainder=True)
 
 
-def eval_dataset(cfg, split, tokenizer, process=(0, 1)):
+def eval_dataset(cfg, split, tokenizer):
     """The batches of a split ('validation', 'test', or 'train') in order, once, none dropped; the last one is padded."""
     documents = held_out(cfg, split)
     in_order = grain.MapDataset.concatenate([grain.MapDataset.source(d) for d in documents])
-    return _batches(_rows(in_order, cfg, tokenizer), cfg, process, drop_remainder=False)
+    return _batches(_rows(in_order, cfg, tokenizer), cfg, drop_remainder=False)
 
 
 def held_out(cfg, split):
@@ -95,19 +94,13 @@ def _rows(documents, cfg, tokenizer):
     return grain.experimental.ConcatThenSplitIterDataset(encoded, length_struct=lengths)
 
 
-def _batches(rows, cfg, process, drop_remainder):
-    index, count = process
-    if cfg.batch_size % count:
-        raise ConfigError(f'data.batch_size = {cfg.batch_size}: want a multiple of the {count} processes')
-    share = cfg.batch_size // count
-
+def _batches(rows, cfg, drop_remainder):
     def finish(batch):
         names = {'tokens_segment_ids': 'segments', 'tokens_positions': 'positions'}
         names |= {name: name for name in ('tokens', 'targets', 'bytes')}
         padding = cfg.batch_size - len(batch['tokens'])
         whole = {new: np.pad(batch[old], ((0, padding), (0, 0))) for old, new in names.items()}
-        local = {name: x[index * share : (index + 1) * share] for name, x in whole.items()}
-        return local | {HASH: zlib.crc32(whole['tokens'].tobytes())}
+        return whole | {HASH: zlib.crc32(whole['tokens'].tobytes())}
 
     batches = rows.batch(cfg.batch_size, drop_remainder=drop_remainder).map(finish)
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=cfg.prefetch)

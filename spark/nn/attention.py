@@ -1,7 +1,5 @@
 """The attention half of a layer: a lookup in the tokens of the context."""
 
-import math
-
 import flax.linen as nn
 import flax.struct
 import jax
@@ -10,8 +8,8 @@ from jax.sharding import PartitionSpec
 
 from spark import ops
 from spark.config import AttentionConfig
-from spark.kernels import blockwise
-from spark.nn.layers import count, matrix, softcap, sow
+from spark.kernels import blockwise, tpu
+from spark.nn.layers import by_token, count, matrix, mesh_axes, shards, softcap, sow
 
 
 @flax.struct.dataclass
@@ -36,27 +34,55 @@ def visible_keys(q_positions, k_positions, q_segments, k_segments, window=0):
     return seen & (distance < window) if window else seen
 
 
+@flax.struct.dataclass
+class Packed:
+    """What the queries of packed rows see, for attention in blocks: the first key of each, and its segment; both (B, L) int32."""
+
+    starts: jax.Array
+    segments: jax.Array
+    window: int = flax.struct.field(pytree_node=False)
+
+
 def visible_to(cfg, window, positions_BxL, segments_BxL, k_positions, k_segments, cached):
-    """What each query sees, in the form that `Attention` wants: `visible_keys`, or blockwise, `visible_starts` (B, L)."""
-    if not cached and (cfg.impl == 'blockwise' or (cfg.impl == 'auto' and positions_BxL.shape[1] > cfg.block)):
-        return blockwise.visible_starts(segments_BxL, window)
+    """What each query sees, in the form that `Attention` wants: `visible_keys`, or in blocks, `Packed`."""
+    long = positions_BxL.shape[1] > cfg.block or shards('length') > 1
+    if not cached and (cfg.impl in ('blockwise', 'pallas') or (cfg.impl == 'auto' and long)):
+        return Packed(blockwise.visible_starts(segments_BxL, window), segments_BxL, window)
     return visible_keys(positions_BxL, k_positions, segments_BxL, k_segments, window)
 
 
-def on_each_device(attention, B, N):
-    """`attention(q, k, v, starts) -> (y, attended)` on every device's own rows and key-value heads.
+def in_blocks(cfg, platform, q, k, v, packed):
+    """`blockwise.attention` on each device's own rows, heads and queries, by the kernels of the platform.
 
-    Loops whose length depends on the data need not agree on it then. Without a mesh, or where B or N does not divide over it,
-    attention itself.
+    Loops whose length depends on the data need not agree between devices then. Where the length is split, each device gathers
+    the keys and values of its heads.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    batch, heads = nn.logical_to_mesh_axes(('batch', 'kv_heads')) if nn.get_logical_axis_rules() else (None, None)
-    devices = lambda axes: math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
-    if mesh.empty or B % devices(batch) or N % devices(heads):
-        return attention
-    head = PartitionSpec(batch, heads)
-    specs = {'in_specs': (head, head, head, PartitionSpec(batch)), 'out_specs': (head, head)}
-    return jax.shard_map(attention, mesh=mesh, check_vma=False, **specs)
+    (B, N, _, L, _), mesh = q.shape, jax.sharding.get_abstract_mesh()
+    split = {axis: n for axis in ('batch', 'kv_heads', 'length') if (n := shards(axis)) > 1}
+    together = mesh.empty or any({'batch': B, 'kv_heads': N, 'length': L}[axis] % n for axis, n in split.items())
+    across = mesh_axes('length') if 'length' in split and not together else None
+    own = L // split['length'] if across else L
+    spec = blockwise.Spec(cfg.r, cfg.k, cfg.logit_cap, cfg.block)
+    pallas = cfg.impl == 'pallas' or (cfg.impl == 'auto' and platform == 'tpu')
+
+    def look_up(q, k, v, packed):
+        interpret = {'interpret': platform != 'tpu'}
+        if pallas and not spec.k and not across and L % tpu.LANES == 0 and L % min(L, spec.block) == 0:
+            return tpu.splash_attention(q, k, v, packed.segments, spec, packed.window, **interpret)
+        offset = 0
+        if across:
+            k, v = (jax.lax.all_gather(x, across, axis=2, tiled=True) for x in (k, v))
+            offset = own * jax.lax.axis_index(across)
+        if pallas and (not across or min(own, spec.block) % tpu.LANES == 0):
+            return tpu.attention(q, k, v, packed.starts, spec, offset, **interpret)
+        return blockwise.attention(q, k, v, packed.starts, spec, offset)
+
+    if together:
+        return look_up(q, k, v, packed)
+    rows, heads = mesh_axes('batch'), mesh_axes('kv_heads')
+    by_query, by_key = PartitionSpec(rows, heads, None, across), PartitionSpec(rows, heads, across)
+    specs = {'in_specs': (by_query, by_key, by_key, PartitionSpec(rows, across)), 'out_specs': (by_query, by_query)}
+    return jax.shard_map(look_up, mesh=mesh, check_vma=False, **specs)(q, k, v, packed)
 
 
 class Attention(nn.Module):
@@ -70,17 +96,18 @@ class Attention(nn.Module):
 
     cfg: AttentionConfig
     dtype: jnp.dtype
+    platform: str = 'cpu'
 
     @nn.compact
     def __call__(self, x_BxLxD, positions_BxL, visible, cache=None, start=None):
         cfg = self.cfg
         D, H, N, d = x_BxLxD.shape[-1], cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
         B, L = positions_BxL.shape
-        x_TxD = x_BxLxD.reshape(-1, D)  # as in the FFN
+        x = by_token(x_BxLxD)
 
         def project(name, heads, axis):
             W_DxHxd = matrix(self, name, (D, heads, d), ('embed', axis, 'head_dim'), D, self.dtype)
-            return (x_TxD @ W_DxHxd.reshape(D, heads * d)).reshape(B, L, heads, d)
+            return (x @ W_DxHxd.reshape(D, heads * d)).reshape(B, L, heads, d)
 
         q_BxLxHxd = self._rotate(project('q', H, 'heads'), positions_BxL, scale=True)
         k_BxSxNxd = self._rotate(project('k', N, 'kv_heads'), positions_BxL)
@@ -94,16 +121,14 @@ class Attention(nn.Module):
         G = H // N
         q_BxNxGxLxd = q_BxLxHxd.reshape(B, L, N, G, d).transpose(0, 2, 3, 1, 4)
         k_BxNxSxd, v_BxNxSxd = k_BxSxNxd.transpose(0, 2, 1, 3), v_BxSxNxd.transpose(0, 2, 1, 3)
-        if visible.ndim == 2:
-            spec = blockwise.Spec(cfg.r, cfg.k, cfg.logit_cap, cfg.block)
-            look_up = on_each_device(lambda *x: blockwise.attention(*x, spec), B, N)
-            y, attended = look_up(q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible)
+        if isinstance(visible, Packed):
+            y, attended = in_blocks(cfg, self.platform, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible)
             sow(self, 'attended', attended.reshape(B, N, G * L))
         else:
             y = self._look_up(q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible)
-        y_TxHd = y.reshape(B, N, G, L, d).transpose(0, 3, 1, 2, 4).reshape(B * L, H * d)
+        y_BxLxHd = y.reshape(B, N, G, L, d).transpose(0, 3, 1, 2, 4).reshape(B, L, H * d)
         out = matrix(self, 'out', (H, d, D), ('heads', 'head_dim', 'embed'), H * d, self.dtype)
-        return (y_TxHd @ out.reshape(H * d, D)).reshape(B, L, D), cache
+        return (by_token(y_BxLxHd) @ out.reshape(H * d, D)).reshape(B, L, D), cache
 
     def _look_up(self, q_BxNxGxLxd, k_BxNxSxd, V, visible_BxLxS):
         """All scores at once; the queries that share keys line up in one axis, so that each lookup has one table."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from spark.config import ModelConfig
 from spark.nn.attention import Attention, KVCache, visible_to
 from spark.nn.ffn import FFN
-from spark.nn.layers import METRICS, RMSNorm, softcap
+from spark.nn.layers import METRICS, RMSNorm, by_token, softcap
 from spark.ops.topk import THRESHOLD
 
 # What the forward pass leaves for the backward pass; the rest is computed again. Thresholds always stay: they are one number
@@ -28,13 +28,14 @@ class Group(nn.Module):
 
     cfg: ModelConfig
     dtype: jnp.dtype
+    platform: str
 
     @nn.compact
     def __call__(self, x_BxLxD, cache, positions_BxL, visible, start):
         new_cache = {}
         for i, span in enumerate(self.cfg.pattern):
             norm = lambda name, i=i: RMSNorm(name=f'{name}_{i}')
-            attention = Attention(self.cfg.attention, self.dtype, name=f'attention_{i}')
+            attention = Attention(self.cfg.attention, self.dtype, self.platform, name=f'attention_{i}')
             ffn = FFN(self.cfg.ffn, self.dtype, name=f'ffn_{i}')
             here = None if cache is None else cache[f'layer_{i}']
             y, new = attention(norm('pre_attention')(x_BxLxD), positions_BxL, visible[span], here, start)
@@ -50,11 +51,13 @@ class Transformer(nn.Module):
     """Tokens to hidden states (`__call__`), hidden states to logits (`logits`); the embedding is tied.
 
     The two are apart so that the loss can compute logits a piece at a time. Layers are scanned in groups of one
-    `pattern`, so a deep model compiles as fast as a shallow one. Parameters are float32, computation is in `dtype`.
+    `pattern`, so a deep model compiles as fast as a shallow one. Parameters are float32, computation is in `dtype`,
+    by the kernels of `platform` ('cpu', 'gpu', 'tpu').
     """
 
     cfg: ModelConfig
     dtype: jnp.dtype = jnp.float32
+    platform: str = 'cpu'
 
     def setup(self):
         cfg = self.cfg
@@ -70,7 +73,7 @@ class Transformer(nn.Module):
             split_rngs={'params': True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: 'layers'},
-        )(cfg, self.dtype)
+        )(cfg, self.dtype, self.platform)
         self.final_norm = RMSNorm()
 
     def __call__(self, tokens_BxL, positions_BxL, segments_BxL, cache=None):
@@ -105,9 +108,9 @@ class Transformer(nn.Module):
 
     def logits(self, x_BxLxD, E_VxD=None):
         """Float32 logits (B, L, V) of hidden states, for the whole vocabulary or some rows of the embedding."""
-        B, L, D = x_BxLxD.shape
+        B, L, _ = x_BxLxD.shape
         E_VxD = (self.embedding if E_VxD is None else E_VxD).astype(self.dtype)
-        y_BxLxV = jnp.matmul(x_BxLxD.reshape(-1, D), E_VxD.T, preferred_element_type=jnp.float32).reshape(B, L, -1)
+        y_BxLxV = jnp.matmul(by_token(x_BxLxD), E_VxD.T, preferred_element_type=jnp.float32).reshape(B, L, -1)
         return softcap(nn.with_logical_constraint(y_BxLxV, ('batch', 'length', 'vocab')), self.cfg.logit_cap)
 
 

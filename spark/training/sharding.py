@@ -2,14 +2,17 @@
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spark.config import check_devices
+from spark.errors import ConfigError
 
-MESH_AXES = ('data', 'fsdp', 'model')
+MESH_AXES = ('data', 'fsdp', 'context', 'model')
 LOGICAL_AXES = {
     'batch': ('data', 'fsdp'),
-    'length': None,
+    'length': 'context',
     'layers': None,
     'embed': 'fsdp',
     'norm': None,
@@ -22,11 +25,29 @@ LOGICAL_AXES = {
 
 
 def make_mesh(cfg, devices=None):
-    """The `jax.sharding.Mesh` of an ExperimentConfig over `devices` (all, if None)."""
+    """The `jax.sharding.Mesh` of an ExperimentConfig over `devices` (all, if None).
+
+    Of several slices, each holds a part of `data`, so that nothing but sums over it goes between them.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = check_devices(cfg, len(devices))
-    shape = tuple(sizes[axis] for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = _slices(devices, cfg.mesh.slices)
+    shape = (sizes['data'] // len(slices), *(sizes[axis] for axis in MESH_AXES[1:]))
+    parts = [mesh_utils.create_device_mesh(shape, part, allow_split_physical_axes=True) for part in slices]
+    return Mesh(np.concatenate(parts), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _slices(devices, n):
+    """The devices of each slice; where the platform knows of none, equal runs of devices."""
+    found = {}
+    for device in devices:
+        found.setdefault(getattr(device, 'slice_index', None), []).append(device)
+    if n > 1 and len(found) == 1:
+        each = len(devices) // n
+        return [devices[i : i + each] for i in range(0, len(devices), each)]
+    if len(found) != n:
+        raise ConfigError(f'mesh.slices = {n}: the devices are those of {len(found)} slices')
+    return list(found.values())
 
 
 def spec(logical):

@@ -44,7 +44,7 @@ class Trainer:
         self.cfg = cfg
         self.mesh = sharding.make_mesh(cfg, devices)
         platform = self.mesh.devices.flat[0].platform
-        self.model = Transformer(cfg.model, compute_dtype(cfg.model, platform))
+        self.model = Transformer(cfg.model, compute_dtype(cfg.model, platform), platform)
         self.tx = optimizer.make_optimizer(cfg.optimizer, cfg.train.steps)
         boxed = jax.eval_shape(self._init, jax.random.key(0))
         self.state_shardings = sharding.shardings(self.mesh, boxed)
@@ -76,8 +76,8 @@ class Trainer:
         return init(jax.random.key(seed))
 
     def put(self, batch):
-        """This process's rows of a batch as global arrays."""
-        put = lambda x: jax.make_array_from_process_local_data(self._rows, x)
+        """A batch as global arrays, of which each device gets its part."""
+        put = lambda x: jax.make_array_from_callback(x.shape, self._rows, lambda part: x[part])
         return {name: put(x) for name, x in batch.items() if name != pipeline.HASH}
 
     def abstract_batch(self):
@@ -142,11 +142,11 @@ def train(cfg, workdir):
         stop = stack.enter_context(stop_signals(lambda n: signal.signal(signal.SIGINT, signal.default_int_handler)))
         asked = cfg
         tokenizer, cfg = pipeline.tokenizer_for(cfg)
-        process = jax.process_index(), jax.process_count()
+        first = jax.process_index() == 0
         config.check_devices(cfg, jax.device_count())
         # All data is opened before anything is compiled: a held-out split that is missing must not show after the training.
-        dataset = pipeline.train_dataset(cfg.data, cfg.seed, tokenizer, process)
-        held_out = {split: pipeline.eval_dataset(cfg.data, split, tokenizer, process) for split in ('validation', 'test')}
+        dataset = pipeline.train_dataset(cfg.data, cfg.seed, tokenizer)
+        held_out = {split: pipeline.eval_dataset(cfg.data, split, tokenizer) for split in ('validation', 'test')}
         claim(workdir, asked)
         trainer = Trainer(cfg)
         checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
@@ -160,7 +160,7 @@ def train(cfg, workdir):
             print(f'Going on from step {step} in {workdir}', flush=True)
         else:
             state, step = trainer.init_state(cfg.seed), 0
-        writer = metrics.MetricsWriter(workdir, step) if process[0] == 0 else None
+        writer = metrics.MetricsWriter(workdir, step) if first else None
         if writer:
             stack.callback(writer.close)
         stack.callback(checkpoints.close)
@@ -172,7 +172,7 @@ def train(cfg, workdir):
             compiled = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()
             compile_seconds = time.perf_counter() - started
         saved = step if steps else None
-        bar = tqdm(total=cfg.train.steps, initial=step, desc='train', unit='step', disable=process[0] != 0)
+        bar = tqdm(total=cfg.train.steps, initial=step, desc='train', unit='step', disable=not first)
         stack.callback(bar.close)
         log = _Log(trainer, writer, bar, step)
         while step < cfg.train.steps and not stop:

@@ -90,18 +90,6 @@ def test_the_stream_goes_on_exactly_where_its_state_was_taken(cfg, seen):
     second.close()
 
 
-def test_processes_share_the_global_batch(cfg):
-    tokenizer, _ = pipeline.tokenizer_for(cfg)
-    whole = take(pipeline.train_dataset(cfg.data, 0, tokenizer), 4)
-    parts = [take(pipeline.train_dataset(cfg.data, 0, tokenizer, (i, 4)), 4) for i in range(4)]
-    for step, batch in enumerate(whole):
-        for name in ('tokens', 'targets', 'positions', 'segments', 'bytes'):
-            np.testing.assert_array_equal(np.concatenate([p[step][name] for p in parts]), batch[name])
-        assert {p[step]['crc'] for p in parts} == {batch['crc']}
-    with pytest.raises(ConfigError, match=r'data\.batch_size = 8: want a multiple of the 3 processes'):
-        pipeline.train_dataset(cfg.data, 0, tokenizer, (0, 3))
-
-
 def test_evaluation_covers_the_split_to_the_last_token(cfg):
     tokenizer, _ = pipeline.tokenizer_for(cfg)
     texts = [t for d in pipeline.held_out(cfg.data, 'test') for t in d]

@@ -48,10 +48,10 @@ def by_ops(q, k, v, segments, window, spec):
     return y.reshape(B, N, G, L, -1), kept[0]
 
 
-def both(q, k, v, c, segments, window, spec):
+def both(q, k, v, c, segments, window, spec, attention=blockwise.attention):
     """((y, attended), gradients) of blocks, and of ops."""
     starts = blockwise.visible_starts(segments, window)
-    ways = [lambda *x: blockwise.attention(*x, starts, spec), lambda *x: by_ops(*x, segments, window, spec)]
+    ways = [lambda *x: attention(*x, starts, spec), lambda *x: by_ops(*x, segments, window, spec)]
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(i, q, k, v):
@@ -80,6 +80,27 @@ def test_values_and_gradients_are_those_of_ops(spec, L, window, block, cap, segm
     np.testing.assert_array_equal(n, n_ops)
     for a, b in zip((y, *gradients), (y_ops, *gradients_ops), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize('spec', [DENSE, SPARK], ids=['dense', 'spark'])
+def test_a_part_of_the_queries(spec):
+    """As of a device that holds a part of the row: values of those queries, and what they give to all keys."""
+    spec = spec._replace(block=8)
+    q, k, v, c, seen = inputs()
+    starts = blockwise.visible_starts(seen, 20)
+
+    @jax.jit
+    def part(q, c, starts, offset):
+        (y, n), backward = jax.vjp(lambda *x: blockwise.attention(*x, starts, spec, offset), q, k, v)
+        return y, n, *backward((c, jnp.zeros_like(n)))
+
+    cut = lambda x, i, axis: jax.lax.dynamic_slice_in_dim(x, 16 * i, 16, axis)
+    parts = [part(cut(q, i, 3), cut(c, i, 3), cut(starts, i, 1), 16 * i) for i in range(4)]
+    ((y, n), gradients), _ = both(q, k, v, c, seen, 20, spec)
+    joined = [jnp.concatenate(x, axis=3) for x in zip(*(p[:3] for p in parts), strict=True)]
+    summed = [sum(x) for x in zip(*(p[3:] for p in parts), strict=True)]
+    for ours, whole in zip(joined + summed, (y, n, *gradients), strict=True):
+        np.testing.assert_allclose(ours, whole, atol=1e-5 * float(jnp.abs(whole).max()))
 
 
 @pytest.mark.parametrize('spec', [DENSE, SPARK], ids=['dense', 'spark'])

@@ -60,6 +60,10 @@ MESHES = [
     {'mesh.fsdp': 4, 'mesh.model': 2, 'train.accumulate': 2, 'train.loss_pieces': 4},
     {'mesh.data': 8},
     {'mesh.fsdp': 2, 'mesh.model': 2, 'model.attention.impl': 'blockwise', 'model.attention.block': 8},
+    {'mesh.context': 4, 'mesh.model': 2},
+    {'mesh.data': 2, 'mesh.context': 2, 'mesh.model': 2, 'mesh.slices': 2, 'train.loss_pieces': 4},
+    {'mesh.fsdp': 2, 'mesh.context': 4, 'model.attention.block': 4, 'train.accumulate': 2},
+    {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.context': 2, 'model.remat': 'full'},
     {'mesh.data': 1, 'train.accumulate': 4, 'train.loss_pieces': 8, 'train.activity': False},
 ]
 

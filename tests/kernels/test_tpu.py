@@ -1,0 +1,130 @@
+"""The Pallas kernels, interpreted, against the maths in `ops`; and compiled for chips that are not there."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spark.kernels import blockwise, tpu
+from spark.kernels.blockwise import Spec
+from tests.helpers import ROOT
+from tests.kernels.test_blockwise import both, by_ops, inputs
+
+interpreted = lambda *x: tpu.attention(*x, interpret=True)
+DENSE, SPARK = Spec(block=128), Spec(r=8, k=6, block=128)
+
+
+@pytest.mark.parametrize('spec', [DENSE, SPARK], ids=['dense', 'spark'])
+@pytest.mark.parametrize(
+    ('L', 'window', 'cap', 'segments'),
+    [(256, 0, 0.0, False), (384, 0, 5.0, True), (300, 140, 50.0, True), (257, 5, 0.0, False), (40, 0, 5.0, True)],
+)
+def test_values_and_gradients_are_those_of_ops(spec, L, window, cap, segments):
+    q, k, v, c, seen = inputs(B=2, N=1, G=2, L=L, segments=segments, seed=L + window)
+    ((y, n), gradients), ((y_ops, n_ops), gradients_ops) = both(q, k, v, c, seen, window, spec._replace(logit_cap=cap), interpreted)
+    np.testing.assert_array_equal(n, n_ops)
+    for a, b in zip((y, *gradients), (y_ops, *gradients_ops), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize('spec', [DENSE, SPARK], ids=['dense', 'spark'])
+def test_bfloat16_has_its_own_accuracy(spec):
+    """Against float32 on the same rounded inputs; one rounding is 2⁻⁹, and a gradient goes through several."""
+    q, k, v, c, seen = inputs(B=1, N=2, G=2, L=256, dtype=jnp.bfloat16, seed=3)
+    (y, n), gradients = both(q, k, v, c, seen, 0, spec, interpreted)[0]
+    (y_32, n_32), gradients_32 = both(*(x.astype(jnp.float32) for x in (q, k, v, c)), seen, 0, spec)[1]
+    np.testing.assert_array_equal(n, n_32)
+    for ours, exact in zip((y, *gradients), (y_32, *gradients_32), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert jnp.linalg.norm(ours.astype(jnp.float32) - exact) < 0.01 * jnp.linalg.norm(exact)
+
+
+@pytest.mark.parametrize('spec', [DENSE, SPARK], ids=['dense', 'spark'])
+def test_a_part_of_the_queries(spec):
+    """As of a device that holds a part of the row; with windows and documents that end before it, or in it."""
+    q, k, v, c, seen = inputs(B=2, N=1, G=2, L=512)
+    starts = blockwise.visible_starts(seen, 150)
+    whole = both(q, k, v, c, seen, 150, spec)[0]
+    values, summed = [], 0
+    for part in (slice(0, 256), slice(256, 512)):
+        look_up = lambda *x, part=part: tpu.attention(*x, starts[:, part], spec, part.start, interpret=True)
+        (y, n), backward = jax.vjp(look_up, q[..., part, :], k, v)
+        dq, *dkv = backward((c[..., part, :], jnp.zeros_like(n)))
+        values.append((y, n, dq))
+        summed = jax.tree.map(jnp.add, summed, dkv) if summed else dkv
+    (y, n), gradients = whole
+    joined = [jnp.concatenate(x, axis=3) for x in zip(*values, strict=True)]
+    for ours, expected in zip([*joined, *summed], (y, n, *gradients), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_a_query_never_goes_without_a_key():
+    L = 128
+    q = jnp.ones((1, 1, 1, L, 4))
+    k = jnp.zeros((1, 1, L, 4)).at[..., :2].set(jnp.where(jnp.arange(L) < L // 2, 1.0, -1.0)[:, None])
+    v = jax.random.normal(jax.random.key(0), (1, 1, L, 4))
+    segments = jnp.ones((1, L), jnp.int32)
+    ((y, n), _), ((y_ops, n_ops), _) = both(q, k, v, jnp.ones_like(q), segments, 0, Spec(r=2, k=1, block=128), interpreted)
+    assert (n >= 1).all()
+    np.testing.assert_array_equal(n, n_ops)
+    np.testing.assert_allclose(y, y_ops, atol=1e-6)
+
+
+@pytest.mark.parametrize(('window', 'cap'), [(0, 0.0), (100, 5.0)])
+def test_splash_attention_is_the_same_lookup(window, cap):
+    spec = DENSE._replace(logit_cap=cap)
+    q, k, v, c, seen = inputs(B=2, N=1, G=2, L=256)
+
+    def run(f):
+        y, backward, n = jax.vjp(f, q, k, v, has_aux=True)
+        return y, n, *backward(c)
+
+    ours = run(lambda *x: tpu.splash_attention(*x, seen, spec, window, interpret=True))
+    for a, b in zip(ours, run(lambda *x: by_ops(*x, seen, window, spec)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+COMPILE = '''
+import sys, jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from spark.analysis import aot
+from spark.kernels import blockwise, tpu
+
+there = SingleDeviceSharding(aot.devices(sys.argv[1])[0])
+struct = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=there)
+
+for N, G, d, r in [(4, 2, 256, 128), (16, 2, 128, 64)]:
+    for kind in ('spark', 'dense', 'splash'):
+        spec = blockwise.Spec(*((r, 256) if kind == 'spark' else (0, 0)), logit_cap=50.0)
+
+        def step(q, k, v, c, segments):
+            starts = blockwise.visible_starts(segments, 4096)
+            spark = lambda *x: tpu.attention(*x, starts, spec)[0]
+            splash = lambda *x: tpu.splash_attention(*x, segments, spec, 4096)[0]
+            y, backward = jax.vjp(splash if kind == 'splash' else spark, q, k, v)
+            return y, backward(c)
+
+        sizes = []
+        for L in (2048, 8192):
+            q, k = struct(1, N, G, L, d), struct(1, N, L, d)
+            compiled = jax.jit(step).lower(q, k, k, q, struct(1, L, dtype=jnp.int32)).compile()
+            assert compiled.as_text().count('tpu_custom_call') >= 3
+            sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+        # No scores exist: of one head they would be 268 MB at 8192.
+        assert sizes[1] < 130e6, (kind, sizes)
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='wants libtpu')
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
+def test_the_kernels_compile_for_chips_that_are_not_there(topology):
+    """At the heads of Gemma-2 2B and 27B, forward and backward; in a process of its own, as in test_aot.py."""
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
+    done = subprocess.run([sys.executable, '-c', COMPILE, topology], env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
