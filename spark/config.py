@@ -284,6 +284,8 @@ def check_devices(cfg, n_devices):
         _want(a.impl != 'full', 'model.attention.impl', 'full', "'auto' or one in linear memory: mesh.context splits the rows")
         _want(own % min(own, a.block) == 0, 'model.attention.block', a.block,
               f'a divisor of data.seq_len / mesh.context = {own}, or at least that')  # fmt: skip
+        _want(a.impl != 'pallas' or own % 128 == 0 == min(own, a.block) % 128, 'data.seq_len / mesh.context', own,
+              "a multiple of 128, as model.attention.block, for model.attention.impl = 'pallas'")  # fmt: skip
     return sizes
 
 

@@ -76,7 +76,8 @@ def test_unknown_missing_and_mistyped_fields():
         ({'mesh.model': 4}, 8, 'model.attention.n_kv_heads = 2: want a multiple of mesh.model = 4'),
         ({'mesh.context': 3}, 3, 'data.seq_len = 32: want a multiple of mesh.context = 3'),
         ({'mesh.context': 2, 'model.attention.impl': 'full'}, 2, "model.attention.impl = 'full': want 'auto'"),
-        ({'mesh.context': 2, 'model.attention.block': 6}, 2, 'model.attention.block = 6: want a divisor of data.seq_len / mesh.c'),
+        ({'mesh.context': 2, 'model.attention.block': 6}, 2, 'model.attention.block = 6: want a divisor of data.seq_len / '),
+        ({'mesh.context': 2, 'model.attention.impl': 'pallas'}, 2, 'data.seq_len / mesh.context = 16: want a multiple of 128'),
         ({'mesh.data': 2, 'mesh.slices': 3}, 2, 'mesh.slices = 3: want a divisor of mesh.data = 2'),
     ],
 )

@@ -1,5 +1,6 @@
 """Attention against a loop over queries, heads and keys in numpy."""
 
+import functools
 import math
 from statistics import NormalDist
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 
 from spark.config import AttentionConfig
-from spark.nn.attention import Attention, visible_keys
+from spark.kernels.blockwise import visible_starts
+from spark.nn.attention import Attention, Packed, in_blocks, visible_keys
 from spark.nn.layers import METRICS
+from spark.training import sharding
+from tests.helpers import small
 
 B, L, D, H, N, d = 2, 14, 12, 4, 2, 8
 SEGMENTS = np.array([[1] * 14, [1] * 5 + [2] * 7 + [0] * 2], np.int32)
@@ -91,3 +95,30 @@ def test_few_visible_keys_are_all_kept():
     n = np.asarray(visible.sum(-1))[:, None]
     assert (attended == n)[np.broadcast_to(n <= 6, attended.shape)].all()
     assert (attended < n)[np.broadcast_to(n > 8, attended.shape)].all()
+
+
+@pytest.mark.parametrize('kind', ['spark', 'dense'])
+def test_a_row_split_over_devices(kind):
+    """Each device looks up its part of the queries, by either kernel; values and gradients are those of the whole row."""
+    sparse = {'kind': 'spark', 'k': 9, 'r': 4} if kind == 'spark' else {}
+    cfg = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, block=128, impl='pallas', **sparse)
+    rows, L = 2, 512
+    rng = np.random.default_rng(0)
+    q, c = jnp.asarray(rng.normal(size=(2, rows, 2, 2, L, 8)), jnp.float32)
+    k, v = jnp.asarray(rng.normal(size=(2, rows, 2, L, 8)), jnp.float32)
+    segments = jnp.asarray(np.sort(rng.integers(1, 4, (rows, L)), axis=1), jnp.int32)
+    packed = Packed(visible_starts(segments, 200), segments, 200)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(impl, q, k, v, c, packed):
+        look_up = lambda *x: in_blocks(cfg.model_copy(update={'impl': impl}), 'cpu', *x, packed)
+        y, backward, n = jax.vjp(look_up, q, k, v, has_aux=True)
+        return y, n, *backward(c)
+
+    whole = run('blockwise', q, k, v, c, packed)
+    mesh = sharding.make_mesh(small(**{'mesh.data': 2, 'mesh.context': 2, 'mesh.model': 2}))
+    for impl in ('blockwise', 'pallas'):
+        with jax.set_mesh(mesh), sharding.logical_rules():
+            parts = run(impl, q, k, v, c, packed)
+        for a, b in zip(parts, whole, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
