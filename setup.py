@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-AOT = ['libtpu']  # compiles for TPUs that are not there
+AOT = ['jax[tpu]']  # libtpu, in the version that this jax wants: it compiles for TPUs that are not there
 EVAL = ['lm-eval>=0.4.9']
 SLURM = ['submitit>=1.5.2']
 TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'ruff>=0.6', 'selenium>=4.20', *AOT, *EVAL, *SLURM]

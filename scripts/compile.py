@@ -31,7 +31,7 @@ def main():
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
     from spark.analysis import aot
 
-    devices = aot.devices(TOPOLOGY.value)
+    devices = aot.devices(TOPOLOGY.value, cfg.mesh.slices)
     if not cfg.model.vocab_size:
         from spark.data import pipeline
 

@@ -6,6 +6,7 @@ raises a ConfigError of one line that names the field, the value and what would 
 
 import difflib
 import importlib.util
+import math
 import pathlib
 from typing import Literal
 
@@ -95,7 +96,7 @@ class MeshConfig(_Frozen):
 
     data: int = Field(-1, ge=-1)  # replicas; -1: all that are left
     fsdp: int = Field(1, gt=0)  # parameters, optimizer state and batch are split
-    context: int = Field(1, gt=0)  # the tokens of a row are split; a device gathers the keys and values of its heads
+    context: int = Field(1, gt=0)  # parameters, optimizer state and the tokens of a row are split; keys and values are gathered
     model: int = Field(1, gt=0)  # heads, neurons and vocabulary are split
     slices: int = Field(1, gt=0)  # groups of devices with a fast network of their own, that `data` is spread over
 
@@ -270,15 +271,16 @@ def check_devices(cfg, n_devices):
     _want(rows % shards == 0, 'data.batch_size', cfg.data.batch_size,
           f'a multiple of {shards * cfg.train.accumulate} = data × fsdp × train.accumulate')  # fmt: skip
     for axis, name, value in [
-        ('fsdp', 'model.d_model', model.d_model),
-        ('fsdp', 'model.ffn.r', model.ffn.r),
+        ('fsdp × context', 'model.d_model', model.d_model),
+        ('fsdp × context', 'model.ffn.r', model.ffn.r),
         ('context', 'data.seq_len', cfg.data.seq_len),
         ('model', 'model.ffn.d_ff', model.ffn.d_ff),
         ('model', 'model.attention.n_heads', model.attention.n_heads),
         ('model', 'model.attention.n_kv_heads', model.attention.n_kv_heads),
         ('model', 'model.vocab_size', model.vocab_size),
     ]:
-        _want(value % sizes[axis] == 0, name, value, f'a multiple of mesh.{axis} = {sizes[axis]}')
+        over = math.prod(sizes[a] for a in axis.split(' × '))
+        _want(value % over == 0, name, value, f'a multiple of mesh.{axis} = {over}')
     if mesh.context > 1:
         a, own = model.attention, cfg.data.seq_len // mesh.context
         _want(a.impl != 'full', 'model.attention.impl', 'full', "'auto' or one in linear memory: mesh.context splits the rows")

@@ -34,8 +34,12 @@ class TooBig(ConfigError):
         )
 
 
-def devices(topology):
-    """The devices of a slice such as 'v5e:16x16', which need not be there; a ConfigError if libtpu knows none of that name."""
+def devices(topology, slices=1):
+    """The devices of one or more slices such as 'v5e:16x16', which need not be there.
+
+    Raises:
+      ConfigError: libtpu knows no slice of that name, or is not installed.
+    """
     # Compiling takes no chip, so that several processes may do it at once, and on a machine that is nowhere in a cloud.
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
@@ -43,8 +47,9 @@ def devices(topology):
     os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
     from jax.experimental import topologies
 
+    cores = {'chip_config_name': 'megacore'} if topology.startswith('v4') else {}  # a device is a chip, not a core
     try:
-        return list(topologies.get_topology_desc(platform='tpu', topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform='tpu', topology_name=topology, num_slices=slices, **cores).devices)
     except Exception as e:
         raise ConfigError(
             f'--topology={topology}: {" ".join(str(e).split())[:200]}; want such as v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:4x4, '
@@ -80,7 +85,7 @@ def report(cfg, devices_):
         'devices': len(devices_), 'device_kind': devices_[0].device_kind, 'mesh': dict(trainer.mesh.shape), 'tokens': tokens,
         'parameters': trainer.n_params, 'memory': memory(compiled, devices_[0]),
         'model_flops': model_flops, 'traced_flops': matmul_flops(trainer),
-        'collectives': collectives(text, trainer.mesh), 'buffers': largest_buffers(text),
+        'collectives': collectives(text, trainer.mesh, cfg.mesh.slices), 'buffers': largest_buffers(text),
     }, text  # fmt: skip
 
 
@@ -173,26 +178,31 @@ def _jaxpr(x):
     return getattr(x, 'jaxpr', x) if hasattr(x, 'eqns') or hasattr(getattr(x, 'jaxpr', None), 'eqns') else None
 
 
-def collectives(text, mesh):
+def collectives(text, mesh, slices=1):
     """[{'kind', 'axes', 'count', 'bytes'}] per step and device of a compiled program's text, the largest first.
 
     bytes: what an all-gather gives, and what a reduce-scatter or all-reduce is given. A ring of collective-permutes, into which
     the compiler cuts a gather or scatter to overlap it with a matmul, counts as what is sent. Loops count by their trips;
-    one whose length depends on data counts once.
+    one whose length depends on data counts once. Of several slices, `text` is the program of each; what is sent between them
+    counts under the name of what it is a part of.
     """
     computations, entry = _computations(text)
-    groups = {axes: _groups_of(mesh, axes) for axes in _subsets(mesh.axis_names)}
+    sizes = mesh.shape | {'data': mesh.shape['data'] // slices}
+    groups = {axes: _groups_of(sizes, axes) for axes in _subsets(mesh.axis_names)}
     found = {}  # by channel: one that the compiler spreads over a loop beside it is written again inside of that loop
     for name, times in _times(computations, entry).items():
         for line in computations[name]:
+            sent = re.search(r' send\(.*_xla_host_transfer_rendezvous="([a-z-]+)', line)
+            if sent:
+                found[line] = times, times * _sizes(line.partition(' send(')[0])[0], sent[1], 'data, between slices'
+                continue
             match = re.match(rf'\s*(?:ROOT )?%(\S+) = (.*?) ({"|".join(COLLECTIVES)})(-start)?\(', line)
             if not match:
                 continue
-            shapes = [math.prod(map(int, filter(None, dims.split(',')))) * _BYTES.get(kind, 1)
-                      for kind, dims in re.findall(r'(\w+)\[([\d,]*)\]', match[2])]  # fmt: skip
+            shapes = _sizes(match[2])
             # What is started gives its operands and buffers along with its results.
             size, members = max(shapes) if match[4] else sum(shapes), _members(line)
-            axes = next((axes for axes, g in groups.items() if g == members), None) if members else _ring(line, mesh)
+            axes = next((axes for axes, g in groups.items() if g == members), None) if members else _ring(line, sizes)
             if match[3] == 'reduce-scatter' and members:
                 size *= len(next(iter(members)))
             channel = re.search(r'channel_id=(\d+)', line)
@@ -204,6 +214,12 @@ def collectives(text, mesh):
         totals[kind, axes] += size
         counts[kind, axes] += times
     return [{'kind': kind, 'axes': axes, 'count': counts[kind, axes], 'bytes': n} for (kind, axes), n in totals.most_common()]
+
+
+def _sizes(types):
+    """Bytes of each array in a line's types."""
+    arrays = re.findall(r'(\w+)\[([\d,]*)\]', types)
+    return [math.prod(map(int, filter(None, dims.split(',')))) * _BYTES.get(kind, 1) for kind, dims in arrays]
 
 
 def largest_buffers(text, n=12):
@@ -280,12 +296,12 @@ def _subsets(names):
     return [tuple(n for i, n in enumerate(names) if mask >> i & 1) for mask in range(1, 1 << len(names))]
 
 
-def _groups_of(mesh, axes):
-    """Which devices, by their place in the mesh, talk to each other over some of its axes."""
-    place = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
-    order = [i for i, name in enumerate(mesh.axis_names) if name not in axes]
-    order += [i for i, name in enumerate(mesh.axis_names) if name in axes]
-    size = math.prod(mesh.shape[name] for name in axes)
+def _groups_of(sizes, axes):
+    """Which devices, by their place in a mesh of {axis: size}, talk to each other over some of its axes."""
+    place = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    order = [i for i, name in enumerate(sizes) if name not in axes]
+    order += [i for i, name in enumerate(sizes) if name in axes]
+    size = math.prod(sizes[name] for name in axes)
     return frozenset(map(frozenset, place.transpose(order).reshape(-1, size).tolist()))
 
 
@@ -308,15 +324,15 @@ def _members(line):
     return None
 
 
-def _ring(line, mesh):
+def _ring(line, sizes):
     """The axes along which all pairs of a collective-permute differ."""
     pairs = re.findall(r'\{(\d+),(\d+)\}', line.partition('source_target_pairs=')[2])
-    shape = tuple(mesh.shape.values())
+    shape = tuple(sizes.values())
     different = set()
     for a, b in pairs:
-        at = zip(mesh.axis_names, np.unravel_index(int(a), shape), np.unravel_index(int(b), shape), strict=True)
+        at = zip(sizes, np.unravel_index(int(a), shape), np.unravel_index(int(b), shape), strict=True)
         different |= {name for name, i, j in at if i != j}
-    return tuple(name for name in mesh.axis_names if name in different) or None
+    return tuple(name for name in sizes if name in different) or None
 
 
 def _sources(text):

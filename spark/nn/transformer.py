@@ -86,7 +86,11 @@ class Transformer(nn.Module):
             ones, padding has 0, and −1 is reserved for the empty slots of a cache.
           cache: a `KVCache` with room for L more tokens, or None.
         """
-        x_BxLxD = jnp.take(self.embedding, tokens_BxL, axis=0).astype(self.dtype)
+        # Looked up where the slices of the embedding are, and then brought to the rows: so is the gradient, the other way round,
+        # where it is left to the partitioner to gather all tokens of all replicas.
+        split = nn.with_logical_constraint
+        tokens = split(tokens_BxL, ('replicas', None))
+        x_BxLxD = split(jnp.take(self.embedding, tokens, axis=0).astype(self.dtype), ('replicas', None, 'embed'))
         x_BxLxD = x_BxLxD * jnp.asarray(self.cfg.d_model**0.5, self.dtype)
         x_BxLxD = nn.with_logical_constraint(x_BxLxD, ('batch', 'length', None))
         k_positions, k_segments, start, layers = positions_BxL, segments_BxL, None, None

@@ -12,9 +12,10 @@ from spark.errors import ConfigError
 MESH_AXES = ('data', 'fsdp', 'context', 'model')
 LOGICAL_AXES = {
     'batch': ('data', 'fsdp'),
+    'replicas': 'data',
     'length': 'context',
     'layers': None,
-    'embed': 'fsdp',
+    'embed': ('fsdp', 'context'),
     'norm': None,
     'vocab': 'model',
     'ffn': 'model',

@@ -210,6 +210,38 @@ def test_gemma2_2b_fits_the_slice_of_its_header_as_lean_as_maxtext(variant, tmp_
 
 
 @libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['v4:2x2x1', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'])
+def test_every_kind_of_chip(topology):
+    done = compile_script(f'--config={ROOT}/configs/tiny.py', f'--topology={topology}')
+    assert done.returncode == 0 and 'GiB: fits' in done.stdout, done.stderr
+
+
+@libtpu
+@pytest.mark.slow
+def test_between_slices_goes_each_gradient_once(tmp_path):
+    """Of the embedding, one of the lookup and one of the logits; a row that is split gathers keys and values alone."""
+    path, shorter = tmp_path / 'r.json', {'model.n_layers': 2, 'data.seq_len': 2048}
+
+    def report(**more):
+        flags = [f'--config.{name}={value}' for name, value in (shorter | more).items()]
+        done = compile_script(f'--config={ROOT}/configs/gemma2_2b.py:spark', '--topology=v5e:4x4', f'--json={path}', *flags)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(path.read_text())
+        return found, lambda axes: sum(c['bytes'] for c in found['collectives'] if c['axes'] == axes)
+
+    found, moved = report(**{'mesh.slices': 2, 'mesh.data': 2, 'mesh.fsdp': 16, 'data.batch_size': 32})
+    assert found['devices'] == 32
+    embedding = 32768 * 2304
+    ideal = (2 * 4 * embedding + 2 * (found['parameters'] - embedding)) / 16  # float32 and bfloat16, of each chip's part
+    assert moved('data, between slices') < 1.1 * ideal
+    found, moved = report(**{'mesh.context': 4, 'mesh.fsdp': 4, 'data.batch_size': 4})
+    keys_and_values = 2 * 4 * 2048 * 256 * 2
+    # In each layer, forward, backward's second forward, and the sum of the gradients.
+    assert moved('context') < 2 * 4 * keys_and_values
+
+
+@libtpu
 def test_unknown_topologies():
     done = compile_script(f'--config={ROOT}/configs/tiny.py', '--topology=v9:2x2')
     assert done.returncode == 2 and '--topology=v9:2x2: ' in done.stderr and 'want such as v4:2x2x2' in done.stderr
