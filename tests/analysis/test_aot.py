@@ -221,7 +221,8 @@ def test_every_kind_of_chip(topology):
 @pytest.mark.slow
 def test_between_slices_goes_each_gradient_once(tmp_path):
     """Of the embedding, one of the lookup and one of the logits; a row that is split gathers keys and values alone."""
-    path, shorter = tmp_path / 'r.json', {'model.n_layers': 2, 'data.seq_len': 2048}
+    path = tmp_path / 'r.json'
+    shorter = {'model.n_layers': 2, 'data.seq_len': 2048, 'model.vocab_size': 32768, 'train.loss_pieces': 4}
 
     def report(**more):
         flags = [f'--config.{name}={value}' for name, value in (shorter | more).items()]
