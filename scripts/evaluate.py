@@ -34,7 +34,7 @@ JSON = flags.DEFINE_string('json', None, 'Also write the report to this file.')
 def main():
     if not WORKDIR.value:
         raise errors.ConfigError('--workdir is missing; see --help')
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = run_directory(WORKDIR.value)
     if SPLIT.value == 'none' and (PLOTS.value or NEURONS.value is not None or not TASKS.value):
         raise errors.ConfigError('--split=none: there is nothing to do without --tasks, and nothing to draw without a split')
     # Imported here, so that usage errors are told before jax starts.

@@ -6,16 +6,14 @@ Leaves DIR/config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json.
 3 loss not finite, 4 data unreadable or exhausted, 5 checkpoint unusable, 75 preempted (state saved; run again).
 """
 
-import pathlib
-
 from absl import flags
 from ml_collections import config_flags
 
 from spark import config, errors
-from spark.runtime import join_processes, use_huge_pages, write_json
+from spark.runtime import join_processes, run_directory, use_huge_pages, write_json
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with an optional variant: PATH[:VARIANT].')
-WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory: new, or one of the same config to go on with.')
+WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory, or gs://…: new, or one of the same config to go on with.')
 JSON = flags.DEFINE_string('json', None, 'Also write the summary to this file.')
 
 
@@ -32,7 +30,7 @@ def main():
 
     from spark.training.train import train
 
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = run_directory(WORKDIR.value)
     summary, trainer, state = train(cfg, workdir)
     summary['sample'] = continuation(cfg, trainer, state)
     if jax.process_index() == 0:

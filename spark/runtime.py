@@ -1,11 +1,13 @@
 """A process and the machine it runs on: huge pages, its companions in other processes, whole files, how it is stopped."""
 
 import contextlib
+import importlib.util
 import json
 import os
-import pathlib
 import signal
 import sys
+
+from etils import epath
 
 from spark.errors import ConfigError
 
@@ -24,15 +26,27 @@ def use_huge_pages():
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def write_json(path, value):
-    """A JSON file, whole or not at all; a ConfigError if it cannot be written."""
-    path = pathlib.Path(path)
+def write_text(path, text):
+    """A file, here or in a bucket (gs://…), whole or not at all; a ConfigError if it cannot be written."""
+    path = epath.Path(path)
     scratch = path.with_name(path.name + '.tmp')
     try:
-        scratch.write_text(json.dumps(value, indent=2) + '\n')
-        os.replace(scratch, path)
+        scratch.write_text(text)
+        scratch.replace(path)
     except OSError as e:
         raise ConfigError(f'{path}: {e.strerror or e}') from None
+
+
+def write_json(path, value):
+    """`write_text` of a JSON value."""
+    write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def run_directory(flag):
+    """The path that --workdir names: a directory, or gs://BUCKET/…; a ConfigError without what buckets want."""
+    if flag.startswith('gs://') and not importlib.util.find_spec('gcsfs'):
+        raise ConfigError(f"--workdir={flag}: a bucket wants pip install 'spark-transformer[gcs]'")
+    return epath.Path(flag)
 
 
 def join_processes():

@@ -62,6 +62,7 @@ def compile_step(cfg, devices_):
 
     Raises:
       TooBig: the compiler itself finds that the memory does not do.
+      ConfigError: the compiler fails.
     """
     trainer = Trainer(cfg, devices_)
     with trainer.context():
@@ -70,7 +71,7 @@ def compile_step(cfg, devices_):
             return trainer, lowered.compile()
         except jax.errors.JaxRuntimeError as e:
             if 'RESOURCE_EXHAUSTED' not in str(e):
-                raise
+                raise ConfigError(f'the compiler fails on this step: {str(e).splitlines()[0][:300]}') from e
             sizes = re.search(r'\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)', str(e))
             raise TooBig(*map(float, sizes.groups()) if sizes else (math.inf, math.nan)) from None
 
@@ -110,6 +111,10 @@ def search(cfg, devices_, say=lambda line: None):
                 check_fit(m)
             except TooBig:
                 break
+            except ConfigError as e:  # may be a fault of the compiler at this size alone
+                say(f'{remat}: batch_size {tried.data.batch_size}: {e}')
+                rows *= 2
+                continue
             best = {'remat': remat, 'batch_size': tried.data.batch_size, 'peak': m['peak']}
             rows *= 2
         say(f'{remat}: ' + (f'batch_size {best["batch_size"]}, peak {best["peak"] / 1e9:.2f} GB' if best else 'does not fit'))
@@ -249,7 +254,7 @@ def _computations(text):
         if header:
             lines = computations[header[2]] = []
             entry = header[2] if header[1] else entry
-        elif line.startswith('}'):
+        elif line == '}':  # what a line of a kernel's metadata may start with, too
             lines = None
         elif lines is not None:
             lines.append(line)

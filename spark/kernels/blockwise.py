@@ -248,9 +248,8 @@ def _bounds(starts, own, b):
 
     Where there is no such block before its own, that is its own; `own` is that of the first block of queries.
     """
-    starts = starts.reshape(len(starts), -1, b)
-    own = own + jnp.arange(starts.shape[1])
-    return jnp.min(starts, axis=(0, 2)) // b, jnp.minimum((jnp.max(starts, axis=(0, 2)) + b - 1) // b, own)
+    low, high = jnp.min(starts[:, ::b], axis=0), jnp.max(starts[:, b - 1 :: b], axis=0)  # as starts do not fall
+    return low // b, jnp.minimum((high + b - 1) // b, own + jnp.arange(len(low)))
 
 
 def _scores(q_i, k_j, starts_i, theta_i, i, j, spec):

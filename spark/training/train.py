@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 import signal
 import time
 
@@ -18,7 +17,7 @@ from spark import config
 from spark.data import pipeline
 from spark.errors import ConfigError, DataError, NotFiniteError, Preempted
 from spark.nn.transformer import Transformer, compute_dtype
-from spark.runtime import stop_signals
+from spark.runtime import stop_signals, write_text
 from spark.training import loss, metrics, optimizer, sharding
 from spark.training.checkpoint import Checkpoints
 
@@ -129,7 +128,7 @@ def evaluate(trainer, params, dataset, label='eval', limit=0):
 
 
 def train(cfg, workdir):
-    """Trains to cfg.train.steps, going on from the newest checkpoint in `workdir` (a pathlib.Path) if there is one.
+    """Trains to cfg.train.steps, going on from the newest checkpoint in `workdir` (an epath.Path) if there is one.
 
     Returns:
       (summary, trainer, state): `summary` is a dict of what a person wants to know, `state` the final TrainState.
@@ -243,12 +242,10 @@ def claim(workdir, cfg):
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            scratch = path.with_suffix('.tmp')
-            strangers = sorted(p.name for p in workdir.iterdir() if p != scratch)
+            strangers = sorted(p.name for p in workdir.iterdir() if p.name != 'config.json.tmp')
             if strangers:
                 raise ConfigError(f'--workdir={workdir} holds {strangers[0]!r} but no config.json: choose another directory')
-            scratch.write_text(cfg.model_dump_json(indent=2) + '\n')
-            os.replace(scratch, path)
+            write_text(path, cfg.model_dump_json(indent=2) + '\n')
     except OSError as e:
         raise ConfigError(f'--workdir={workdir}: {e.strerror or e}') from None
 
