@@ -8,12 +8,10 @@ with --split=none nothing else.
 Exit codes: 0 done, 2 bad usage, 4 data or task unreadable, 5 no such checkpoint.
 """
 
-import pathlib
-
 from absl import flags
 
 from spark import errors
-from spark.runtime import use_huge_pages, write_json
+from spark.runtime import run_directory, use_huge_pages, write_json
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory.')
 STEP = flags.DEFINE_integer('step', None, 'Which checkpoint; default the newest.', lower_bound=0)
@@ -37,6 +35,8 @@ def main():
     workdir = run_directory(WORKDIR.value)
     if SPLIT.value == 'none' and (PLOTS.value or NEURONS.value is not None or not TASKS.value):
         raise errors.ConfigError('--split=none: there is nothing to do without --tasks, and nothing to draw without a split')
+    if str(workdir).startswith('gs://') and (PLOTS.value or NEURONS.value is not None):
+        raise errors.ConfigError('--plots, --neurons: want a --workdir on this machine; copy the run, or mount its bucket')
     # Imported here, so that usage errors are told before jax starts.
     from spark.analysis import evaluate
 

@@ -129,7 +129,10 @@ class TrainConfig(_Frozen):
     keep_every: int = Field(0, ge=0)  # and every checkpoint at a multiple of this; 0: no more
     activity: bool = True  # log active neurons and attended keys with the loss
     profile_step: int = Field(0, ge=0)  # first step of a profiler trace into workdir/profile; 0: none
-    profile_steps: int = Field(3, gt=0)
+    profile_steps: int = Field(3, gt=0)  # of that trace, and of one that SIGUSR1 asks for
+    # Compiled programs stay in workdir/xla_cache, or $JAX_COMPILATION_CACHE_DIR, so that a restart does not compile again.
+    # auto: on accelerators.
+    cache: Literal['auto', 'on', 'off'] = 'auto'
 
 
 class SampleConfig(_Frozen):

@@ -84,6 +84,24 @@ def _chips():
 
 
 @contextlib.contextmanager
+def stopping():
+    """Yields stop(step): has this job been asked to stop, by SIGTERM or a first SIGINT, in any process of it?
+
+    Of several processes, all that ask before their next step are told the same step to stop at: see
+    `jax.experimental.multihost_utils.reached_preemption_sync_point`. jax catches their SIGTERM.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    # A second Ctrl-C is meant.
+    with stop_signals(lambda n: signal.signal(signal.SIGINT, signal.default_int_handler)) as received:
+        yield lambda step: bool(received)
+
+
+@contextlib.contextmanager
 def stop_signals(handle):
     """Yields a list of the SIGTERM and SIGINT that came; `handle(n)` is called at the n-th. Outside of the main thread: never."""
     received = []

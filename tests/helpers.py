@@ -56,7 +56,8 @@ def write_corpus(directory):
 def records(workdir):
     """The lines of a run's metrics.jsonl, without the clock."""
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != 'tokens_per_second'} for line in lines]
+    clock = ('tokens_per_second', 'seconds_', 'goodput')
+    return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in lines]
 
 
 def model_and_params(cfg, seed=0):

@@ -1,10 +1,13 @@
 """What a run writes about itself: metrics.jsonl and TensorBoard together; and the FLOPs behind utilisation."""
 
+import contextlib
 import json
 import math
-import os
+import time
 
 import tensorboardX
+
+from spark.runtime import write_text
 
 # Dense bfloat16 FLOP/s of a chip, by the start of jax's device_kind (vendors' data sheets).
 PEAK_FLOPS = {
@@ -38,33 +41,69 @@ def training_flops_per_token(cfg, n_params, seq_len):
     return 6 * n_params + 12 * layers * sum(spans) * a.n_heads * a.head_dim
 
 
+class Clock:
+    """Wall time since it was made, and what of it went to other things than steps."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self._seconds = dict.fromkeys(('start', 'compile', 'data', 'evaluate', 'checkpoint'), 0.0)
+
+    @contextlib.contextmanager
+    def during(self, name):
+        """Time in here goes to 'start', 'compile', 'data', 'evaluate' or 'checkpoint'."""
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
+
+    def report(self):
+        """{'goodput': share of the wall time that was left to steps, 'seconds_…': by name}.
+
+        Waiting for data is not taken off: the device has a step to do meanwhile.
+        """
+        wall = time.perf_counter() - self._start
+        lost = sum(s for name, s in self._seconds.items() if name != 'data')
+        return {'goodput': 1 - lost / wall} | {f'seconds_{name}': round(s, 2) for name, s in self._seconds.items()}
+
+
 class MetricsWriter:
     """Appends one JSON object per call to WORKDIR/metrics.jsonl, and its numbers to WORKDIR/tensorboard.
 
-    Opening it at a step drops what a lost continuation wrote after that step, so that none appears twice.
+    Opening it at a step drops what a lost continuation wrote after that step, so that none appears twice. In a bucket, where
+    nothing can be appended, the file is written anew by `flush`.
     """
 
     def __init__(self, workdir, step):
-        path = workdir / 'metrics.jsonl'
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if (r := _parse(line)) and r['step'] <= step]
-            scratch = path.with_suffix('.tmp')
-            scratch.write_text(''.join(line + '\n' for line in kept))
-            os.replace(scratch, path)
-        self._file = path.open('a', buffering=1)
+        self._path = workdir / 'metrics.jsonl'
+        before = self._path.read_text().splitlines() if self._path.exists() else []
+        self._lines = [line + '\n' for line in before if (r := _parse(line)) and r['step'] <= step]
+        write_text(self._path, ''.join(self._lines))
+        self._remote = '://' in str(workdir)
+        self._file = None if self._remote else open(self._path, 'a', buffering=1)
         self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
 
     def write(self, step, split, values):
         """values: numbers, and lists of numbers (one per layer)."""
         safe = {name: v if not isinstance(v, float) or math.isfinite(v) else str(v) for name, v in values.items()}
-        self._file.write(json.dumps({'step': step, 'split': split, **safe}) + '\n')
+        line = json.dumps({'step': step, 'split': split, **safe}) + '\n'
+        if self._remote:
+            self._lines.append(line)
+        else:
+            self._file.write(line)
         for name, value in values.items():
             for suffix, v in enumerate(value) if isinstance(value, list) else [('', value)]:
                 self._board.add_scalar(f'{split}/{name}' + (f'/{suffix}' if suffix != '' else ''), v, step)
 
+    def flush(self):
+        """What was written is where others can read it."""
+        if self._remote:
+            write_text(self._path, ''.join(self._lines))
+        self._board.flush()
+
     def close(self):
         """Flushes both."""
-        self._file.close()
+        self.flush()
+        if self._file:
+            self._file.close()
         self._board.close()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import signal
 import time
 
@@ -17,9 +18,11 @@ from spark import config
 from spark.data import pipeline
 from spark.errors import ConfigError, DataError, NotFiniteError, Preempted
 from spark.nn.transformer import Transformer, compute_dtype
-from spark.runtime import stop_signals, write_text
+from spark.runtime import stopping, write_text
 from spark.training import loss, metrics, optimizer, sharding
 from spark.training.checkpoint import Checkpoints
+
+CACHE_DIR = 'JAX_COMPILATION_CACHE_DIR'
 
 
 @flax.struct.dataclass
@@ -137,9 +140,11 @@ def train(cfg, workdir):
       SparkError: with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
     """
     with contextlib.ExitStack() as stack:
-        # The loop ends once there is one; a second Ctrl-C is meant.
-        stop = stack.enter_context(stop_signals(lambda n: signal.signal(signal.SIGINT, signal.default_int_handler)))
-        asked = cfg
+        clock, asked = metrics.Clock(), cfg
+        stack.enter_context(startup := contextlib.ExitStack())
+        startup.enter_context(clock.during('start'))
+        stop = stack.enter_context(stopping())
+        profiler = stack.enter_context(_Profiler(cfg.train, workdir))
         tokenizer, cfg = pipeline.tokenizer_for(cfg)
         first = jax.process_index() == 0
         config.check_devices(cfg, jax.device_count())
@@ -147,6 +152,8 @@ def train(cfg, workdir):
         dataset = pipeline.train_dataset(cfg.data, cfg.seed, tokenizer)
         held_out = {split: pipeline.eval_dataset(cfg.data, split, tokenizer) for split in ('validation', 'test')}
         claim(workdir, asked)
+        if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
+            jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
         trainer = Trainer(cfg)
         checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
         stack.enter_context(trainer.context())
@@ -164,24 +171,24 @@ def train(cfg, workdir):
             stack.callback(writer.close)
         stack.callback(checkpoints.close)
 
-        started = time.perf_counter()
-        compiled, compile_seconds = None, 0.0
+        startup.close()
+        compiled = None
         if step < cfg.train.steps:
             print(f'Compiling a step of {trainer.n_params:,} parameters for {trainer.mesh.size} × {_kind()} …', flush=True)
-            compiled = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()
-            compile_seconds = time.perf_counter() - started
+            with clock.during('compile'):
+                compiled = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()
         saved = step if steps else None
         bar = tqdm(total=cfg.train.steps, initial=step, desc='train', unit='step', disable=not first)
         stack.callback(bar.close)
-        log = _Log(trainer, writer, bar, step)
-        while step < cfg.train.steps and not stop:
-            if step + 1 == cfg.train.profile_step:
-                jax.profiler.start_trace(str(workdir / 'profile'))
+        log = _Log(trainer, writer, bar, step, clock)
+        while step < cfg.train.steps and not stop(step):
+            profiler.before(step + 1)
             try:
-                batch = next(batches)
+                with clock.during('data'):
+                    batch = next(batches)
+                    rows = trainer.put(batch)
             except StopIteration:
                 raise DataError(f'{cfg.data.source}: exhausted at step {step} after data.epochs = {cfg.data.epochs}') from None
-            rows = trainer.put(batch)
             with jax.transfer_guard('disallow'):  # whatever waits for the device does so on purpose
                 state, sums = compiled(state, rows)
             step += 1
@@ -191,21 +198,21 @@ def train(cfg, workdir):
             if due or saving:
                 log.push(step, sums, batch[pipeline.HASH], due)
             bar.update()
-            if cfg.train.profile_step and step == cfg.train.profile_step + cfg.train.profile_steps - 1:
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
+            profiler.after(step, state)
             evaluating = cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < cfg.train.steps
             if evaluating or saving:
                 log.flush()  # raises before a state that is not finite could be saved
             if evaluating:
-                with log.paused():
+                with log.paused('evaluate'):
                     report = evaluate(trainer, state.params, held_out['validation'], 'validation', cfg.train.eval_batches)
                     if writer:
                         writer.write(step, 'validation', report)
                     bar.write(f'step {step}: validation loss {report["loss"]:.4f}')
             if saving:
-                with log.paused():
+                with log.paused('checkpoint'):
                     checkpoints.save(step, state, batches.get_state())
+                    if writer:
+                        writer.flush()
                 saved = step
         log.flush()
         if step < cfg.train.steps:
@@ -217,10 +224,10 @@ def train(cfg, workdir):
             'steps': step,
             'parameters': trainer.n_params,
             'devices': f'{trainer.mesh.size} × {_kind()}',
-            'compile_seconds': round(compile_seconds, 2),
             'train_seconds': round(log.seconds, 2),
             'tokens_per_second': round(log.tokens / log.seconds, 1) if log.tokens else None,
             'train_loss': log.last_loss,
+            **clock.report(),
         }
         for split, split_dataset in held_out.items():
             summary[split] = evaluate(trainer, state.params, split_dataset, split)
@@ -250,11 +257,47 @@ def claim(workdir, cfg):
         raise ConfigError(f'--workdir={workdir}: {e.strerror or e}') from None
 
 
+class _Profiler:
+    """Traces of a few steps into WORKDIR/profile: from train.profile_step on, and whenever a SIGUSR1 comes."""
+
+    def __init__(self, cfg, workdir):
+        self._cfg, self._directory, self._asked, self._last = cfg, workdir / 'profile', False, None
+
+    def __enter__(self):
+        def ask(*_):
+            self._asked = True
+
+        try:
+            self._previous = signal.signal(signal.SIGUSR1, ask)
+        except ValueError:  # not the main thread
+            self._previous = None
+        return self
+
+    def __exit__(self, *_):
+        if self._last is not None:
+            jax.profiler.stop_trace()
+        if self._previous is not None:
+            signal.signal(signal.SIGUSR1, self._previous)
+
+    def before(self, step):
+        """Starts a trace if one is due at this step."""
+        if self._last is None and (self._asked or step == self._cfg.profile_step):
+            self._asked, self._last = False, step + self._cfg.profile_steps - 1
+            jax.profiler.start_trace(str(self._directory))
+
+    def after(self, step, state):
+        """Ends the trace with its last step."""
+        if self._last is not None and step >= self._last:
+            self._last = None
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+
+
 class _Log:
     """Turns device sums into metrics one step late, so that reading them never holds up the next step."""
 
-    def __init__(self, trainer, writer, bar, step):
-        self._trainer, self._writer, self._bar, self._pending = trainer, writer, bar, None
+    def __init__(self, trainer, writer, bar, step, clock):
+        self._trainer, self._writer, self._bar, self._pending, self._clock = trainer, writer, bar, None, clock
         self._since_step, self._mark = step, time.perf_counter()
         self.seconds, self.tokens, self.last_loss = 0.0, 0, None
         cfg = trainer.cfg
@@ -268,10 +311,11 @@ class _Log:
         self._pending = step, sums, crc, due
 
     @contextlib.contextmanager
-    def paused(self):
-        """Time in here is not training."""
+    def paused(self, name):
+        """Time in here is not training; it goes to `name` of the clock."""
         start = time.perf_counter()
-        yield
+        with self._clock.during(name):
+            yield
         self._mark += time.perf_counter() - start
 
     def flush(self):
@@ -299,6 +343,7 @@ class _Log:
         self.tokens += tokens
         speed = tokens / elapsed
         report |= {'learning_rate': float(self._schedule(step - 1)), 'batch_crc': crc, 'tokens_per_second': round(speed, 1)}
+        report |= {'tokens_per_second_per_device': round(speed / self._trainer.mesh.size, 1), **self._clock.report()}
         shown = {'loss': f'{report["loss"]:.4f}', 'tok/s': f'{speed:,.0f}'}
         if self._utilisation_per_speed:
             report['mfu'] = speed * self._utilisation_per_speed

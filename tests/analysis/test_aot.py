@@ -79,6 +79,9 @@ UNROLLED = '''
   %next = s32[] add(%i, %two)
   %x = f32[8]{0} get-tuple-element(%p), index=1
   %sent = f32[8]{0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6,7},{7,6}}
+  %kernel = f32[8]{0} custom-call(%x), frontend_attributes={kernel_metadata={
+"metadata":"of several lines"
+}}, metadata={op_name="kernel"}
   ROOT %out = (s32[], f32[8]{0}) tuple(%next, %sent)
 }
 

@@ -1,10 +1,13 @@
 """Training in several real processes is training in one: the same losses, one set of files, checkpoints for any number."""
 
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -33,8 +36,8 @@ def get_config(variant='spark'):
 '''
 
 
-def run(config, workdir, processes, *more, devices=4):
-    """scripts/train.py in so many processes with `devices` virtual devices in all; their outputs."""
+def start(config, workdir, processes, *more, devices=4):
+    """scripts/train.py in so many processes with `devices` virtual devices in all."""
     with socket.socket() as s:
         s.bind(('localhost', 0))
         port = s.getsockname()[1]
@@ -46,8 +49,14 @@ def run(config, workdir, processes, *more, devices=4):
         }  # fmt: skip
         command = [sys.executable, str(ROOT / 'scripts' / 'train.py'), f'--config={config}', f'--workdir={workdir}', *more]
         started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return started
+
+
+def run(*arguments, **more):
+    """`start`, to its end; the outputs."""
+    started = start(*arguments, **more)
     done = [p.communicate(timeout=300) for p in started]
-    assert [p.returncode for p in started] == [0] * processes, done
+    assert [p.returncode for p in started] == [0] * len(started), done
     return [out for out, _ in done]
 
 
@@ -102,6 +111,34 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_four(place):
         np.testing.assert_allclose(losses(workdir), losses(tmp / 'one'), rtol=2e-5)
         crc = lambda workdir: [r['batch_crc'] for r in records(workdir) if r['split'] == 'train']
         assert crc(workdir) == crc(tmp / 'one')
+
+
+@pytest.mark.slow
+def test_a_row_may_lie_in_two_processes(place):
+    tmp, config = place
+    run(config, tmp / 'context', 2, '--config.mesh.fsdp=1', '--config.mesh.context=4')
+    np.testing.assert_allclose(losses(tmp / 'context'), losses(tmp / 'one'), rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step_and_go_on(place):
+    """One of them is told; the losses are those of a run that nobody stopped."""
+    tmp, config = place
+    workdir = tmp / 'stopped'
+    longer = '--config.train.steps=400', '--config.train.save_every=400', '--config.train.eval_every=0'
+    started = start(config, workdir, 2, *longer)
+    deadline = time.monotonic() + 120
+    while not ((workdir / 'metrics.jsonl').exists() and len(losses(workdir)) > 20):
+        assert time.monotonic() < deadline and started[0].poll() is None
+        time.sleep(0.05)
+    started[1].send_signal(signal.SIGTERM)
+    ends = [p.communicate(timeout=120)[1].splitlines()[-1] for p in started]
+    assert [p.returncode for p in started] == [75, 75], ends
+    steps = {re.search(r'stopped at step (\d+) of 400', line)[1] for line in ends}
+    assert len(steps) == 1 and sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == sorted(steps)
+    assert any(f'Going on from step {min(steps)}' in out for out in run(config, workdir, 2, *longer))
+    run(config, tmp / 'straight', 2, *longer)
+    np.testing.assert_allclose(losses(workdir), losses(tmp / 'straight'), rtol=2e-5)
 
 
 def test_a_job_that_is_told_wrong(place):
