@@ -6,6 +6,8 @@ Leaves DIR/config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json.
 3 loss not finite, 4 data unreadable or exhausted, 5 checkpoint unusable, 75 preempted (state saved; run again).
 """
 
+import os
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -33,6 +35,7 @@ def main():
     workdir = run_directory(WORKDIR.value)
     summary, trainer, state = train(cfg, workdir)
     summary['sample'] = continuation(cfg, trainer, state)
+    summary['revision'] = os.environ.get('SPARK_REVISION')  # of scripts/launch.py
     if jax.process_index() == 0:
         write_json(workdir / 'summary.json', summary)
         if JSON.value:
