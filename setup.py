@@ -28,6 +28,7 @@ setup(
         'importlib_resources',  # tensorflow-datasets imports it without declaring it
         'ml_collections>=1.1',
         'absl-py',
+        'etils[epath]',
         'pydantic>=2.7',
         'filelock',
         'numpy',
@@ -42,6 +43,7 @@ setup(
         'test': TEST,
         'cuda': ['jax[cuda12]'],
         'tpu': ['jax[tpu]'],
+        'gcs': ['gcsfs', 'google-cloud-storage'],
         'aot': AOT,
         'eval': EVAL,
         'slurm': SLURM,

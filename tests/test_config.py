@@ -74,7 +74,7 @@ def test_unknown_missing_and_mistyped_fields():
         ({'train.accumulate': 2}, 8, 'data.batch_size = 8: want a multiple of 16'),
         ({'mesh.fsdp': 8, 'model.ffn.r': 12}, 8, 'model.ffn.r = 12: want a multiple of mesh.fsdp × context = 8'),
         ({'mesh.model': 4}, 8, 'model.attention.n_kv_heads = 2: want a multiple of mesh.model = 4'),
-        ({'mesh.context': 3}, 3, 'data.seq_len = 32: want a multiple of mesh.context = 3'),
+        ({'mesh.context': 4, 'data.seq_len': 34}, 4, 'data.seq_len = 34: want a multiple of mesh.context = 4'),
         ({'mesh.context': 2, 'model.attention.impl': 'full'}, 2, "model.attention.impl = 'full': want 'auto'"),
         ({'mesh.context': 2, 'model.attention.block': 6}, 2, 'model.attention.block = 6: want a divisor of data.seq_len / '),
         ({'mesh.context': 2, 'model.attention.impl': 'pallas'}, 2, 'data.seq_len / mesh.context = 16: want a multiple of 128'),

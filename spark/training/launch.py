@@ -117,7 +117,8 @@ def commands(via, job, root):
                 ['xpk', 'workload', 'create', f'--workload={job.name}', f'--tpu-type={topology(job.topology)[1]}',
                  f'--num-slices={job.slices}', *flags(*OPTIONS['xpk']), f'--script-dir={archive}',
                  '--restart-on-exit-codes=75', '--termination-grace-period-seconds=600',
-                 f"--command=pip install -q '.[tpu,gcs]' && exec {train_line(job)}"],  # exec, since it is python that a SIGTERM is for
+                 # exec, since it is python that a SIGTERM is for
+                 f"--command=pip install -q '.[tpu,gcs]' && exec {train_line(job)}"],
             ]  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def slurm_script(job):
 
 def train_line(job):
     """The line that trains, with the revision for the summary."""
-    return f'env SPARK_REVISION={job.revision} python scripts/train.py {shlex.join(job.train)}'
+    return f'env PYTHONPATH=. SPARK_REVISION={job.revision} python scripts/train.py {shlex.join(job.train)}'
 
 
 def loop(job):

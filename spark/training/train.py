@@ -227,15 +227,16 @@ def train(cfg, workdir):
             'train_seconds': round(log.seconds, 2),
             'tokens_per_second': round(log.tokens / log.seconds, 1) if log.tokens else None,
             'train_loss': log.last_loss,
-            **clock.report(),
         }
         for split, split_dataset in held_out.items():
-            summary[split] = evaluate(trainer, state.params, split_dataset, split)
+            with clock.during('evaluate'):
+                summary[split] = evaluate(trainer, state.params, split_dataset, split)
             if writer:
                 writer.write(step, split, summary[split])
         size = summary['test']['bytes']
         # The yardstick that everyone has; on a large split it would take longer than it says.
         summary['test']['gzip_bits_per_byte'] = 8 * pipeline.gzip_size(cfg.data, 'test') / size if size <= 64 << 20 else None
+        summary |= clock.report()
     return summary, trainer, state
 
 

@@ -141,6 +141,21 @@ def test_two_processes_stop_at_the_same_step_and_go_on(place):
     np.testing.assert_allclose(losses(workdir), losses(tmp / 'straight'), rtol=2e-5)
 
 
+@pytest.mark.slow
+def test_a_restart_finds_what_was_compiled(place, monkeypatch):
+    tmp, config = place
+    workdir = tmp / 'cached'
+    monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    monkeypatch.setenv('JAX_ENABLE_COMPILATION_CACHE', 'true')
+    monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+    programs = []
+    for _ in range(2):
+        run(config, workdir, 1, '--config.train.cache=on', '--config.mesh.fsdp=1', devices=1)
+        programs.append({p.name for p in (workdir / 'xla_cache').glob('*train_step*')})
+        shutil.rmtree(workdir / 'checkpoints' / '8')
+    assert len(programs[0]) == 1 and programs[0] == programs[1]
+
+
 def test_a_job_that_is_told_wrong(place):
     tmp, config = place
     told = {'JAX_COORDINATOR_ADDRESS': 'localhost:1', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '2'}

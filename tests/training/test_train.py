@@ -1,6 +1,9 @@
 """Training in this process: meshes agree, accumulation and chunks change nothing, runs resume bitwise."""
 
+import json
+import os
 import signal
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ from spark.nn.transformer import activity
 from spark.training import loss, metrics, optimizer, sharding
 from spark.training import train as train_module
 from spark.training.metrics import MetricsWriter
-from spark.training.train import Trainer, train
+from spark.training.train import Trainer, claim, train
 from tests.helpers import model_and_params, records, shipped, small, write_corpus
 
 
@@ -278,6 +281,60 @@ def test_profiler_writes_a_trace(corpus):
     overrides, directory, _, _ = corpus
     train(small(**overrides, **{'train.profile_step': 2, 'train.profile_steps': 2}), directory / 'profiled')
     assert list((directory / 'profiled' / 'profile').rglob('*.xplane.pb'))
+
+
+def test_a_trace_on_request(corpus, monkeypatch):
+    """SIGUSR1 at step 4, sent by the process to itself."""
+    overrides, directory, _, _ = corpus
+    write = MetricsWriter.write
+
+    def ask(self, step, *args):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        write(self, step, *args)
+
+    monkeypatch.setattr(MetricsWriter, 'write', ask)
+    train(small(**overrides), directory / 'asked')
+    assert list((directory / 'asked' / 'profile').rglob('*.xplane.pb'))
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_where_the_time_went(corpus):
+    """Every line says; what is not steps is counted once, and all of it is less than the whole."""
+    _, directory, summary, _ = corpus
+    lines = [json.loads(line) for line in (directory / 'whole' / 'metrics.jsonl').read_text().splitlines()]
+    lines = [line for line in lines if line['split'] == 'train']
+    assert all(line['tokens_per_second_per_device'] * 8 == pytest.approx(line['tokens_per_second'], rel=1e-3) for line in lines)
+    for name in ('start', 'compile', 'data', 'evaluate', 'checkpoint'):
+        seconds = [line[f'seconds_{name}'] for line in lines]
+        assert seconds == sorted(seconds) and f'seconds_{name}' in summary
+    assert lines[-1]['seconds_compile'] > 0 and 0 < lines[-1]['goodput'] < 1
+    assert lines[0]['goodput'] < lines[-1]['goodput'] or lines[-1]['seconds_checkpoint'] > 0
+
+
+def test_metrics_in_a_bucket(monkeypatch):
+    """Through the file system that buckets are reached by, with memory behind it."""
+    import fsspec
+    from etils import epath
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Bucket(MemoryFileSystem):
+        store, pseudo_dirs, protocol = {}, [''], 'gs'
+
+    monkeypatch.setattr(fsspec, 'filesystem', lambda name, **_: Bucket())
+    monkeypatch.setattr(metrics.tensorboardX, 'SummaryWriter', lambda *_, **__: mock.Mock())
+    workdir = epath.Path('gs://bucket/run')
+    claim(workdir, small())
+    claim(workdir, small())
+    with pytest.raises(ConfigError, match='belongs to a run with seed = 0, now 1'):
+        claim(workdir, small(seed=1))
+    for start, steps in [(0, (1, 2, 3)), (2, (3, 4))]:
+        writer = MetricsWriter(workdir, start)
+        for step in steps:
+            writer.write(step, 'train', {'loss': float(step + start)})
+        writer.close()
+    found = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    assert [(r['step'], r['loss']) for r in found] == [(1, 1.0), (2, 2.0), (3, 5.0), (4, 6.0)]
 
 
 def test_a_checkpoint_moves_to_another_mesh(corpus):
