@@ -63,6 +63,18 @@ def write(flag, text):
         raise errors.ConfigError(f'--{flag.name}={flag.value}: {e.strerror or e}') from None
 
 
+def bounds(report):
+    """What a step takes at least, by what the device can do; nothing of a device that is not known."""
+    if not report['bandwidth'] or not report['peak_flops']:
+        return []
+    compute = report['traced_flops'] / report['devices'] / report['peak_flops']
+    moving = report['traffic'] / report['bandwidth']
+    lines = ['', '| a step takes at least | ms | |', '|---|---|---|']
+    lines += [f'| matmuls | {1e3 * compute:.0f} | at {report["peak_flops"] / 1e12:.0f} TFLOP/s |']
+    gb = report['traffic'] / 1e9
+    return [*lines, f'| memory traffic | {1e3 * moving:.0f} | {gb:.0f} GB at {report["bandwidth"] / 1e9:.0f} GB/s |']
+
+
 def tables(report):
     """The report in Markdown."""
     m, gib = report['memory'], 2**30
@@ -77,6 +89,7 @@ def tables(report):
         '', '| FLOPs of a step | all chips | per token |', '|---|---|---|',
         f'| model: forward and backward, every entry of a lookup | {work(report["model_flops"])} |',
         f'| matmuls as traced, rematerialisation included | {work(report["traced_flops"])} |',
+        *bounds(report),
         '', '| collective | mesh axes | per step | GB per chip |', '|---|---|---|---|',
     ]  # fmt: skip
     lines += [f'| {c["kind"]} | {c["axes"]} | {c["count"]:,} | {c["bytes"] / 1e9:.3f} |' for c in report['collectives']]

@@ -8,6 +8,7 @@ import collections
 import math
 import os
 import re
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,13 +16,21 @@ import numpy as np
 from spark import config
 from spark.analysis import flops
 from spark.errors import ConfigError
+from spark.training import metrics
 from spark.training.train import Trainer
 
 # Bytes of memory per device, by the start of jax's device_kind (vendors' data sheets; a tpu7x device is half a chip).
 HBM = {'TPU v4': 32 << 30, 'TPU v5 lite': 16 << 30, 'TPU v5': 95 << 30, 'TPU v6 lite': 32 << 30, 'TPU7x': 96 << 30}
+# Bytes per second that a device reads from its memory (vendors' data sheets).
+BANDWIDTH = {'TPU v4': 1.23e12, 'TPU v5 lite': 0.82e12, 'TPU v5': 2.77e12, 'TPU v6 lite': 1.64e12, 'TPU7x': 3.69e12}
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _BYTES = {'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, 'f32': 4, 's32': 4, 'u32': 4, 'f64': 8, 's64': 8, 'u64': 8}  # others: 1
 _CALLS = ('body', 'calls', 'to_apply', 'branch_computations', 'true_computation', 'false_computation')
+
+
+_SLICES = ('dynamic-slice', 'slice', 'gather')
+_NO_WORK = ('parameter', 'get-tuple-element', 'bitcast', 'constant', 'tuple', 'while', 'conditional', 'call', 'after-all',
+            'partition-id', 'iota', 'send', 'recv')  # fmt: skip
 
 
 class TooBig(ConfigError):
@@ -85,7 +94,8 @@ def report(cfg, devices_):
     return {
         'devices': len(devices_), 'device_kind': devices_[0].device_kind, 'mesh': dict(trainer.mesh.shape), 'tokens': tokens,
         'parameters': trainer.n_params, 'memory': memory(compiled, devices_[0]),
-        'model_flops': model_flops, 'traced_flops': matmul_flops(trainer),
+        'model_flops': model_flops, 'traced_flops': matmul_flops(trainer), 'traffic': traffic(text),
+        'peak_flops': metrics.peak_flops(devices_[0]), 'bandwidth': _of(BANDWIDTH, devices_[0]),
         'collectives': collectives(text, trainer.mesh, cfg.mesh.slices), 'buffers': largest_buffers(text),
     }, text  # fmt: skip
 
@@ -125,9 +135,12 @@ def search(cfg, devices_, say=lambda line: None):
 def memory(compiled, device):
     """Bytes per device: arguments (those given back in place included), temporaries, peak, and the device's own."""
     m = compiled.memory_analysis()
-    hbm = next((n for kind, n in HBM.items() if device.device_kind.startswith(kind)), None)
     peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    return {'arguments': m.argument_size_in_bytes, 'temporaries': m.temp_size_in_bytes, 'peak': peak, 'hbm': hbm}
+    return {'arguments': m.argument_size_in_bytes, 'temporaries': m.temp_size_in_bytes, 'peak': peak, 'hbm': _of(HBM, device)}
+
+
+def _of(table, device):
+    return next((n for kind, n in table.items() if device.device_kind.startswith(kind)), None)
 
 
 def check_fit(memory_):
@@ -219,6 +232,67 @@ def collectives(text, mesh, slices=1):
         totals[kind, axes] += size
         counts[kind, axes] += times
     return [{'kind': kind, 'axes': axes, 'count': counts[kind, axes], 'bytes': n} for (kind, axes), n in totals.most_common()]
+
+
+def traffic(text):
+    """Bytes that a step reads from and writes to a device's memory, by the operands and results of the program's operations.
+
+    Loops count by their trips, what an operation slices by the slice, what it updates in place by the update, and what lies in
+    the memory of the core not at all. A kernel counts each operand once. A figure of the program, not of the caches of a chip.
+    """
+    computations, entry = _computations(text)
+    total = 0
+    for name, times in _times(computations, entry, through=[c for c in _CALLS if c not in ('calls', 'to_apply')]).items():
+        rows = [row for line in computations[name] if (row := _operation(line))]
+        size = {row.name: row.size for row in rows}
+        total += times * sum(_moved(row, size, computations) for row in rows)
+    return total
+
+
+class _Operation(NamedTuple):
+    name: str
+    size: int  # of its results, in memory
+    kind: str
+    operands: list[str]
+    line: str
+
+
+def _operation(line):
+    match = re.match(r'\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)', line)
+    if not match:
+        return None
+    types = ' '.join(re.findall(r'\w+\[[\d,]*\](?:\{[^S}]*\})?(?![\d,\]{])', match[2]))  # a layout with S(…): in the core
+    return _Operation(match[1], sum(_sizes(types)), match[3], re.findall(r'%([\w.-]+)', match[4].partition(')')[0]), line)
+
+
+def _moved(row, size, computations):
+    """Bytes that an operation moves, where size[name] is that of each operand."""
+    if row.kind in _NO_WORK or row.kind.endswith('-done'):
+        return 0
+    if row.kind.endswith('-start'):
+        return row.size  # gives its operands along with its results
+    reads = [size.get(name, 0) for name in row.operands]
+    if row.kind in _SLICES:
+        return 2 * row.size
+    if row.kind == 'dynamic-update-slice':
+        return 2 * reads[1]
+    called = re.search(r'calls=%([\w.-]+)', row.line) if row.kind == 'fusion' else None
+    if not called or called[1] not in computations:
+        return row.size + sum(reads)
+    inside = [inner for line in computations[called[1]] if (inner := _operation(line))]
+    written = row.size
+    for inner in inside:
+        if inner.kind != 'parameter':
+            continue
+        number = int(re.search(r'parameter\((\d+)\)', inner.line)[1])
+        users = [user for user in inside if inner.name in user.operands]
+        if number < len(reads) and users and all(user.kind in _SLICES and user.operands[0] == inner.name for user in users):
+            reads[number] = min(reads[number], sum(user.size for user in users))
+        elif number < len(reads) and any(u.kind == 'dynamic-update-slice' and u.operands[0] == inner.name for u in users):
+            update = next(u for u in users if u.kind == 'dynamic-update-slice').operands[1]
+            fresh = next((other.size for other in inside if other.name == update), 0)
+            written, reads[number] = written - reads[number] + fresh, 0
+    return max(written, 0) + sum(reads)
 
 
 def _sizes(types):

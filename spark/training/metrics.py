@@ -16,7 +16,7 @@ PEAK_FLOPS = {
     'TPU v5p': 459e12,
     'TPU v5': 459e12,
     'TPU v6 lite': 918e12,
-    'TPU7x': 2307e12,
+    'TPU7x': 1153e12,  # of a device, half a chip
     'NVIDIA A100': 312e12,
     'NVIDIA H100': 989e12,
     'NVIDIA H200': 989e12,

@@ -55,6 +55,24 @@ def test_collectives_in_loops_count_by_their_trips(mesh):
     assert reduced['count'] >= 5 and reduced['bytes'] >= 5 * 4 * 32 * 4 / 2
 
 
+def test_traffic_counts_slices_and_trips():
+    """Of n layers of tanh(x @ w): at least x and w read and x written, at most a few times that, and not all of w per layer."""
+
+    def traffic(n):
+        step = lambda x, w: (jnp.tanh(x @ w), None)
+        structs = jax.ShapeDtypeStruct((256, 256), jnp.float32), jax.ShapeDtypeStruct((n, 256, 256), jnp.float32)
+        compiled = jax.jit(lambda x, w: jax.lax.scan(step, x, w)[0]).lower(*structs).compile()
+        return aot.traffic(compiled.as_text()) / (256 * 256 * 4)
+
+    assert 3 * 10 <= traffic(10) < 9 * 10
+    assert traffic(40) == pytest.approx(4 * traffic(10), rel=0.1)
+
+
+def test_what_lies_in_the_core_is_no_traffic():
+    line = '  %a = (f32[8]{0:S(1)}, bf16[4,2]{1,0:T(8,128)(2,1)}, f32[2]{0:T(128)S(1)}) fusion(%x), kind=kLoop, calls=%f'
+    assert aot._operation(line).size == 4 * 2 * 2
+
+
 def test_groups_are_read_in_every_form():
     pairs = frozenset(map(frozenset, [(0, 4), (1, 5), (2, 6), (3, 7)]))
     for text in ('replica_groups={{0,4},{1,5},{2,6},{3,7}}', 'replica_groups=[4,2]<=[2,4]T(1,0)',
@@ -160,7 +178,7 @@ def compile_script(*arguments):
 def test_a_slice_that_is_not_there(tmp_path):
     done = compile_script(f'--config={ROOT}/configs/tiny.py', '--topology=v5e:2x2', f'--json={tmp_path}/r.json')
     assert done.returncode == 0, done.stderr
-    for words in ('Compiling for 4 × TPU v5 lite', 'of 16 GiB: fits', '| all-reduce | data |', 'largest buffers', 'lookup.py:'):
+    for words in ('Compiling for 4 × TPU v5 lite', 'of 16 GiB: fits', '| memory traffic |', '| all-reduce | data |', 'largest buffers', 'lookup.py:'):
         assert words in done.stdout
     wrong = compile_script(f'--config={ROOT}/configs/tiny.py', '--topology=v5e:3x7')
     assert wrong.returncode == 2 and '--topology=v5e:3x7' in wrong.stderr.splitlines()[-1]
