@@ -261,7 +261,7 @@ def _operation(line):
     match = re.match(r'\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)', line)
     if not match:
         return None
-    types = ' '.join(re.findall(r'\w+\[[\d,]*\](?:\{[^S}]*\})?(?![\d,\]{])', match[2]))  # a layout with S(…): in the core
+    types = ' '.join(re.findall(r'\w+\[[\d,]*\](?:\{[^S}]*\})?(?!\{)', match[2]))  # a layout with S(…): in the core
     return _Operation(match[1], sum(_sizes(types)), match[3], re.findall(r'%([\w.-]+)', match[4].partition(')')[0]), line)
 
 

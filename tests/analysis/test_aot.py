@@ -178,7 +178,8 @@ def compile_script(*arguments):
 def test_a_slice_that_is_not_there(tmp_path):
     done = compile_script(f'--config={ROOT}/configs/tiny.py', '--topology=v5e:2x2', f'--json={tmp_path}/r.json')
     assert done.returncode == 0, done.stderr
-    for words in ('Compiling for 4 × TPU v5 lite', 'of 16 GiB: fits', '| memory traffic |', '| all-reduce | data |', 'largest buffers', 'lookup.py:'):
+    for words in ('Compiling for 4 × TPU v5 lite', 'of 16 GiB: fits', '| memory traffic |', '| all-reduce | data |',
+                  'largest buffers', 'lookup.py:'):  # fmt: skip
         assert words in done.stdout
     wrong = compile_script(f'--config={ROOT}/configs/tiny.py', '--topology=v5e:3x7')
     assert wrong.returncode == 2 and '--topology=v5e:3x7' in wrong.stderr.splitlines()[-1]
