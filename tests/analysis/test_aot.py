@@ -12,7 +12,7 @@ import pytest
 from flax.core import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spark.analysis import aot, flops
+from spark.analysis import aot, flops, hlo
 from spark.config import FFNConfig
 from spark.nn.ffn import FFN
 from spark.training import sharding
@@ -40,7 +40,7 @@ def compiled_text(mesh, f, *arguments):
 )
 def test_a_gather_is_found_with_its_axes_and_bytes(mesh, spec, axes):
     text = compiled_text(mesh, lambda x: jnp.sin(x), ((64, 16), PartitionSpec(spec)))
-    assert aot.collectives(text, mesh) == [{'kind': 'all-gather', 'axes': axes, 'count': 1, 'bytes': 64 * 16 * 4}]
+    assert hlo.collectives(text, mesh) == [{'kind': 'all-gather', 'axes': axes, 'count': 1, 'bytes': 64 * 16 * 4}]
 
 
 def test_collectives_in_loops_count_by_their_trips(mesh):
@@ -50,7 +50,7 @@ def test_collectives_in_loops_count_by_their_trips(mesh):
 
     split = PartitionSpec(None, 'model')
     text = compiled_text(mesh, f, ((4, 32), split), ((5, 32, 32), PartitionSpec(None, 'model', None)))
-    found = {(c['kind'], c['axes']): c for c in aot.collectives(text, mesh)}
+    found = {(c['kind'], c['axes']): c for c in hlo.collectives(text, mesh)}
     reduced = found['all-reduce', 'model']
     assert reduced['count'] >= 5 and reduced['bytes'] >= 5 * 4 * 32 * 4 / 2
 
@@ -62,7 +62,7 @@ def test_traffic_counts_slices_and_trips():
         step = lambda x, w: (jnp.tanh(x @ w), None)
         structs = jax.ShapeDtypeStruct((256, 256), jnp.float32), jax.ShapeDtypeStruct((n, 256, 256), jnp.float32)
         compiled = jax.jit(lambda x, w: jax.lax.scan(step, x, w)[0]).lower(*structs).compile()
-        return aot.traffic(compiled.as_text()) / (256 * 256 * 4)
+        return hlo.traffic(compiled.as_text()) / (256 * 256 * 4)
 
     assert 3 * 10 <= traffic(10) < 9 * 10
     assert traffic(40) == pytest.approx(4 * traffic(10), rel=0.1)
@@ -70,7 +70,7 @@ def test_traffic_counts_slices_and_trips():
 
 def test_what_lies_in_the_core_is_no_traffic():
     line = '  %a = (f32[8]{0:S(1)}, bf16[4,2]{1,0:T(8,128)(2,1)}, f32[2]{0:T(128)S(1)}) fusion(%x), kind=kLoop, calls=%f'
-    assert aot._operation(line).size == 4 * 2 * 2
+    assert hlo._operation(line).size == 4 * 2 * 2
 
 
 def test_groups_are_read_in_every_form():
@@ -78,8 +78,8 @@ def test_groups_are_read_in_every_form():
     for text in ('replica_groups={{0,4},{1,5},{2,6},{3,7}}', 'replica_groups=[4,2]<=[2,4]T(1,0)',
                  "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}",
                  "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}"):  # fmt: skip
-        assert aot._members(text + ', use_global') == pairs
-    assert aot._members('replica_groups=[2,4]<=[8]') == frozenset(map(frozenset, [range(4), range(4, 8)]))
+        assert hlo._members(text + ', use_global') == pairs
+    assert hlo._members('replica_groups=[2,4]<=[8]') == frozenset(map(frozenset, [range(4), range(4, 8)]))
 
 
 UNROLLED = '''
@@ -114,7 +114,7 @@ ENTRY %main (x: f32[8]) -> (s32[], f32[8]) {
 
 def test_an_unrolled_ring(mesh):
     """Eight steps, two at a time."""
-    assert aot.collectives(UNROLLED, mesh) == [{'kind': 'collective-permute', 'axes': 'model', 'count': 4, 'bytes': 4 * 8 * 4}]
+    assert hlo.collectives(UNROLLED, mesh) == [{'kind': 'collective-permute', 'axes': 'model', 'count': 4, 'bytes': 4 * 8 * 4}]
 
 
 @pytest.mark.parametrize('remat', ['none', 'full'])
@@ -146,7 +146,7 @@ def test_flops_of_blocks_are_those_of_the_keys_that_are_seen(impl, L, block, win
 def test_the_largest_buffers_name_their_lines():
     cfg = small(**{'model.vocab_size': 4096, 'mesh.data': 1})
     trainer, compiled = aot.compile_step(cfg, jax.devices()[:1])
-    rows = aot.largest_buffers(compiled.as_text(), 5)
+    rows = hlo.largest_buffers(compiled.as_text(), 5)
     sizes = [row['bytes'] for row in rows]
     assert sizes[0] == 8 * 32 * 4096 * 4 and sizes == sorted(sizes, reverse=True)
     m = aot.memory(compiled, jax.devices()[0])
@@ -163,7 +163,7 @@ def test_topk_over_a_sharded_d_ff_reduces_two_scalars_per_token(mesh):
     params = jax.tree.map(place, meta.unbox(boxed), sharding.shardings(mesh, boxed))
     with jax.set_mesh(mesh), sharding.logical_rules():
         text = jax.jit(module.apply).lower(params, x).compile().as_text()
-    over_model = [c for c in aot.collectives(text, mesh) if 'model' in c['axes']]
+    over_model = [c for c in hlo.collectives(text, mesh) if 'model' in c['axes']]
     assert [(c['kind'], c['axes'], c['bytes']) for c in over_model] == [('all-reduce', 'model', 4 * tokens * (2 + D))]
 
 
