@@ -50,6 +50,7 @@ def continuation(cfg, trainer, state):
 
     from spark.data.tokenizer import load
     from spark.inference.decoder import generate
+    from spark.inference.sampling import Sampling
 
     if not cfg.sample.tokens:
         return None
@@ -58,7 +59,7 @@ def continuation(cfg, trainer, state):
     with jax.set_mesh(trainer.mesh):  # without the axes of activations: one row is not spread
         tokens = generate(
             trainer.model, state.params, prompt, jax.random.key(cfg.seed),
-            n=cfg.sample.tokens, temperature=cfg.sample.temperature,
+            n=cfg.sample.tokens, how=Sampling(cfg.sample.temperature),
         )  # fmt: skip
     return cfg.sample.prompt + tokenizer.decode(jax.device_get(tokens)[0])
 

@@ -250,3 +250,41 @@ def test_a_sweep_is_stopped_resumed_and_tells_what_failed(place):
     assert (out / 'runs' / first / 'summary.json').stat().st_mtime_ns == written
     one_line(run_script(tmp, *args, '--config.train.steps=30'), 2, 'belongs to a sweep with train.steps = 24, now 30')
     one_line(run_script(tmp, *args, '--axis=model.ffn.kk=1'), 2, '--axis=model.ffn.kk=1: no such field; did you mean k?')
+
+
+def generate(tmp, *args):
+    """scripts/generate.py on the whole run."""
+    command = script('generate.py', f'--workdir={tmp}/whole', *args)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(tmp))
+
+
+def test_generate(place):
+    """Side by side, streamed and from a file: the same greedy text; a stop cuts it; and the speed is told."""
+    tmp, _ = place
+    (tmp / 'prompts').write_text('spark\nkey top\n')
+    greedy = '--temperature=0', '--n=12', '--chunk=8'
+    done = generate(tmp, f'--prompts={tmp}/prompts', f'--json={tmp}/generated.json', *greedy)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp / 'generated.json').read_text())
+    assert [p + t for p, t in zip(('spark', 'key top'), report['texts'], strict=True)] == done.stdout.split('\n\n')[:2]
+    assert 'ms a step' in done.stdout and report['decode_tokens_per_second'] > 0 < report['prefill_tokens_per_second']
+    streamed = generate(tmp, '--prompt=spark', '--stream', *greedy)
+    assert streamed.stdout.startswith('spark' + report['texts'][0] + '\n')
+    stop = report['texts'][0][3:5]
+    stopped = generate(tmp, '--prompt=spark', '--stream', f'--stop={stop}', *greedy)
+    assert stopped.stdout.split('\n')[0] == ('spark' + report['texts'][0].partition(stop)[0]).split('\n')[0]
+
+
+@pytest.mark.parametrize(
+    ('args', 'code', 'message'),
+    [
+        ([], 2, '--prompt or --prompts is missing'),
+        (['--prompts=/no/where'], 2, '--prompts=/no/where: No such file'),
+        (['--prompt=a', '--prompt=b', '--stream'], 2, '--stream: of one prompt, here are 2'),
+        (['--prompt=a', '--top_p=2'], 2, 'flag --top_p=2'),
+        (['--prompt=a', '--step=3'], 5, 'no step 3'),
+    ],
+)
+def test_what_generate_cannot_do(place, args, code, message):
+    done = generate(place[0], *args)
+    assert done.returncode == code and message in done.stderr.splitlines()[-1], done.stderr

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from spark.config import nearest
 from spark.errors import ConfigError, DataError
 from spark.inference.decoder import generate
+from spark.inference.sampling import Sampling
 from spark.training.loss import cross_entropy
 
 SHORTEST = 32  # lengths are padded to a power of two, so that few shapes are compiled
@@ -95,7 +96,7 @@ class HarnessModel(TemplateLM):
             model = self._model
             with model.trainer.context():
                 new = generate(model.trainer.model, model.params, jnp.asarray(batch), jax.random.key(model.cfg.seed),
-                               n=n, temperature=temperature, lengths_B=jnp.asarray(lengths))  # fmt: skip
+                               n=n, how=Sampling(temperature), lengths_B=jnp.asarray(lengths))  # fmt: skip
             for i, ids in zip(taken, np.asarray(new), strict=False):
                 ids = [int(t) for t in ids]
                 ids = ids[: ids.index(self.eot_token_id)] if self.eot_token_id in ids else ids

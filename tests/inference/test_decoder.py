@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from spark.inference.decoder import generate
-from spark.inference.sampling import sample
+from spark.inference.decoder import Stream, generate
+from spark.inference.sampling import Sampling, filtered, sample
 from tests.helpers import model_and_params, random_rows, small
 
 
@@ -35,9 +37,71 @@ def test_prompts_padded_on_the_left_go_on_as_they_would_alone(kind):
         np.testing.assert_array_equal(together[i], alone[0])
 
 
+@pytest.mark.parametrize('kind', ['dense', 'spark'])
+@pytest.mark.parametrize('chunk', [1, 4, 16])
+def test_a_stream_is_what_is_generated_at_once(kind, chunk):
+    """Prompts of different lengths, in chunks; and their logits are those of the full forward pass."""
+    cfg = small(kind)
+    model, params = model_and_params(cfg)
+    prompts = [list(map(int, row[:n])) for row, n in zip(random_rows(cfg, batch=3, length=12)[0], (12, 5, 9), strict=True)]
+    stream = Stream(model, params, prompts, 6, chunk)
+    logits = stream.prefill()
+    for i, prompt in enumerate(prompts):
+        tokens = jnp.asarray([prompt])
+        hidden, _ = model.apply(params, tokens, jnp.arange(len(prompt))[None], jnp.ones_like(tokens))
+        np.testing.assert_allclose(logits[i], model.apply(params, hidden, method='logits')[0, -1], atol=1e-3)
+    found = np.stack(list(stream.decode(jax.random.key(0))), axis=1)
+    for row, prompt in zip(found, prompts, strict=True):
+        alone = generate(model, params, jnp.asarray([prompt]), jax.random.key(0), n=6)
+        np.testing.assert_array_equal(row, alone[0])
+
+
+def test_a_stream_stops_where_it_is_told():
+    cfg = small()
+    model, params = model_and_params(cfg)
+    prompts = [[1, 2, 3], [4]]
+    free = np.stack(list(_stream(model, params, prompts)), axis=1)
+    stop = int(free[0, 2])
+    found = np.stack(list(_stream(model, params, prompts, stop=[stop])), axis=1)
+    for row, whole in zip(found, free, strict=True):
+        ends = np.flatnonzero(whole == stop)
+        kept = ends[0] if len(ends) else found.shape[1]
+        np.testing.assert_array_equal(row[:kept], whole[:kept])
+        assert (row[kept:] == -1).all()
+    assert not list(_stream(model, params, prompts[:1], stop=[int(free[0, 0])]))
+    with pytest.raises(ValueError, match='each of at least one token'):
+        Stream(model, params, [[]], 1)
+
+
+def _stream(model, params, prompts, stop=()):
+    stream = Stream(model, params, prompts, 8, 4)
+    stream.prefill()
+    return stream.decode(jax.random.key(0), stop=stop)
+
+
+@given(
+    st.lists(st.floats(-6, 6), min_size=2, max_size=20, unique_by=lambda x: round(x, 2)),
+    st.integers(0, 8), st.floats(0.05, 1.0), st.floats(0.0, 0.9), st.floats(0.3, 3.0),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_the_tokens_that_may_be_drawn(logits, k, p, min_p, temperature):
+    """Against the definitions, one token at a time; those within rounding of an edge may go either way."""
+    z = np.asarray(logits) / temperature
+    share = np.exp(z - z.max())
+    share /= share.sum()
+    left = np.asarray(filtered(jnp.asarray([logits]), Sampling(temperature, k, p, min_p)))[0] > -np.inf
+    for i in range(len(z)):
+        above = share[share > share[i]]
+        kept = (not k or len(above) < k) and (p == 1 or above.sum() < p) and share[i] >= min_p * share.max()
+        edge = min(abs(above.sum() - p), abs(share[i] - min_p * share.max())) < 1e-5
+        assert left[i] == (kept or not len(above)) or edge
+    assert left[z.argmax()]
+
+
 def test_sampling_follows_the_softmax():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
-    draws = jax.vmap(lambda key: sample(logits, key, 1.0)[0])(jax.random.split(jax.random.key(0), 4000))
-    np.testing.assert_allclose(np.bincount(draws, minlength=3) / 4000, [0.5, 0.3, 0.2], atol=0.03)
-    cold = jax.vmap(lambda key: sample(logits, key, 0.05)[0])(jax.random.split(jax.random.key(0), 400))
-    assert (cold == 0).mean() > 0.99 and sample(logits, None, 0.0)[0] == 0
+    draw = lambda how, n: jax.vmap(lambda key: sample(logits, key, how)[0])(jax.random.split(jax.random.key(0), n))
+    np.testing.assert_allclose(np.bincount(draw(Sampling(1.0), 4000), minlength=3) / 4000, [0.5, 0.3, 0.2], atol=0.03)
+    np.testing.assert_allclose(np.bincount(draw(Sampling(1.0, top_k=2), 4000)) / 4000, [5 / 8, 3 / 8], atol=0.03)
+    cold = draw(Sampling(0.05), 400)
+    assert (cold == 0).mean() > 0.99 and sample(logits, None, Sampling())[0] == 0

@@ -1,0 +1,142 @@
+"""Generate text from a checkpoint of any run, dense or Spark.
+
+    python scripts/generate.py --workdir=DIR --prompt=TEXT [--prompt=TEXT …] [--prompts=FILE] [--n=128] [--stream]
+        [--temperature=0.8] [--top_k=K] [--top_p=P] [--min_p=P] [--stop=TEXT …] [--step=N] [--dtype=float32] [--json=FILE]
+
+Prints the continuations, and the speed: tokens per second of the prompts and of what follows, and the rate at which decoding
+read the weights. Exit codes: 0 done, 2 bad usage, 5 no such checkpoint.
+"""
+
+import itertools
+import time
+
+from absl import flags
+
+from spark import errors
+from spark.runtime import run_directory, use_huge_pages, write_json
+
+WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory, or gs://….')
+STEP = flags.DEFINE_integer('step', None, 'Which checkpoint; default the newest.', lower_bound=0)
+PROMPT = flags.DEFINE_multi_string('prompt', [], 'What to continue; several go side by side.')
+PROMPTS = flags.DEFINE_string('prompts', None, 'A file with a prompt per line; \\n and \\t in it are line ends and tabs.')
+N = flags.DEFINE_integer('n', 128, 'Tokens at most.', lower_bound=1)
+TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0: the likeliest token.', lower_bound=0)
+TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw among the k likeliest tokens; 0: all.', lower_bound=0)
+TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw among the likeliest that reach this probability; 1: all.', 0, 1)
+MIN_P = flags.DEFINE_float('min_p', 0.0, 'Draw among those at least so many times as likely as the likeliest; 0: all.', 0, 1)
+STOP = flags.DEFINE_multi_string('stop', [], 'End a continuation before this text.')
+SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.', lower_bound=0)
+STREAM = flags.DEFINE_bool('stream', False, 'Print as it comes; of one prompt.')
+CHUNK = flags.DEFINE_integer('chunk', 64, 'Tokens of the prompts that go in at a time.', lower_bound=1)
+DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', 'float32', 'bfloat16'], 'Of weights, cache and computation.')
+JSON = flags.DEFINE_string('json', None, 'Also write texts and speeds to this file.')
+
+
+def main():
+    if not WORKDIR.value:
+        raise errors.ConfigError('--workdir is missing; see --help')
+    prompts = [*PROMPT.value, *(lines(PROMPTS.value) if PROMPTS.value else [])]
+    if not prompts:
+        raise errors.ConfigError('--prompt or --prompts is missing; see --help')
+    if STREAM.value and len(prompts) > 1:
+        raise errors.ConfigError(f'--stream: of one prompt, here are {len(prompts)}')
+    # Imported here, so that usage errors are told before jax starts.
+    import jax
+    import numpy as np
+    from tqdm import tqdm
+
+    from spark.analysis import evaluate
+    from spark.inference.decoder import Stream
+    from spark.inference.sampling import Sampling
+    from spark.nn.transformer import Transformer, compute_dtype
+
+    loaded = evaluate.load(run_directory(WORKDIR.value), STEP.value)
+    cfg, tokenizer = loaded.cfg, loaded.tokenizer
+    platform = loaded.trainer.mesh.devices.flat[0].platform
+    dtype = compute_dtype(cfg.model.model_copy(update={'dtype': DTYPE.value}), platform)
+    model = Transformer(cfg.model, dtype, platform)
+    params = jax.tree.map(lambda x: x.astype(dtype), loaded.params)
+    ids = [[tokenizer.bos, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
+    how = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
+
+    with jax.set_mesh(loaded.trainer.mesh):
+        stream = Stream(model, params, ids, N.value, CHUNK.value)
+        # So that what is timed compiles nothing.
+        warm = Stream(model, params, [row[:1] for row in ids], N.value + stream.length - CHUNK.value, CHUNK.value)
+        warm.prefill()
+        list(itertools.islice(warm.decode(jax.random.key(0), how), 3))
+        del warm
+        clock = time.perf_counter()
+        bar = tqdm(total=stream.length, desc='prompts', unit='token', leave=False, disable=STREAM.value)
+        stream.prefill(lambda: bar.update(CHUNK.value))
+        bar.close()
+        prefill, clock = time.perf_counter() - clock, time.perf_counter()
+        rows, said = [[] for _ in ids], ''
+        if STREAM.value:
+            print(prompts[0], end='', flush=True)
+        shown = tqdm(total=N.value, desc='tokens', unit='token', leave=False, disable=STREAM.value)
+        steps = 0
+        for tokens in stream.decode(jax.random.key(SEED.value), how, [tokenizer.eos]):
+            steps += 1
+            for row, token in zip(rows, tokens, strict=True):
+                if token >= 0:
+                    row.append(int(token))
+            shown.update()
+            if STREAM.value:
+                # A character may need several tokens, so what ends in half of one waits.
+                text, ended = cut(tokenizer.decode(rows[0]), STOP.value)
+                whole = text if ended else held_back(text, STOP.value)
+                if whole.startswith(said):
+                    print(whole[len(said) :], end='', flush=True)
+                    said = whole
+            if STOP.value and all(cut(tokenizer.decode(row), STOP.value)[1] for row in rows):
+                break
+        decode = time.perf_counter() - clock
+        shown.close()
+    texts = [cut(tokenizer.decode(row), STOP.value)[0] for row in rows]
+    if STREAM.value:
+        print(texts[0][len(said) :])
+    else:
+        print(*(prompt + text for prompt, text in zip(prompts, texts, strict=True)), sep='\n\n')
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    report = {
+        'step': loaded.step, 'dtype': np.dtype(dtype).name, 'prompts': len(ids),
+        'prefill_tokens_per_second': sum(map(len, ids)) / prefill, 'decode_tokens_per_second': sum(map(len, rows)) / decode,
+        'decode_ms_per_step': 1e3 * decode / max(steps, 1), 'weights_gb_per_second': size * max(steps - 1, 0) / decode / 1e9,
+    }  # fmt: skip
+    print(
+        f'\n{sum(map(len, ids))} tokens of prompts at {report["prefill_tokens_per_second"]:,.0f} per second, '
+        f'{sum(map(len, rows))} more at {report["decode_tokens_per_second"]:,.0f} per second; '
+        f'{report["decode_ms_per_step"]:.1f} ms a step, '
+        f'weights of {size / 1e9:.2f} GB in {report["dtype"]} at {report["weights_gb_per_second"]:.1f} GB/s'
+    )
+    if JSON.value:
+        write_json(JSON.value, report | {'texts': texts})
+
+
+def lines(path):
+    """The prompts of a file."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            found = [line.rstrip('\n').replace('\\n', '\n').replace('\\t', '\t') for line in f]
+    except (OSError, UnicodeDecodeError) as e:
+        raise errors.ConfigError(f'--prompts={path}: {getattr(e, "strerror", None) or e}') from None
+    return [line for line in found if line]
+
+
+def cut(text, stops):
+    """(the text before the first of `stops`, whether there is one)."""
+    ends = [text.find(stop) for stop in stops if stop and stop in text]
+    return (text[: min(ends)], True) if ends else (text, False)
+
+
+def held_back(text, stops):
+    """The text without an end that may be the beginning of a stop or of a character."""
+    text = text.rstrip('�')
+    longest = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text[: len(text) - longest]
+
+
+if __name__ == '__main__':
+    use_huge_pages()
+    errors.run(main)
