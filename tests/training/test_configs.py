@@ -13,7 +13,7 @@ from tests.test_config import CONFIGS
 def lowered(name, variant):
     c = shipped(name, variant)
     if name.startswith('gemma2'):
-        c.mesh.fsdp, c.mesh.model, c.data.batch_size, c.data.seq_len = 4, 2, 8, 512
+        c.mesh.fsdp, c.mesh.model, c.data.batch_size, c.data.seq_len = 4, 2, 16, 512
     cfg = validate(c)
     if not cfg.model.vocab_size:
         cfg = pipeline.tokenizer_for(cfg)[1]
