@@ -326,6 +326,7 @@ def _check(cfg):
     _want(not sparse or (0 < a.r < a.head_dim and a.r % 2 == 0), 'model.attention.r', a.r,
           f"an even number in 2 … head_dim − 2 = {a.head_dim - 2} for kind 'spark' (rotary pairs)")  # fmt: skip
     _want(sparse or a.r == 0, 'model.attention.r', a.r, "0: kind 'dense' has no predictor")
+    _want(a.impl != 'pallas' or a.block % 128 == 0, 'model.attention.block', a.block, "a multiple of 128 for impl 'pallas'")
     local = 'local' in m.pattern
     _want(not local or a.window >= 1, 'model.attention.window', a.window, 'at least 1: model.pattern has local layers')
     _want(local or a.window == 0, 'model.attention.window', a.window, '0: model.pattern has no local layer')

@@ -24,6 +24,7 @@ WRONG = [
     ({'model.attention.kind': 'dense'}, "model.attention.k = 4: want 0: kind 'dense'"),
     ({'model.attention.window': 0}, 'model.attention.window = 0: want at least 1'),
     ({'model.pattern': ('global',)}, 'model.attention.window = 7: want 0'),
+    ({'model.attention.impl': 'pallas', 'model.attention.block': 96}, 'model.attention.block = 96: want a multiple of 128'),
     ({'model.n_layers': 3}, 'model.n_layers = 3: want a multiple of len(model.pattern) = 2'),
     ({'model.remat': 'some'}, "model.remat = 'some': want 'none', 'full'"),
     ({'train.accumulate': 3}, 'train.accumulate = 3: want a divisor of data.batch_size = 8'),

@@ -16,11 +16,17 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from spark.kernels import blockwise
 
 LANES = 128
+IN_CORE = 2**18  # elements of q per step of the grid, which leaves room in the 16 MB of a v4 core for the scores of one head
 
 
 def attention(q, k, v, starts_BxL, spec, offset=0, *, interpret=False):
     """`blockwise.attention` in Pallas kernels. `interpret`: run them anywhere, slowly."""
-    block = min(spec.block, -(-q.shape[3] // LANES) * LANES) if q.shape[3] == k.shape[2] else spec.block
+    _, _, G, L, d = q.shape
+    whole = L == k.shape[2]
+    block = min(spec.block, -(-L // LANES) * LANES if whole else L)
+    # All queries that share a key are in the core at once, with their sums.
+    while G * d * block > IN_CORE and block % (2 * LANES) == 0:
+        block //= 2
     return blockwise.attention(q, k, v, starts_BxL, spec._replace(block=block), offset, _INTERPRETED if interpret else _COMPILED)
 
 

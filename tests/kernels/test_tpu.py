@@ -99,8 +99,9 @@ from spark.kernels import blockwise, tpu
 there = SingleDeviceSharding(aot.devices(sys.argv[1])[0])
 struct = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=there)
 
-for N, G, d, r in [(4, 2, 256, 128), (16, 2, 128, 64)]:
-    for kind in ('spark', 'dense', 'splash'):
+# Of 2B, of 27B, and of many queries to a key, which take smaller blocks.
+for N, G, d, r in [(4, 2, 256, 128), (16, 2, 128, 64), (1, 16, 256, 128)]:
+    for kind in ('spark', 'dense', 'splash') if G == 2 else ('spark',):
         spec = blockwise.Spec(*((r, 256) if kind == 'spark' else (0, 0)), logit_cap=50.0)
 
         def step(q, k, v, c, segments):
