@@ -117,8 +117,9 @@ for N, G, d, r in [(4, 2, 256, 128), (16, 2, 128, 64), (1, 16, 256, 128)]:
             compiled = jax.jit(step).lower(q, k, k, q, struct(1, L, dtype=jnp.int32)).compile()
             assert compiled.as_text().count('tpu_custom_call') >= 3
             sizes.append(compiled.memory_analysis().temp_size_in_bytes)
-        # No scores exist: of one head they would be 268 MB at 8192.
-        assert sizes[1] < 130e6, (kind, sizes)
+        # Linear, but for what fits the core's memory; no scores exist: of one head they would be 268 MB at 8192.
+        assert sizes[1] < min(4.2 * sizes[0] + 64e6, 260e6), (kind, sizes)
+        assert kind == 'splash' or sizes[1] < 30e6, (kind, sizes)
 '''
 
 
