@@ -111,15 +111,13 @@ for N, G, d, r in [(4, 2, 256, 128), (16, 2, 128, 64), (1, 16, 256, 128)]:
             y, backward = jax.vjp(splash if kind == 'splash' else spark, q, k, v)
             return y, backward(c)
 
-        sizes = []
-        for L in (2048, 8192):
-            q, k = struct(1, N, G, L, d), struct(1, N, L, d)
-            compiled = jax.jit(step).lower(q, k, k, q, struct(1, L, dtype=jnp.int32)).compile()
-            assert compiled.as_text().count('tpu_custom_call') >= 3
-            sizes.append(compiled.memory_analysis().temp_size_in_bytes)
-        # Linear, but for what fits the core's memory; no scores exist: of one head they would be 268 MB at 8192.
-        assert sizes[1] < min(4.2 * sizes[0] + 64e6, 260e6), (kind, sizes)
-        assert kind == 'splash' or sizes[1] < 30e6, (kind, sizes)
+        L = 16384
+        q, k = struct(1, N, G, L, d), struct(1, N, L, d)
+        compiled = jax.jit(step).lower(q, k, k, q, struct(1, L, dtype=jnp.int32)).compile()
+        assert compiled.as_text().count('tpu_custom_call') >= 3
+        # No scores exist: of one head they would be 1.07 GB.
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        assert temporary < 0.4e9, (kind, temporary)
 '''
 
 
