@@ -85,9 +85,11 @@ class Stream:
         """Puts the prompts into the cache; `tick` is called after each chunk. Returns the float32 logits (B, V) behind them."""
         for start in range(0, self.length, self._chunk):
             tokens = jnp.asarray(self._tokens[:, start : start + self._chunk])
+            before = self._logits
             self._cache, self._logits = extend(self._model, self._params, self._cache, tokens, self._padding)
-            jax.block_until_ready(self._logits)
+            jax.block_until_ready(before)  # so that the device has the next chunk to do while this one is told
             tick()
+        jax.block_until_ready(self._logits)
         return self._logits
 
     def decode(self, key, how=GREEDY, stop=()):
@@ -98,13 +100,13 @@ class Stream:
         live = np.ones(len(self._tokens), bool)
         for i, step_key in enumerate(jax.random.split(key, self._n)):
             token_B = _sample(self._logits, step_key, how)
+            if i + 1 < self._n:  # before anyone looks at the token, so that the device never waits
+                self._cache, self._logits = extend(self._model, self._params, self._cache, token_B[:, None], self._padding)
             tokens = np.asarray(token_B)
             live &= ~np.isin(tokens, stop)
             if not live.any():
                 return
             yield np.where(live, tokens, -1)
-            if i + 1 < self._n:
-                self._cache, self._logits = extend(self._model, self._params, self._cache, token_B[:, None], self._padding)
 
 
 _sample = jax.jit(sample, static_argnames='how')
