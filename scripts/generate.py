@@ -102,7 +102,8 @@ def main():
     report = {
         'step': loaded.step, 'dtype': np.dtype(dtype).name, 'prompts': len(ids),
         'prefill_tokens_per_second': sum(map(len, ids)) / prefill, 'decode_tokens_per_second': sum(map(len, rows)) / decode,
-        'decode_ms_per_step': 1e3 * decode / max(steps, 1), 'weights_gb_per_second': size * min(steps, N.value - 1) / decode / 1e9,
+        'decode_ms_per_step': 1e3 * decode / max(steps, 1),
+        'weights_gb_per_second': size * min(steps, N.value - 1) / decode / 1e9,
     }  # fmt: skip
     print(
         f'\n{sum(map(len, ids))} tokens of prompts at {report["prefill_tokens_per_second"]:,.0f} per second, '

@@ -85,10 +85,10 @@ def _chips():
 
 @contextlib.contextmanager
 def stopping():
-    """Yields stop(step): has this job been asked to stop, by SIGTERM or a first SIGINT, in any process of it?
+    """Yields stop(step): has this job been asked to stop, by SIGTERM or a first SIGINT?
 
-    Of several processes, all that ask before their next step are told the same step to stop at: see
-    `jax.experimental.multihost_utils.reached_preemption_sync_point`. jax catches their SIGTERM.
+    Of several processes, a SIGTERM to any is meant for all, and all are told the same step to stop at, for which all must ask at
+    every step (`jax.experimental.multihost_utils.reached_preemption_sync_point`); a SIGINT ends the process that gets it.
     """
     import jax
     from jax.experimental import multihost_utils

@@ -75,27 +75,27 @@ class MetricsWriter:
     def __init__(self, workdir, step):
         self._path = workdir / 'metrics.jsonl'
         before = self._path.read_text().splitlines() if self._path.exists() else []
-        self._lines = [line + '\n' for line in before if (r := _parse(line)) and r['step'] <= step]
-        write_text(self._path, ''.join(self._lines))
-        self._remote = '://' in str(workdir)
-        self._file = None if self._remote else open(self._path, 'a', buffering=1)
+        kept = [line + '\n' for line in before if (r := _parse(line)) and r['step'] <= step]
+        write_text(self._path, ''.join(kept))
+        remote = '://' in str(workdir)
+        self._lines, self._file = (kept, None) if remote else (None, open(self._path, 'a', buffering=1))
         self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
 
     def write(self, step, split, values):
         """values: numbers, and lists of numbers (one per layer)."""
         safe = {name: v if not isinstance(v, float) or math.isfinite(v) else str(v) for name, v in values.items()}
         line = json.dumps({'step': step, 'split': split, **safe}) + '\n'
-        if self._remote:
-            self._lines.append(line)
-        else:
+        if self._file:
             self._file.write(line)
+        else:
+            self._lines.append(line)
         for name, value in values.items():
             for suffix, v in enumerate(value) if isinstance(value, list) else [('', value)]:
                 self._board.add_scalar(f'{split}/{name}' + (f'/{suffix}' if suffix != '' else ''), v, step)
 
     def flush(self):
         """What was written is where others can read it."""
-        if self._remote:
+        if not self._file:
             write_text(self._path, ''.join(self._lines))
         self._board.flush()
 

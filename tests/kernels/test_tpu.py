@@ -117,7 +117,7 @@ for N, G, d, r in [(4, 2, 256, 128), (16, 2, 128, 64), (1, 16, 256, 128)]:
         assert compiled.as_text().count('tpu_custom_call') >= 3
         # No scores exist: of one head they would be 1.07 GB.
         temporary = compiled.memory_analysis().temp_size_in_bytes
-        assert temporary < 0.4e9, (kind, temporary)
+        assert temporary < (0.4e9 if kind == 'splash' else 30e6), (kind, temporary)
 '''
 
 

@@ -33,7 +33,7 @@ def random_batch(cfg, seed=0):
             'bytes': np.ones((B, L), np.int32)}  # fmt: skip
 
 
-def losses(cfg, devices, steps=5):
+def losses(cfg, devices, steps=10):
     """Loss of each step, and the final parameters, on the same random batches."""
     trainer = Trainer(cfg, devices)
     with trainer.context():
@@ -53,7 +53,7 @@ STEADY = {'optimizer.eps': 1e-3, 'optimizer.lr': 1e-3}
 
 @pytest.fixture(scope='module', params=['spark', 'dense'])
 def one_device(request):
-    """(kind, losses, params) of five steps on one device, no accumulation."""
+    """(kind, losses, params) of ten steps on one device, no accumulation."""
     seen, params, _ = losses(small(request.param, **STEADY), jax.devices()[:1])
     return request.param, seen, params
 
