@@ -1,0 +1,551 @@
+// The lookups on vectors of SPARK_WIDTH floats, in the compilers' vector extension: one body for every instruction set.
+// Weights are float, bf16 or int8_t with a scale per row; everything is computed in float32.
+
+namespace spark::SPARK_SET {
+namespace {
+
+constexpr int W = SPARK_WIDTH;
+typedef float Float __attribute__((vector_size(4 * W)));
+typedef int32_t Int __attribute__((vector_size(4 * W)));
+typedef uint32_t Unsigned __attribute__((vector_size(4 * W)));
+typedef uint16_t Half __attribute__((vector_size(2 * W)));
+typedef int8_t Byte __attribute__((vector_size(W)));
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class V, class T>
+INLINE V raw(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE Float load(const float* p) { return raw<Float>(p); }
+#if SPARK_WIDTH == 16  // what the compilers make of convertvector takes twice the instructions
+INLINE Unsigned widen(const bf16* p) { return (Unsigned)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE Int widen(const int8_t* p) { return (Int)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+#elif SPARK_WIDTH == 8
+INLINE Unsigned widen(const bf16* p) { return (Unsigned)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE Int widen(const int8_t* p) { return (Int)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+#else
+INLINE Unsigned widen(const bf16* p) { return __builtin_convertvector(raw<Half>(p), Unsigned); }
+INLINE Int widen(const int8_t* p) { return __builtin_convertvector(raw<Byte>(p), Int); }
+#endif
+INLINE Float load(const bf16* p) { return (Float)(widen(p) << 16); }
+INLINE Float load(const int8_t* p) { return __builtin_convertvector(widen(p), Float); }
+INLINE void store(float* p, Float v) { __builtin_memcpy(p, &v, sizeof v); }
+INLINE float scalar(float x) { return x; }
+INLINE float scalar(int8_t x) { return x; }
+INLINE float scalar(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+INLINE Float all(float x) { return x - Float{}; }
+INLINE Float select(Int mask, Float a, Float b) { return (Float)((mask & (Int)a) | (~mask & (Int)b)); }
+INLINE Float max(Float a, Float b) { return select(a > b, a, b); }
+
+INLINE float sum(Float v) {
+#if SPARK_WIDTH == 16
+  auto w = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  auto w = v;
+#endif
+#if SPARK_WIDTH >= 8
+  auto x = __builtin_shufflevector(w, w, 0, 1, 2, 3) + __builtin_shufflevector(w, w, 4, 5, 6, 7);
+#else
+  auto x = w;
+#endif
+  return (x[0] + x[2]) + (x[1] + x[3]);
+}
+
+// e^x to 2 units in the last place; 0 below -87.
+INLINE Float exp(Float x) {
+  x = max(select(x > all(88), all(88), x), all(-104));
+  Int n = __builtin_convertvector(x * 1.44269504f + select(x > all(0), all(0.5f), all(-0.5f)), Int);
+  Float m = __builtin_convertvector(n, Float);
+  x = x - m * 0.693359375f + m * 2.12194440e-4f;
+  Float p = ((((x * 1.9875691500e-4f + 1.3981999507e-3f) * x + 8.3334519073e-3f) * x + 4.1665795894e-2f) * x + 1.6666665459e-1f) * x;
+  p = (p + 5.0000001201e-1f) * x * x + x + 1.0f;
+  return select(n < -126, all(0), p * (Float)((n + 127) << 23));
+}
+INLINE Float tanh(Float x) {
+  Float t = exp(-2.0f * max(x, -x));
+  Float y = (1.0f - t) / (1.0f + t);
+  return select(x < all(0), -y, y);
+}
+INLINE Float gelu(Float x) { return 0.5f * x * (1.0f + tanh(0.7978845608f * x * (1.0f + 0.044715f * x * x))); }
+// log(1 + e^x), accurate where it is tiny too: log1p(u) = 2 artanh(u / (2 + u)).
+INLINE Float softplus(Float x) {
+  Float u = exp(-max(x, -x)), s = u / (2.0f + u), z = s * s;
+  Float p = all(1.0f / 17);
+  for (int n = 15; n > 0; n -= 2) p = p * z + 1.0f / n;
+  return max(x, all(0)) + 2.0f * s * p;
+}
+template <class F>
+INLINE void each(float* x, int n, F f) {
+  int i = 0;
+  for (; i + W <= n; i += W) store(x + i, f(load(x + i)));
+  if (i < n) {
+    float last[W] = {};
+    __builtin_memcpy(last, x + i, 4 * (n - i));
+    store(last, f(load(last)));
+    __builtin_memcpy(x + i, last, 4 * (n - i));
+  }
+}
+
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(size_t n) : p_(static_cast<T*>(std::malloc((n ? n : 1) * sizeof(T)))) {
+    if (!p_) std::abort();
+  }
+  ~Scratch() { std::free(p_); }
+  Scratch(const Scratch&) = delete;
+  operator T*() const { return p_; }
+
+ private:
+  T* p_;
+};
+
+template <class F>
+void parallel(Pool& pool, int n, F f) {
+  pool.run(n, [](void* context, int i) { (*static_cast<F*>(context))(i); }, &f);
+}
+
+INLINE int least(int a, int b) { return a < b ? a : b; }
+INLINE int most(int a, int b) { return a > b ? a : b; }
+constexpr int LINE = 64;
+INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// out[r][c] = w[r] . x[c], n long: R + C loads for R C products.
+template <int R, int C, bool Fetch = false, class T>
+INLINE void dots(const T* const* w, const float* const* x, int n, float (*out)[C], [[maybe_unused]] size_t ahead = 0) {
+  Float acc[R][C] = {};
+  int i = 0;
+  for (; i + W <= n; i += W) {
+    Float a[R];
+    if constexpr (Fetch)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) prefetch(w[r] + i + ahead);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) a[r] = load(w[r] + i);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      Float b = load(x[c] + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r][c] += a[r] * b;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) out[r][c] = sum(acc[r][c]);
+  for (; i < n; ++i)
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) out[r][c] += scalar(w[r][i]) * x[c][i];
+}
+
+// Rows [0, rows) of w against `tokens` rows of x: y[t * y_stride + o]. As many of each at a time as there are registers for.
+constexpr int ROWS = W == 16 ? 6 : 3, TOKENS = 4, CACHE = 400 << 10;
+
+template <int R, int C, class T>
+INLINE void block(const T* w, size_t w_stride, const float* scales, const float* x, size_t x_stride, int n, float* y, size_t y_stride,
+                  size_t ahead) {
+  const T* rows[R];
+  const float* tokens[C];
+  for (int r = 0; r < R; ++r) rows[r] = w + r * w_stride;
+  for (int c = 0; c < C; ++c) tokens[c] = x + c * x_stride;
+  float out[R][C];
+  if (ahead)
+    dots<R, C, true>(rows, tokens, n, out, ahead);
+  else
+    dots<R, C>(rows, tokens, n, out);
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) y[c * y_stride + r] = scales ? out[r][c] * scales[r] : out[r][c];
+}
+
+template <int C, class T>
+INLINE void some_tokens(int rows, const T* w, size_t w_stride, const float* scales, const float* x, size_t x_stride, int n, float* y,
+                        size_t y_stride, bool fetch) {
+  int o = 0;
+  for (; o + ROWS <= rows; o += ROWS)
+    block<ROWS, C>(w + o * w_stride, w_stride, scales ? scales + o : scales, x, x_stride, n, y + o, y_stride, fetch ? ROWS * w_stride : 0);
+  for (; o < rows; ++o) block<1, C>(w + o * w_stride, w_stride, scales ? scales + o : scales, x, x_stride, n, y + o, y_stride, 0);
+}
+
+template <class T>
+void product(int rows, int tokens, const T* w, size_t w_stride, const float* scales, const float* x, size_t x_stride, int n, float* y,
+             size_t y_stride) {
+  // As many rows as stay in the second-level cache go past all tokens; a few tokens stay in the first.
+  const int some = tokens <= TOKENS ? rows : most(ROWS, int(CACHE / (sizeof(T) * n)) / ROWS * ROWS);
+  for (int o = 0; o < rows; o += some) {
+    const int here = least(some, rows - o);
+    auto go = [&](auto size, int t) {
+      some_tokens<decltype(size)::value>(here, w + o * w_stride, w_stride, scales ? scales + o : scales, x + t * x_stride, x_stride, n,
+                                         y + t * y_stride + o, y_stride, t == 0);
+    };
+    int t = 0;
+    for (; t + TOKENS <= tokens; t += TOKENS) go(std::integral_constant<int, TOKENS>{}, t);
+    if constexpr (TOKENS > 2)
+      for (; t + 2 <= tokens; t += 2) go(std::integral_constant<int, 2>{}, t);
+    for (; t < tokens; ++t) go(std::integral_constant<int, 1>{}, t);
+  }
+}
+
+// Calls f(begin, end) on pieces of [0, n), about four for each thread, and not smaller than makes sense.
+template <class F>
+void ranges(Pool& pool, int n, int smallest, F f) {
+  int size = most(smallest, (n + 4 * pool.threads() - 1) / (4 * pool.threads()));
+  size = (size + 11) / 12 * 12;  // whole blocks of rows
+  parallel(pool, (n + size - 1) / size, [&](int i) { f(i * size, least(n, (i + 1) * size)); });
+}
+
+struct Moments { float mean, std; };
+
+// In two passes, which cost nothing where the scores are in cache; the variance over n - 1.
+INLINE Moments moments(const float* s, int n) {
+  Float total = {};
+  int i = 0;
+  for (; i + W <= n; i += W) total += load(s + i);
+  float mean = sum(total);
+  for (; i < n; ++i) mean += s[i];
+  mean /= n;
+  Float squares = {};
+  for (i = 0; i + W <= n; i += W) {
+    Float d = load(s + i) - mean;
+    squares += d * d;
+  }
+  float variance = sum(squares);
+  for (; i < n; ++i) variance += (s[i] - mean) * (s[i] - mean);
+  return {mean, std::sqrt(variance / most(n - 1, 1))};
+}
+
+// y[c][0..n) += a[c] * v, for tokens that share a row.
+template <int C, class T>
+INLINE void spread(const T* v, const float* a, float* const* y, int n) {
+  int i = 0;
+  for (; i + W <= n; i += W) {
+    Float b = load(v + i);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) store(y[c] + i, load(y[c] + i) + a[c] * b);
+  }
+  for (; i < n; ++i)
+    for (int c = 0; c < C; ++c) y[c][i] += a[c] * scalar(v[i]);
+}
+
+// f(the c-th group of at most four of n) as f.template operator()<size>(start)
+template <class F>
+INLINE void by_fours(int n, F f) {
+  int i = 0;
+  for (; i + 4 <= n; i += 4) f(std::integral_constant<int, 4>{}, i);
+  for (; i < n; ++i) f(std::integral_constant<int, 1>{}, i);
+}
+
+template <class T>
+void matmul(const Matmul<T>& m, Pool& pool) {
+  ranges(pool, m.out, 16, [&](int lo, int hi) {
+    product(hi - lo, m.tokens, m.w.values + size_t(lo) * m.in, m.in, m.w.scales ? m.w.scales + lo : nullptr, m.x, m.in, m.in, m.y + lo, m.out);
+  });
+}
+
+// The sum of an array, which is the fastest way to read it: what memory can give.
+void read(const Read& m, Pool& pool) {
+  const int64_t piece = 1 << 16, pieces = (m.n + piece - 1) / piece;
+  Scratch<float> sums(pieces);
+  parallel(pool, int(pieces), [&](int i) {
+    const float* x = m.x + i * piece;
+    const int n = int(m.n - i * piece < piece ? m.n - i * piece : piece);
+    Float acc[8] = {};
+    int j = 0;
+    for (; j + 8 * W <= n; j += 8 * W)
+#pragma GCC unroll 8
+      for (int c = 0; c < 8; ++c) acc[c] += load(x + j + c * W);
+    float total = 0;
+    for (int c = 0; c < 8; ++c) total += sum(acc[c]);
+    for (; j < n; ++j) total += x[j];
+    sums[i] = total;
+  });
+  *m.y = 0;
+  for (int64_t i = 0; i < pieces; ++i) *m.y += sums[i];
+}
+
+// At most 64 tokens at a time: which of them activate a neuron are the bits of a word, and its record is read once for all.
+template <class T>
+void ffn_tile(const FFN<T>& m, Pool& pool) {
+  const int D = m.d_model, F = m.d_ff, r = m.r, rest = D - r, width = rest + D, tokens = m.tokens;
+  const bool everything = m.quantile == -INFINITY;
+  Scratch<float> scores(size_t(tokens) * F), thresholds(tokens);
+  ranges(pool, F, 64, [&](int lo, int hi) {
+    product(hi - lo, tokens, m.k1.values + size_t(lo) * r, r, m.k1.scales ? m.k1.scales + lo : nullptr, m.x, D, r, scores + lo, F);
+  });
+  parallel(pool, tokens, [&](int t) {
+    const float* s = scores + size_t(t) * F;
+    int n = F;
+    thresholds[t] = m.quantile;
+    if (!everything) {
+      Moments found = moments(s, F);
+      thresholds[t] = found.mean + found.std * m.quantile;
+      n = 0;
+      for (int f = 0; f < F; ++f) n += s[f] > thresholds[t];
+    }
+    m.active[t] = n;
+  });
+
+  // Each piece adds up its own y, so that sums do not depend on who runs what. A tile of y stays in the first-level cache.
+  const int pieces = least(F, pool.threads() * (tokens <= 16 ? 4 : 1));
+  const int tile = most(W, 8192 / tokens / W * W);
+  Scratch<float> sums(size_t(pieces) * tokens * D);
+  parallel(pool, pieces, [&](int piece) {
+    const int lo = int64_t(F) * piece / pieces, hi = int64_t(F) * (piece + 1) / pieces;
+    float* y = sums + size_t(piece) * tokens * D;
+    std::memset(y, 0, sizeof(float) * tokens * D);
+    Scratch<uint64_t> who(hi - lo);
+    std::memset(who, 0, sizeof(uint64_t) * (hi - lo));
+    int pairs = 0;
+    for (int t = 0; t < tokens; ++t) {
+      const float *s = scores + size_t(t) * F + lo, theta = thresholds[t];
+      for (int f = 0; f < hi - lo; ++f) who[f] |= uint64_t(s[f] > theta) << t;
+    }
+    Scratch<int> list(hi - lo + 1), starts(hi - lo + 1);
+    int n = 0;
+    for (int f = 0; f < hi - lo; ++f) {
+      list[n] = lo + f;
+      starts[n] = pairs;
+      n += who[f] != 0;
+      pairs += __builtin_popcountll(who[f]);
+    }
+    starts[n] = pairs;
+    // One entry per pair of an active neuron and a token, neuron after neuron.
+    Scratch<int> token(pairs);
+    Scratch<float> weight(pairs);
+    for (int j = 0, p = 0; j < n; ++j)
+      for (uint64_t bits = who[list[j] - lo]; bits; bits &= bits - 1, ++p) {
+        token[p] = __builtin_ctzll(bits);
+        float s = scores[size_t(token[p]) * F + list[j]];
+        float above = everything ? s : s - thresholds[token[p]];
+        if (m.huber > 0 && !everything) above = above < m.huber ? above * above / (2 * m.huber) : above - m.huber / 2;
+        weight[p] = above;
+      }
+    each(weight, pairs, [&](Float x) { return gelu(x); });
+
+    auto record = [&](int j) { return m.records.values + size_t(list[least(j, n - 1)]) * width; };
+    auto fetch = [&](int j, int begin, int end) {
+      const char* p = reinterpret_cast<const char*>(record(j));
+      for (size_t i = sizeof(T) * begin; i < sizeof(T) * end; i += LINE) prefetch(p + i);
+    };
+    auto keys = [&](int j) {
+      const T* k2 = record(j);
+      float scale = m.records.scales ? m.records.scales[2 * size_t(list[j])] * m.records.scales[2 * size_t(list[j]) + 1] : 1.0f;
+      by_fours(starts[j + 1] - starts[j], [&](auto size, int i) {
+        constexpr int C = decltype(size)::value;
+        const float* q2[C];
+        float out[1][C];
+        for (int c = 0; c < C; ++c) q2[c] = m.x + size_t(token[starts[j] + i + c]) * D + r;
+        dots<1, C>(&k2, q2, rest, out);
+        for (int c = 0; c < C; ++c) weight[starts[j] + i + c] *= out[0][c] * scale;
+      });
+    };
+    auto values = [&](int j, int begin, int end) {
+      const T* v = record(j) + rest + begin;
+      by_fours(starts[j + 1] - starts[j], [&](auto size, int i) {
+        constexpr int C = decltype(size)::value;
+        float* to[C];
+        for (int c = 0; c < C; ++c) to[c] = y + size_t(token[starts[j] + i + c]) * D + begin;
+        spread<C>(v, weight + starts[j] + i, to, end - begin);
+      });
+    };
+    if (tile >= D) {  // few tokens: record by record, each one run of memory
+      for (int j = 0; j < n; ++j) {
+        fetch(j + 2, 0, width);
+        keys(j);
+        values(j, 0, D);
+      }
+    } else {
+      for (int j = 0; j < n; ++j) {
+        fetch(j + 2, 0, rest);
+        keys(j);
+      }
+      for (int begin = 0; begin < D; begin += tile)
+        for (int j = 0; j < n; ++j) {
+          fetch(j + 4, rest + begin, rest + least(D, begin + tile));
+          values(j, begin, least(D, begin + tile));
+        }
+    }
+  });
+  ranges(pool, tokens * D, 1024, [&](int lo, int hi) {
+    std::memcpy(m.y + lo, sums + lo, sizeof(float) * (hi - lo));
+    for (int piece = 1; piece < pieces; ++piece) {
+      const float* from = sums + size_t(piece) * tokens * D;
+      for (int i = lo; i < hi; ++i) m.y[i] += from[i];
+    }
+  });
+}
+
+template <class T>
+void ffn(const FFN<T>& m, Pool& pool) {
+  for (int t = 0; t < m.tokens; t += 64) {
+    FFN<T> part = m;
+    part.tokens = least(64, m.tokens - t);
+    part.x += size_t(t) * m.d_model;
+    part.y += size_t(t) * m.d_model;
+    part.active += t;
+    ffn_tile(part, pool);
+  }
+}
+
+// y[r] += sum over p of a[r][p] v[p], for R rows of weights: the values of p are converted once for all rows.
+template <int R, class T>
+INLINE void mix(const float* a, size_t a_stride, const T* v, size_t v_stride, int n, float* y, size_t y_stride, int width) {
+  constexpr int C = W == 16 ? 4 : 2;
+  int i = 0;
+  for (; i + C * W <= width; i += C * W) {
+    Float acc[R][C];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) acc[r][c] = load(y + r * y_stride + i + c * W);
+    for (int p = 0; p < n; ++p) {
+      Float b[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) b[c] = load(v + p * v_stride + i + c * W);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) acc[r][c] += a[r * a_stride + p] * b[c];
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) store(y + r * y_stride + i + c * W, acc[r][c]);
+  }
+  for (; i < width; ++i)
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < n; ++p) y[r * y_stride + i] += a[r * a_stride + p] * scalar(v[p * v_stride + i]);
+}
+
+template <class T>
+void attention(const Attention<T>& m, Pool& pool) {
+  const int d = m.head_dim, r = m.r, rest = d - r, width = rest + d, S = m.slots, G = m.group, L = m.tokens;
+  const int step = most(1, least(L, 12 / G)), blocks = (L + step - 1) / step;
+  parallel(pool, m.batch * m.heads * blocks, [&](int task) {
+    const int head = task / blocks, b = head / m.heads;
+    const int l0 = (blocks - 1 - task % blocks) * step, l1 = least(L, l0 + step);  // the longest first
+    const T *keys = m.keys + size_t(head) * S * r, *records = m.records + size_t(head) * S * width;
+    // A token that pads its row sees itself alone.
+    auto from = [&](int place) { return least(place, most(m.first[b], m.window ? place - m.window + 1 : 0)); };
+    const int begin = from(m.length + l0), end = m.length + l1, span = end - begin, n = (l1 - l0) * G;
+    Scratch<float> q(size_t(n) * d), scores(size_t(n) * span), y(size_t(n) * d), weights(span);
+    Scratch<int> list(span);
+    for (int g = 0; g < G; ++g)
+      for (int l = l0; l < l1; ++l)
+        std::memcpy(q + size_t(g * (l1 - l0) + l - l0) * d, m.q + ((size_t(head) * G + g) * L + l) * d, sizeof(float) * d);
+    std::memset(y, 0, sizeof(float) * n * d);
+    // Places are contiguous in the ring but for where it wraps.
+    auto runs = [&](auto f) {
+      for (int p = begin; p < end;) {
+        int slot = p % S, length = least(end - p, S - slot);
+        f(p - begin, slot, length);
+        p += length;
+      }
+    };
+    runs([&](int at, int slot, int length) {
+      product(length, n, keys + size_t(slot) * r, r, nullptr, q, d, r, scores + at, span);
+    });
+    for (int i = 0; i < n; ++i) {
+      const int l = l0 + i % (l1 - l0), place = m.length + l, lo = from(place), visible = place - lo + 1;
+      float *row = scores + size_t(i) * span, *s = row + (lo - begin);
+      float largest = s[0];
+      for (int j = 1; j < visible; ++j) largest = s[j] > largest ? s[j] : largest;
+      int count = visible;
+      float theta = -INFINITY;
+      if (m.k && visible > m.k) {
+        Moments found = moments(s, visible);
+        theta = found.mean + found.std * m.quantiles[visible];
+        theta = theta < largest ? theta : largest;
+      }
+      const float cap = m.cap, high = cap ? cap * std::tanh(largest / cap) : largest;
+      auto weigh = [&](Float x) { return exp((cap ? cap * tanh(x / cap) : x) - high); };
+      if (m.k) {
+        count = 0;
+        for (int j = 0; j < visible; ++j) {
+          list[count] = j;
+          weights[count] = s[j];
+          count += s[j] >= theta;
+        }
+        each(weights, count, weigh);
+        float total = 0;
+        for (int j = 0; j < count; ++j) total += weights[j];
+        // What survives: the rest of its key, and its value, side by side.
+        auto at = [&](int j) { return records + size_t((lo + list[least(j, count - 1)]) % S) * width; };
+        const float* q2 = q + size_t(i) * d + r;
+        Scratch<float> gate(count);
+        by_fours(count, [&](auto size, int j) {
+          constexpr int R = decltype(size)::value;
+          const T* k2[R];
+          float out[R][1];
+          for (int c = 0; c < R; ++c) {
+            k2[c] = at(j + c);
+            const char* ahead = reinterpret_cast<const char*>(at(j + c + 8));
+            for (size_t byte = 0; byte < sizeof(T) * width; byte += LINE) prefetch(ahead + byte);
+          }
+          dots<R, 1>(k2, &q2, rest, out);
+          for (int c = 0; c < R; ++c) gate[j + c] = out[c][0];
+        });
+        each(gate, count, [&](Float x) { return softplus(x); });
+        float* to = y + size_t(i) * d;
+        for (int j = 0; j < count; ++j) weights[j] *= gate[j] / total;
+        constexpr int C = 8;
+        int column = 0;
+        for (; column + C * W <= d; column += C * W) {
+          Float acc[C] = {};
+          for (int j = 0; j < count; ++j) {
+            const T* v = at(j) + rest + column;
+#pragma GCC unroll 8
+            for (int c = 0; c < C; ++c) acc[c] += weights[j] * load(v + c * W);
+          }
+          for (int c = 0; c < C; ++c) store(to + column + c * W, acc[c]);
+        }
+        if (column < d)
+          for (int j = 0; j < count; ++j) {
+            float* tail = to + column;
+            spread<1>(at(j) + rest + column, weights + j, &tail, d - column);
+          }
+      } else {
+        each(s, visible, weigh);
+        Float parts = {};
+        int j = 0;
+        for (; j + W <= visible; j += W) parts += load(s + j);
+        float total = sum(parts);
+        for (; j < visible; ++j) total += s[j];
+        for (j = 0; j < visible; ++j) s[j] /= total;
+        for (j = 0; j < lo - begin; ++j) row[j] = 0;
+        for (j = lo - begin + visible; j < span; ++j) row[j] = 0;
+      }
+      m.attended[(size_t(head) * G + i / (l1 - l0)) * L + l] = count;
+    }
+    if (!m.k)
+      runs([&](int at, int slot, int length) {
+        by_fours(n, [&](auto size, int i) {
+          constexpr int R = decltype(size)::value;
+          mix<R>(scores + size_t(i) * span + at, span, records + size_t(slot) * width + rest, width, length, y + size_t(i) * d, d, d);
+        });
+      });
+    for (int i = 0; i < n; ++i) {
+      const int g = i / (l1 - l0), l = l0 + i % (l1 - l0);
+      std::memcpy(m.y + ((size_t(head) * G + g) * L + l) * d, y + size_t(i) * d, sizeof(float) * d);
+    }
+  });
+}
+
+}  // namespace
+
+void look_up(const Matmul<float>& m, Pool& pool) { matmul(m, pool); }
+void look_up(const Matmul<bf16>& m, Pool& pool) { matmul(m, pool); }
+void look_up(const Matmul<int8_t>& m, Pool& pool) { matmul(m, pool); }
+void look_up(const FFN<float>& m, Pool& pool) { ffn(m, pool); }
+void look_up(const FFN<bf16>& m, Pool& pool) { ffn(m, pool); }
+void look_up(const FFN<int8_t>& m, Pool& pool) { ffn(m, pool); }
+void look_up(const Attention<float>& m, Pool& pool) { attention(m, pool); }
+void look_up(const Attention<bf16>& m, Pool& pool) { attention(m, pool); }
+void look_up(const Read& m, Pool& pool) { read(m, pool); }
+
+#undef INLINE
+
+}  // namespace spark::SPARK_SET

@@ -1,0 +1,219 @@
+// XLA's side of the kernels: checks shapes, picks the instruction set, and lends XLA's own threads, so that nothing competes.
+
+#include <algorithm>
+#include <atomic>
+#include <initializer_list>
+#include <memory>
+#include <string>
+#include <thread>
+#include <type_traits>
+
+#include "lookups.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace spark {
+namespace {
+
+class XlaPool final : public Pool {
+ public:
+  explicit XlaPool(ffi::ThreadPool pool) : pool_(pool), threads_(std::max<int64_t>(1, pool.num_threads())) {}
+
+  int threads() const override { return threads_; }
+
+  // The caller works too and waits for tasks, not for helpers: one that XLA starts late finds nothing to do, and nothing can lock up.
+  void run(int n, void (*task)(void*, int), void* context) override {
+    const int helpers = std::min(threads_, n) - 1;
+    if (helpers <= 0) {
+      for (int i = 0; i < n; ++i) task(context, i);
+      return;
+    }
+    struct State { std::atomic<int> next{0}, done{0}; };
+    auto state = std::make_shared<State>();
+    auto work = [state, n, task, context] {
+      for (int i; (i = state->next.fetch_add(1, std::memory_order_relaxed)) < n;) {
+        task(context, i);
+        state->done.fetch_add(1, std::memory_order_release);
+      }
+    };
+    for (int i = 0; i < helpers; ++i) pool_.Schedule(decltype(work)(work));
+    work();
+    for (int spins = 0; state->done.load(std::memory_order_acquire) < n; ++spins)
+      if (spins > 2000) std::this_thread::yield();
+  }
+
+ private:
+  ffi::ThreadPool pool_;
+  int threads_;
+};
+
+enum Set { kBest = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3 };
+
+Set best() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kPortable;
+}
+
+template <class M>
+void look_up(Set set, const M& m, Pool& pool) {
+#if defined(__x86_64__)
+  if (set == kAvx512) return avx512::look_up(m, pool);
+  if (set == kAvx2) return avx2::look_up(m, pool);
+#endif
+  return portable::look_up(m, pool);
+}
+
+ffi::ErrorOr<Set> chosen(int64_t set) {
+  static const Set here = best();
+  if (set > here) return ffi::Unexpected(ffi::Error::InvalidArgument("this processor lacks the instruction set asked for"));
+  return set == kBest ? here : static_cast<Set>(set);
+}
+
+using Dims = ffi::AnyBuffer::Dimensions;
+
+std::string text(Dims dims) {
+  std::string s = "(";
+  for (size_t i = 0; i < dims.size(); ++i) s += (i ? ", " : "") + std::to_string(dims[i]);
+  return s + ")";
+}
+
+template <class B>
+ffi::Error wrong(const char* name, B got, const std::string& want) {
+  return ffi::Error::InvalidArgument(std::string(name) + " has shape " + text(got.dimensions()) + ": want " + want);
+}
+
+template <class B>
+bool is(B b, std::initializer_list<int64_t> shape) {
+  Dims dims = b.dimensions();
+  return dims.size() == shape.size() && std::equal(dims.begin(), dims.end(), shape.begin());
+}
+
+#define WANT(BUFFER, ...) \
+  if (!is(BUFFER, {__VA_ARGS__})) return wrong(#BUFFER, BUFFER, #__VA_ARGS__)
+
+// f(a value of the type of the weights)
+template <class F>
+ffi::Error by_type(ffi::AnyBuffer w, F f) {
+  switch (w.element_type()) {
+    case ffi::DataType::F32: return f(float{});
+    case ffi::DataType::BF16: return f(bf16{});
+    case ffi::DataType::S8: return f(int8_t{});
+    default: return ffi::Error::InvalidArgument("weights: want float32, bfloat16 or int8");
+  }
+}
+
+template <class T>
+Rows<T> rows(ffi::AnyBuffer values, ffi::Buffer<ffi::F32> scales) {
+  return {static_cast<const T*>(values.untyped_data()), std::is_same_v<T, int8_t> ? scales.typed_data() : nullptr};
+}
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Ints = ffi::Buffer<ffi::S32>;
+
+ffi::Error MatmulImpl(ffi::ThreadPool threads, int64_t set, Floats x, ffi::AnyBuffer w, Floats scales, ffi::Result<Floats> y) {
+  auto use = chosen(set);
+  if (use.has_error()) return use.error();
+  if (x.dimensions().size() != 2 || w.dimensions().size() != 2) return wrong("w", w, "two axes, as x");
+  const int64_t tokens = x.dimensions()[0], in = x.dimensions()[1], out = w.dimensions()[0];
+  WANT(w, out, in);
+  WANT(*y, tokens, out);
+  return by_type(w, [&](auto type) {
+    using T = decltype(type);
+    if (std::is_same_v<T, int8_t> && !is(scales, {out})) return wrong("scales", scales, "a float per row of int8 weights");
+    XlaPool pool(threads);
+    Matmul<T> m{int(tokens), int(in), int(out), x.typed_data(), rows<T>(w, scales), y->typed_data()};
+    look_up(*use, m, pool);
+    return ffi::Error::Success();
+  });
+}
+
+ffi::Error FFNImpl(ffi::ThreadPool threads, int64_t set, float quantile, float huber, Floats x, ffi::AnyBuffer k1, Floats k1_scales,
+                   ffi::AnyBuffer records, Floats record_scales, ffi::Result<Floats> y, ffi::Result<Ints> active) {
+  auto use = chosen(set);
+  if (use.has_error()) return use.error();
+  if (x.dimensions().size() != 2 || k1.dimensions().size() != 2) return wrong("k1", k1, "two axes, as x");
+  const int64_t tokens = x.dimensions()[0], D = x.dimensions()[1], neurons = k1.dimensions()[0], r = k1.dimensions()[1];
+  WANT(records, neurons, 2 * D - r);
+  WANT(*y, tokens, D);
+  WANT(*active, tokens);
+  if (records.element_type() != k1.element_type()) return ffi::Error::InvalidArgument("k1 and records: want one dtype");
+  return by_type(k1, [&](auto type) {
+    using T = decltype(type);
+    if (std::is_same_v<T, int8_t> && !(is(k1_scales, {neurons}) && is(record_scales, {neurons, 2})))
+      return wrong("record_scales", record_scales, "(neurons, 2), and (neurons) for k1, of int8 weights");
+    XlaPool pool(threads);
+    FFN<T> m{int(tokens), int(D), int(neurons), int(r), quantile, huber, x.typed_data(), rows<T>(k1, k1_scales),
+             rows<T>(records, record_scales), y->typed_data(), active->typed_data()};
+    look_up(*use, m, pool);
+    return ffi::Error::Success();
+  });
+}
+
+ffi::Error AttentionImpl(ffi::ThreadPool threads, int64_t set, int64_t k, int64_t window, float cap, Floats q, ffi::AnyBuffer keys,
+                         ffi::AnyBuffer records, Ints first, Ints length, Floats quantiles, ffi::Result<Floats> y,
+                         ffi::Result<Ints> attended) {
+  auto use = chosen(set);
+  if (use.has_error()) return use.error();
+  if (q.dimensions().size() != 5) return wrong("q", q, "(batch, heads, group, tokens, head_dim)");
+  if (keys.dimensions().size() != 4) return wrong("keys", keys, "(batch, heads, slots, r)");
+  Dims s = q.dimensions();
+  const int64_t B = s[0], N = s[1], G = s[2], L = s[3], d = s[4], slots = keys.dimensions()[2], r = keys.dimensions()[3];
+  WANT(keys, B, N, slots, r);
+  WANT(records, B, N, slots, 2 * d - r);
+  WANT(first, B);
+  WANT(length);
+  WANT(*y, B, N, G, L, d);
+  WANT(*attended, B, N, G, L);
+  if (k) WANT(quantiles, slots + 1);
+  if (r > d || (!k && r != d)) return wrong("keys", keys, "r below head_dim for a top-k, or r = head_dim for dense attention");
+  const int64_t before = length.typed_data()[0], all = before + L, reach = window ? std::min(window + L - 1, all) : all;
+  if (before < 0 || reach > slots) return wrong("keys", keys, "slots for all that the queries see");
+  if (records.element_type() != keys.element_type()) return ffi::Error::InvalidArgument("keys and records: want one dtype");
+  return by_type(keys, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (std::is_same_v<T, int8_t>) {
+      return ffi::Error::InvalidArgument("keys: want float32 or bfloat16");
+    } else {
+      XlaPool pool(threads);
+      Attention<T> m{int(B), int(N), int(G), int(L), int(d), int(r), int(slots), int(k), int(window), cap, int(before),
+                     first.typed_data(), quantiles.typed_data(), q.typed_data(), static_cast<const T*>(keys.untyped_data()),
+                     static_cast<const T*>(records.untyped_data()), y->typed_data(), attended->typed_data()};
+      look_up(*use, m, pool);
+      return ffi::Error::Success();
+    }
+  });
+}
+
+ffi::Error ReadImpl(ffi::ThreadPool threads, int64_t set, Floats x, ffi::Result<Floats> y) {
+  auto use = chosen(set);
+  if (use.has_error()) return use.error();
+  XlaPool pool(threads);
+  look_up(*use, Read{int64_t(x.element_count()), x.typed_data(), y->typed_data()}, pool);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace spark
+
+extern "C" int spark_best_set() { return spark::best(); }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_matmul, spark::MatmulImpl,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set")
+                                  .Arg<spark::Floats>().Arg<ffi::AnyBuffer>().Arg<spark::Floats>().Ret<spark::Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_ffn, spark::FFNImpl,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set").Attr<float>("quantile").Attr<float>("huber")
+                                  .Arg<spark::Floats>().Arg<ffi::AnyBuffer>().Arg<spark::Floats>().Arg<ffi::AnyBuffer>()
+                                  .Arg<spark::Floats>().Ret<spark::Floats>().Ret<spark::Ints>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_attention, spark::AttentionImpl,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set").Attr<int64_t>("k").Attr<int64_t>("window")
+                                  .Attr<float>("cap").Arg<spark::Floats>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+                                  .Arg<spark::Ints>().Arg<spark::Ints>().Arg<spark::Floats>().Ret<spark::Floats>().Ret<spark::Ints>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_read, spark::ReadImpl,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set").Arg<spark::Floats>().Ret<spark::Floats>());
