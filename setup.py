@@ -1,11 +1,33 @@
 """Packaging of spark: distribution `spark-transformer`, import `spark`."""
 
-from setuptools import find_packages, setup
+import importlib.util
+import os
+
+from setuptools import Extension, find_packages, setup
 
 AOT = ['jax[tpu]']  # libtpu, in the version that this jax wants: it compiles for TPUs that are not there
 EVAL = ['lm-eval>=0.4.9']
 SLURM = ['submitit>=1.5.2']
 TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'ruff>=0.6', 'selenium>=4.20', *AOT, *EVAL, *SLURM]
+
+
+
+def kernels():
+    """The CPU kernels, against the headers that jaxlib carries; nothing where they cannot be built, and XLA does their work."""
+    jaxlib = importlib.util.find_spec('jaxlib')
+    if os.name == 'nt' or jaxlib is None:
+        return []
+    here = 'spark/kernels/cpu'
+    return [Extension(
+        'spark.kernels._cpu',
+        sources=[f'{here}/{name}.cc' for name in ('ffi', 'portable', 'avx2', 'avx512')],
+        depends=[f'{here}/{name}.h' for name in ('begin', 'bodies', 'lookups')],
+        include_dirs=[os.path.join(jaxlib.submodule_search_locations[0], 'include')],
+        extra_compile_args=['-std=gnu++17', '-O3', '-g0', '-ffp-contract=fast', '-w'],
+        language='c++',
+        optional=True,  # without a compiler everything else still installs
+    )]  # fmt: skip
+
 
 setup(
     name='spark-transformer',
@@ -16,7 +38,8 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['spark', 'spark.*']),
-    package_data={'spark.data': ['*.model'], 'spark.analysis': ['*.html']},
+    package_data={'spark.data': ['*.model'], 'spark.analysis': ['*.html'], 'spark.kernels': ['cpu/*.cc', 'cpu/*.h']},
+    ext_modules=kernels(),
     install_requires=[
         'jax>=0.10',
         'flax>=0.12',

@@ -118,12 +118,12 @@ INLINE int most(int a, int b) { return a > b ? a : b; }
 constexpr int LINE = 64;
 INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-// out[r][c] = w[r] . x[c], n long: R + C loads for R C products.
+// out[r][c] = w[r] . x[c], n long: R + C loads for R C products. With Fetch, what lies `ahead` of w is on its way meanwhile.
 template <int R, int C, bool Fetch = false, class T>
-INLINE void dots(const T* const* w, const float* const* x, int n, float (*out)[C], [[maybe_unused]] size_t ahead = 0) {
-  Float acc[R][C] = {};
-  int i = 0;
-  for (; i + W <= n; i += W) {
+INLINE void dots(const T* const* w, const float* const* x, int n, float (*out)[C], [[maybe_unused]] ptrdiff_t ahead = 0) {
+  constexpr int U = R * C >= 6 ? 1 : R * C >= 3 ? 2 : 4;  // sums side by side, so that additions need not wait for each other
+  Float acc[U][R][C] = {};
+  auto step = [&](int i, int u) __attribute__((always_inline)) {
     Float a[R];
     if constexpr (Fetch)
 #pragma GCC unroll 8
@@ -134,13 +134,22 @@ INLINE void dots(const T* const* w, const float* const* x, int n, float (*out)[C
     for (int c = 0; c < C; ++c) {
       Float b = load(x[c] + i);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r][c] += a[r] * b;
+      for (int r = 0; r < R; ++r) acc[u][r][c] += a[r] * b;
     }
-  }
+  };
+  int i = 0;
+  for (; i + U * W <= n; i += U * W)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) step(i + u * W, u);
+  for (; i + W <= n; i += W) step(i, 0);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) out[r][c] = sum(acc[r][c]);
+    for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 4
+      for (int u = 1; u < U; ++u) acc[0][r][c] += acc[u][r][c];
+      out[r][c] = sum(acc[0][r][c]);
+    }
   for (; i < n; ++i)
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) out[r][c] += scalar(w[r][i]) * x[c][i];
@@ -222,10 +231,11 @@ INLINE Moments moments(const float* s, int n) {
 }
 
 // y[c][0..n) += a[c] * v, for tokens that share a row.
-template <int C, class T>
-INLINE void spread(const T* v, const float* a, float* const* y, int n) {
+template <int C, bool Fetch = false, class T>
+INLINE void spread(const T* v, const float* a, float* const* y, int n, [[maybe_unused]] ptrdiff_t ahead = 0) {
   int i = 0;
   for (; i + W <= n; i += W) {
+    if constexpr (Fetch) prefetch(v + i + ahead);
     Float b = load(v + i);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) store(y[c] + i, load(y[c] + i) + a[c] * b);
@@ -234,12 +244,18 @@ INLINE void spread(const T* v, const float* a, float* const* y, int n) {
     for (int c = 0; c < C; ++c) y[c][i] += a[c] * scalar(v[i]);
 }
 
-// f(the c-th group of at most four of n) as f.template operator()<size>(start)
+// f(size, is it the first, start) for groups of four, and then of one.
 template <class F>
 INLINE void by_fours(int n, F f) {
-  int i = 0;
-  for (; i + 4 <= n; i += 4) f(std::integral_constant<int, 4>{}, i);
-  for (; i < n; ++i) f(std::integral_constant<int, 1>{}, i);
+  using std::integral_constant;
+  if (n <= 0) return;
+  int i = n >= 4 ? 4 : 1;
+  if (i == 4)
+    f(integral_constant<int, 4>{}, std::true_type{}, 0);
+  else
+    f(integral_constant<int, 1>{}, std::true_type{}, 0);
+  for (; i + 4 <= n; i += 4) f(integral_constant<int, 4>{}, std::false_type{}, i);
+  for (; i < n; ++i) f(integral_constant<int, 1>{}, std::false_type{}, i);
 }
 
 template <class T>
@@ -292,9 +308,8 @@ void ffn_tile(const FFN<T>& m, Pool& pool) {
     m.active[t] = n;
   });
 
-  // Each piece adds up its own y, so that sums do not depend on who runs what. A tile of y stays in the first-level cache.
+  // Each piece adds up its own y, so that sums do not depend on who runs what.
   const int pieces = least(F, pool.threads() * (tokens <= 16 ? 4 : 1));
-  const int tile = most(W, 8192 / tokens / W * W);
   Scratch<float> sums(size_t(pieces) * tokens * D);
   parallel(pool, pieces, [&](int piece) {
     const int lo = int64_t(F) * piece / pieces, hi = int64_t(F) * (piece + 1) / pieces;
@@ -330,54 +345,75 @@ void ffn_tile(const FFN<T>& m, Pool& pool) {
     each(weight, pairs, [&](Float x) { return gelu(x); });
 
     auto record = [&](int j) { return m.records.values + size_t(list[least(j, n - 1)]) * width; };
-    auto fetch = [&](int j, int begin, int end) {
-      const char* p = reinterpret_cast<const char*>(record(j));
-      for (size_t i = sizeof(T) * begin; i < sizeof(T) * end; i += LINE) prefetch(p + i);
-    };
-    auto keys = [&](int j) {
+    // What comes `steps` records later is on its way meanwhile.
+    auto keys = [&](int j, int steps) {
       const T* k2 = record(j);
       float scale = m.records.scales ? m.records.scales[2 * size_t(list[j])] * m.records.scales[2 * size_t(list[j]) + 1] : 1.0f;
-      by_fours(starts[j + 1] - starts[j], [&](auto size, int i) {
+      by_fours(starts[j + 1] - starts[j], [&](auto size, auto first, int i) {
         constexpr int C = decltype(size)::value;
         const float* q2[C];
         float out[1][C];
         for (int c = 0; c < C; ++c) q2[c] = m.x + size_t(token[starts[j] + i + c]) * D + r;
-        dots<1, C>(&k2, q2, rest, out);
+        dots<1, C, decltype(first)::value>(&k2, q2, rest, out, record(j + steps) - k2);
         for (int c = 0; c < C; ++c) weight[starts[j] + i + c] *= out[0][c] * scale;
       });
     };
-    auto values = [&](int j, int begin, int end) {
-      const T* v = record(j) + rest + begin;
-      by_fours(starts[j + 1] - starts[j], [&](auto size, int i) {
-        constexpr int C = decltype(size)::value;
-        float* to[C];
-        for (int c = 0; c < C; ++c) to[c] = y + size_t(token[starts[j] + i + c]) * D + begin;
-        spread<C>(v, weight + starts[j] + i, to, end - begin);
-      });
-    };
-    if (tile >= D) {  // few tokens: record by record, each one run of memory
+    if (tokens <= 4) {  // record by record, each one run of memory
       for (int j = 0; j < n; ++j) {
-        fetch(j + 2, 0, width);
-        keys(j);
-        values(j, 0, D);
+        keys(j, 2);
+        by_fours(starts[j + 1] - starts[j], [&](auto size, auto first, int i) {
+          constexpr int C = decltype(size)::value;
+          float* to[C];
+          for (int c = 0; c < C; ++c) to[c] = y + size_t(token[starts[j] + i + c]) * D;
+          spread<C, decltype(first)::value>(record(j) + rest, weight + starts[j] + i, to, D, record(j + 2) - record(j));
+        });
       }
-    } else {
-      for (int j = 0; j < n; ++j) {
-        fetch(j + 2, 0, rest);
-        keys(j);
+      return;
+    }
+    // Some records, then token by token what they add to some columns of y, which stay in registers; their values stay in cache.
+    constexpr int SOME = 128, C = 8;
+    Scratch<int> from(tokens + 1);
+    for (int j0 = 0; j0 < n; j0 += SOME) {
+      const int j1 = least(n, j0 + SOME), p0 = starts[j0];
+      for (int j = j0; j < j1; ++j) {
+        keys(j, 2);
+        for (int i = 0; i < C * W; i += LINE / int(sizeof(T))) prefetch(record(j) + rest + i);
       }
-      for (int begin = 0; begin < D; begin += tile)
-        for (int j = 0; j < n; ++j) {
-          fetch(j + 4, rest + begin, rest + least(D, begin + tile));
-          values(j, begin, least(D, begin + tile));
+      std::memset(from, 0, sizeof(int) * (tokens + 1));
+      for (int p = p0; p < starts[j1]; ++p) ++from[token[p] + 1];
+      for (int t = 0; t < tokens; ++t) from[t + 1] += from[t];
+      Scratch<const T*> row(starts[j1] - p0);
+      Scratch<float> a(starts[j1] - p0);
+      for (int j = j0; j < j1; ++j)
+        for (int p = starts[j]; p < starts[j + 1]; ++p) {
+          const int place = from[token[p]]++;
+          row[place] = record(j) + rest;
+          a[place] = weight[p];
+        }
+      for (int begin = 0; begin < D; begin += C * W)
+        for (int t = 0, p = 0; t < tokens; p = from[t++]) {
+          for (int j = j0 + (j1 - j0) * t / tokens; j < j0 + (j1 - j0) * (t + 1) / tokens; ++j)
+            for (int i = 0; i < C * W; i += LINE / int(sizeof(T))) prefetch(record(j) + rest + begin + C * W + i);
+          float* to = y + size_t(t) * D + begin;
+          if (begin + C * W <= D) {
+            Float acc[C];
+#pragma GCC unroll 8
+            for (int c = 0; c < C; ++c) acc[c] = load(to + c * W);
+            for (int i = p; i < from[t]; ++i)
+#pragma GCC unroll 8
+              for (int c = 0; c < C; ++c) acc[c] += a[i] * load(row[i] + begin + c * W);
+#pragma GCC unroll 8
+            for (int c = 0; c < C; ++c) store(to + c * W, acc[c]);
+          } else {
+            for (int i = p; i < from[t]; ++i) spread<1>(row[i] + begin, a + i, &to, D - begin);
+          }
         }
     }
   });
   ranges(pool, tokens * D, 1024, [&](int lo, int hi) {
-    std::memcpy(m.y + lo, sums + lo, sizeof(float) * (hi - lo));
-    for (int piece = 1; piece < pieces; ++piece) {
+    for (int piece = 0; piece < pieces; ++piece) {
       const float* from = sums + size_t(piece) * tokens * D;
-      for (int i = lo; i < hi; ++i) m.y[i] += from[i];
+      for (int i = lo; i < hi; ++i) m.y[i] = (piece ? m.y[i] : 0) + from[i];
     }
   });
 }
@@ -476,7 +512,7 @@ void attention(const Attention<T>& m, Pool& pool) {
         auto at = [&](int j) { return records + size_t((lo + list[least(j, count - 1)]) % S) * width; };
         const float* q2 = q + size_t(i) * d + r;
         Scratch<float> gate(count);
-        by_fours(count, [&](auto size, int j) {
+        by_fours(count, [&](auto size, auto, int j) {
           constexpr int R = decltype(size)::value;
           const T* k2[R];
           float out[R][1];
@@ -522,7 +558,7 @@ void attention(const Attention<T>& m, Pool& pool) {
     }
     if (!m.k)
       runs([&](int at, int slot, int length) {
-        by_fours(n, [&](auto size, int i) {
+        by_fours(n, [&](auto size, auto, int i) {
           constexpr int R = decltype(size)::value;
           mix<R>(scores + size_t(i) * span + at, span, records + size_t(slot) * width + rest, width, length, y + size_t(i) * d, d, d);
         });
