@@ -38,7 +38,7 @@ def observe(model, params, batch):
     rows = batch['tokens'], batch['positions'], batch['segments']
     real_BxL = batch['segments'] > 0
     with nn.intercept_methods(_statistics(cfg.attention.k, real_BxL)):
-        (hidden, _), state = whole.apply(params, *rows, mutable=[METRICS])
+        hidden, state = whole.apply(params, *rows, mutable=[METRICS])
     layer = lambda half, name: by_layer(cfg, state[METRICS], half, name)
     B, L = real_BxL.shape
     n, H = cfg.n_layers, cfg.attention.n_heads

@@ -36,7 +36,7 @@ class HarnessModel(TemplateLM):
         @jax.jit
         def score(params, batch):
             """Per token: its log-likelihood, and whether it is the likeliest."""
-            hidden, _ = trainer.model.apply(params, batch['tokens'], batch['positions'], batch['segments'])
+            hidden = trainer.model.apply(params, batch['tokens'], batch['positions'], batch['segments'])
             nll, _, greedy = cross_entropy(trainer.model, params, hidden, batch['targets'], trainer.cfg.train.loss_pieces)
             return -nll, greedy
 

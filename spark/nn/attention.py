@@ -12,21 +12,6 @@ from spark.kernels import blockwise, tpu
 from spark.nn.layers import by_token, count, matrix, mesh_axes, shards, softcap, sow
 
 
-@flax.struct.dataclass
-class KVCache:
-    """What decoding remembers. `layers` holds k and v per layer, the rest is shared by them.
-
-    layers: {'k', 'v'} per layer of a group, each (groups, B, S, n_kv_heads, head_dim), in the model's dtype.
-    positions, segments: (B, S) int32 of the cached tokens; the segment of an empty slot is −1.
-    length: () int32, slots in use; the next call writes behind them.
-    """
-
-    layers: dict
-    positions: jax.Array
-    segments: jax.Array
-    length: jax.Array
-
-
 def visible_keys(q_positions, k_positions, q_segments, k_segments, window=0):
     """(B, L, S): may query l see key s: in the same segment, not later, and less than `window` (if any) before it."""
     distance = q_positions[:, :, None] - k_positions[:, None, :]
@@ -43,12 +28,12 @@ class Packed:
     window: int = flax.struct.field(pytree_node=False)
 
 
-def visible_to(cfg, window, positions_BxL, segments_BxL, k_positions, k_segments, cached):
+def visible_to(cfg, window, positions_BxL, segments_BxL):
     """What each query sees, in the form that `Attention` wants: `visible_keys`, or in blocks, `Packed`."""
     long = positions_BxL.shape[1] > cfg.block or shards('length') > 1
-    if not cached and (cfg.impl in ('blockwise', 'pallas') or (cfg.impl == 'auto' and long)):
+    if cfg.impl in ('blockwise', 'pallas') or (cfg.impl == 'auto' and long):
         return Packed(blockwise.visible_starts(segments_BxL, window), segments_BxL, window)
-    return visible_keys(positions_BxL, k_positions, segments_BxL, k_segments, window)
+    return visible_keys(positions_BxL, positions_BxL, segments_BxL, segments_BxL, window)
 
 
 def in_blocks(cfg, platform, q, k, v, packed):
@@ -86,7 +71,7 @@ def in_blocks(cfg, platform, q, k, v, packed):
 
 
 class Attention(nn.Module):
-    """x (B, L, D) → (B, L, D) and the layer's new cache.
+    """x (B, L, D) → (B, L, D).
 
     kind 'dense': softmax over all visible keys. kind 'spark': the first r dimensions of a head choose about k of the
     visible keys (all, where no more are visible) and weigh them by softmax; the others multiply by softplus. Rotary
@@ -99,7 +84,7 @@ class Attention(nn.Module):
     platform: str = 'cpu'
 
     @nn.compact
-    def __call__(self, x_BxLxD, positions_BxL, visible, cache=None, start=None):
+    def __call__(self, x_BxLxD, positions_BxL, visible):
         cfg = self.cfg
         D, H, N, d = x_BxLxD.shape[-1], cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
         B, L = positions_BxL.shape
@@ -109,13 +94,9 @@ class Attention(nn.Module):
             W_DxHxd = matrix(self, name, (D, heads, d), ('embed', axis, 'head_dim'), D, self.dtype)
             return (x @ W_DxHxd.reshape(D, heads * d)).reshape(B, L, heads, d)
 
-        q_BxLxHxd = self._rotate(project('q', H, 'heads'), positions_BxL, scale=True)
-        k_BxSxNxd = self._rotate(project('k', N, 'kv_heads'), positions_BxL)
+        q_BxLxHxd = rotate(cfg, project('q', H, 'heads'), positions_BxL, scale=True)
+        k_BxSxNxd = rotate(cfg, project('k', N, 'kv_heads'), positions_BxL)
         v_BxSxNxd = project('v', N, 'kv_heads')
-        if cache is not None:
-            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
-            cache = {'k': write(cache['k'], k_BxSxNxd), 'v': write(cache['v'], v_BxSxNxd)}
-            k_BxSxNxd, v_BxSxNxd = cache['k'], cache['v']
 
         # H/N query heads share a key-value head.
         G = H // N
@@ -128,7 +109,7 @@ class Attention(nn.Module):
             y = self._look_up(q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible)
         y_BxLxHd = y.reshape(B, N, G, L, d).transpose(0, 3, 1, 2, 4).reshape(B, L, H * d)
         out = matrix(self, 'out', (H, d, D), ('heads', 'head_dim', 'embed'), H * d, self.dtype)
-        return (by_token(y_BxLxHd) @ out.reshape(H * d, D)).reshape(B, L, D), cache
+        return (by_token(y_BxLxHd) @ out.reshape(H * d, D)).reshape(B, L, D)
 
     def _look_up(self, q_BxNxGxLxd, k_BxNxSxd, V, visible_BxLxS):
         """All scores at once; the queries that share keys line up in one axis, so that each lookup has one table."""
@@ -142,18 +123,24 @@ class Attention(nn.Module):
         return ops.spark_lookup(q1, q2, K1, K2, V, sigma1, jax.nn.softplus, score_dtype=jnp.float32)
 
     def sigma1(self, s, visible):
-        """The weights of keys for scores (B, N, G·L, S), top-k included; `visible` broadcasts against them."""
-        cfg = self.cfg
-        keep = visible if cfg.kind == 'dense' else ops.statistical_keep(s, cfg.k, where=visible)
+        """`sigma1` of this layer, counted."""
+        weights, keep = sigma1(self.cfg, s, visible)
         count(self, 'attended', jnp.broadcast_to(keep, s.shape))
-        # A select, since softmax(…, where=keep) takes twice as long; a token sees itself, so no row is all −inf.
-        return jax.nn.softmax(jnp.where(keep, softcap(s, cfg.logit_cap), -jnp.inf), axis=-1)
+        return weights
 
-    def _rotate(self, x, positions, scale=False):
-        """Rotary embedding of each part of a head; a query's parts are also scaled for their scores."""
-        parts = []
-        for part in jnp.split(x, [self.cfg.r] if self.cfg.r else [], axis=-1):
-            width = part.shape[-1] * (self.cfg.query_dim or self.cfg.head_dim) / self.cfg.head_dim
-            part = ops.rope(part, positions, self.cfg.rope_base)
-            parts.append(part * width**-0.5 if scale else part)
-        return jnp.concatenate(parts, axis=-1)
+
+def sigma1(cfg, s, visible):
+    """(the weights of keys for scores (…, S), top-k included; which keys have one); `visible` broadcasts against them."""
+    keep = visible if cfg.kind == 'dense' else ops.statistical_keep(s, cfg.k, where=visible)
+    # A select, since softmax(…, where=keep) takes twice as long; a token sees itself, so no row is all −inf.
+    return jax.nn.softmax(jnp.where(keep, softcap(s, cfg.logit_cap), -jnp.inf), axis=-1), keep
+
+
+def rotate(cfg, x_BxLxHxd, positions_BxL, scale=False):
+    """Rotary embedding of each part of a head; a query's parts are also scaled for their scores."""
+    parts = []
+    for part in jnp.split(x_BxLxHxd, [cfg.r] if cfg.r else [], axis=-1):
+        width = part.shape[-1] * (cfg.query_dim or cfg.head_dim) / cfg.head_dim
+        part = ops.rope(part, positions_BxL, cfg.rope_base)
+        parts.append(part * width**-0.5 if scale else part)
+    return jnp.concatenate(parts, axis=-1)

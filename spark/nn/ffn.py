@@ -40,24 +40,29 @@ class FFN(nn.Module):
         return y_TxD.reshape(x_BxLxD.shape)
 
     def sigma1(self, s_TxF):
-        """The activation of scores (T, F), or (B, L, F), top-k included."""
-        cfg = self.cfg
+        """`sigma1` of this layer, counted."""
         s_TxF = nn.with_logical_constraint(s_TxF, ('batch', *(['length'] if s_TxF.ndim == 3 else []), 'ffn'))
-        match cfg.kind, cfg.topk:
-            case 'gated', _:
-                return jax.nn.gelu(s_TxF)
-            case 'relu' | 'relu2', _:
-                s = jax.nn.relu(s_TxF)
-                count(self, 'active', s > 0)
-                return s if cfg.kind == 'relu' else s * s
-            case _, 'statistical':
-                # Gemma 3n divides the variance by n, the paper by n − 1.
-                ddof = 0 if cfg.kind == 'gaussian_topk' else 1
-                # Tokens are normalised and keys point anywhere, so no mean is large against the spread.
-                s = ops.statistical_topk(s_TxF, cfg.k, ddof=ddof, huber=cfg.huber, pivot=False)
-            case _, 'exact':
-                s = ops.exact_topk(s_TxF, cfg.k)
-            case _, 'approx':
-                s = ops.approx_topk(s_TxF, cfg.k)
-        count(self, 'active', s != 0)
-        return jax.nn.gelu(s)
+        a_TxF, active = sigma1(self.cfg, s_TxF)
+        if active is not None:
+            count(self, 'active', active)
+        return a_TxF
+
+
+def sigma1(cfg, s):
+    """(σ1 of scores (…, F), top-k included; which entries are active, or None for kind 'gated', which has no zeros)."""
+    match cfg.kind, cfg.topk:
+        case 'gated', _:
+            return jax.nn.gelu(s), None
+        case 'relu' | 'relu2', _:
+            above = jax.nn.relu(s)
+            return (above if cfg.kind == 'relu' else above * above), s > 0
+        case _, 'statistical':
+            # Gemma 3n divides the variance by n, the paper by n − 1.
+            ddof = 0 if cfg.kind == 'gaussian_topk' else 1
+            # Tokens are normalised and keys point anywhere, so no mean is large against the spread.
+            above = ops.statistical_topk(s, cfg.k, ddof=ddof, huber=cfg.huber, pivot=False)
+        case _, 'exact':
+            above = ops.exact_topk(s, cfg.k)
+        case _, 'approx':
+            above = ops.approx_topk(s, cfg.k)
+    return jax.nn.gelu(above), above != 0

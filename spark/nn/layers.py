@@ -52,15 +52,17 @@ def sow(module, name, x):
         module.sow(METRICS, name, x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
-class RMSNorm(nn.Module):
+def rms_norm(x, scale, epsilon=1e-6):
     """x / rms(x) · (1 + scale) over the last axis, in float32 (arXiv 1910.07467, with Gemma's zero-centred scale)."""
+    y = x.astype(jnp.float32)
+    y = y * jnp.reciprocal(jnp.sqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon))
+    return (y * (1 + scale)).astype(x.dtype)
 
-    epsilon: float = 1e-6
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its scale."""
 
     @nn.compact
     def __call__(self, x):
         init = nn.with_logical_partitioning(nn.initializers.zeros, ('norm',))
-        scale = self.param('scale', init, (x.shape[-1],), jnp.float32)
-        y = x.astype(jnp.float32)
-        y = y * jnp.reciprocal(jnp.sqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon))
-        return (y * (1 + scale)).astype(x.dtype)
+        return rms_norm(x, self.param('scale', init, (x.shape[-1],), jnp.float32))

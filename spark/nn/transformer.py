@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from spark.config import ModelConfig
-from spark.nn.attention import Attention, KVCache, visible_to
+from spark.nn.attention import Attention, visible_to
 from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, RMSNorm, by_token, softcap
 from spark.ops.topk import THRESHOLD
@@ -31,20 +31,16 @@ class Group(nn.Module):
     platform: str
 
     @nn.compact
-    def __call__(self, x_BxLxD, cache, positions_BxL, visible, start):
-        new_cache = {}
+    def __call__(self, x_BxLxD, positions_BxL, visible):
         for i, span in enumerate(self.cfg.pattern):
             norm = lambda name, i=i: RMSNorm(name=f'{name}_{i}')
             attention = Attention(self.cfg.attention, self.dtype, self.platform, name=f'attention_{i}')
             ffn = FFN(self.cfg.ffn, self.dtype, name=f'ffn_{i}')
-            here = None if cache is None else cache[f'layer_{i}']
-            y, new = attention(norm('pre_attention')(x_BxLxD), positions_BxL, visible[span], here, start)
+            y = attention(norm('pre_attention')(x_BxLxD), positions_BxL, visible[span])
             x_BxLxD = x_BxLxD + norm('post_attention')(y)
             x_BxLxD = x_BxLxD + norm('post_ffn')(ffn(norm('pre_ffn')(x_BxLxD)))
             x_BxLxD = nn.with_logical_constraint(x_BxLxD, ('batch', 'length', None))
-            if cache is not None:
-                new_cache[f'layer_{i}'] = new
-        return x_BxLxD, (None if cache is None else new_cache)
+        return x_BxLxD, None
 
 
 class Transformer(nn.Module):
@@ -71,20 +67,19 @@ class Transformer(nn.Module):
             length=cfg.n_layers // len(cfg.pattern),
             variable_axes={'params': 0, METRICS: 0},
             split_rngs={'params': True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=nn.broadcast,
             metadata_params={nn.PARTITION_NAME: 'layers'},
         )(cfg, self.dtype, self.platform)
         self.final_norm = RMSNorm()
 
-    def __call__(self, tokens_BxL, positions_BxL, segments_BxL, cache=None):
-        """Hidden states (B, L, D) after the final norm, and the new `KVCache` (None without one).
+    def __call__(self, tokens_BxL, positions_BxL, segments_BxL):
+        """Hidden states (B, L, D) after the final norm.
 
         Args:
           tokens_BxL: int32 ids.
           positions_BxL: int32, place of each token in its document.
           segments_BxL: int32, tokens see only tokens of the same segment: documents packed into a row have different
-            ones, padding has 0, and −1 is reserved for the empty slots of a cache.
-          cache: a `KVCache` with room for L more tokens, or None.
+            ones, and padding has 0.
         """
         # Looked up where the slices of the embedding are, and then brought to the rows: so is the gradient, the other way round,
         # where it is left to the partitioner to gather all tokens of all replicas.
@@ -93,22 +88,14 @@ class Transformer(nn.Module):
         x_BxLxD = split(jnp.take(self.embedding, tokens, axis=0).astype(self.dtype), ('replicas', None, 'embed'))
         x_BxLxD = x_BxLxD * jnp.asarray(self.cfg.d_model**0.5, self.dtype)
         x_BxLxD = nn.with_logical_constraint(x_BxLxD, ('batch', 'length', None))
-        k_positions, k_segments, start, layers = positions_BxL, segments_BxL, None, None
-        if cache is not None:
-            start, layers = cache.length, cache.layers
-            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
-            k_positions, k_segments = write(cache.positions, positions_BxL), write(cache.segments, segments_BxL)
         spans = {'local': self.cfg.attention.window, 'global': 0}
-        places = positions_BxL, segments_BxL, k_positions, k_segments
         visible = {
-            span: visible_to(self.cfg.attention, window, *places, cache is not None)
+            span: visible_to(self.cfg.attention, window, positions_BxL, segments_BxL)
             for span, window in spans.items()
             if span in self.cfg.pattern
         }
-        x_BxLxD, layers = self.groups(x_BxLxD, layers, positions_BxL, visible, start)
-        if cache is not None:
-            cache = KVCache(layers, k_positions, k_segments, start + tokens_BxL.shape[1])
-        return self.final_norm(x_BxLxD), cache
+        x_BxLxD, _ = self.groups(x_BxLxD, positions_BxL, visible)
+        return self.final_norm(x_BxLxD)
 
     def logits(self, x_BxLxD, E_VxD=None):
         """Float32 logits (B, L, V) of hidden states, for the whole vocabulary or some rows of the embedding."""
@@ -116,15 +103,6 @@ class Transformer(nn.Module):
         E_VxD = (self.embedding if E_VxD is None else E_VxD).astype(self.dtype)
         y_BxLxV = jnp.matmul(by_token(x_BxLxD), E_VxD.T, preferred_element_type=jnp.float32).reshape(B, L, -1)
         return softcap(nn.with_logical_constraint(y_BxLxV, ('batch', 'length', 'vocab')), self.cfg.logit_cap)
-
-
-def init_cache(cfg, batch, size, dtype=jnp.float32):
-    """An empty `KVCache` for `batch` sequences of at most `size` tokens."""
-    a = cfg.attention
-    shape = (cfg.n_layers // len(cfg.pattern), batch, size, a.n_kv_heads, a.head_dim)
-    layers = {f'layer_{i}': {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)} for i in range(len(cfg.pattern))}
-    empty = jnp.full((batch, size), -1, jnp.int32)
-    return KVCache(layers, jnp.zeros_like(empty), empty, jnp.zeros((), jnp.int32))
 
 
 def by_layer(cfg, metrics, half, name):

@@ -50,7 +50,7 @@ def forward(model, params, batch, *, pieces=1, count=True):
       {'nll', 'log_z2', 'tokens', 'bytes': () float32; 'active', 'attended': (n_layers,) float32 if `count`}.
     """
     rows = batch['tokens'], batch['positions'], batch['segments']
-    (hidden, _), state = model.apply(params, *rows, mutable=[METRICS] if count else [])
+    hidden, state = model.apply(params, *rows, mutable=[METRICS] if count else [])
     weights = (batch['segments'] > 0).astype(jnp.float32)
     nll_BxL, log_z_BxL, _ = cross_entropy(model, params, hidden, batch['targets'], pieces)
     sums = {

@@ -57,7 +57,7 @@ def test_the_dense_count_is_that_of_xla(kind):
     token = jax.ShapeDtypeStruct((B, L), jnp.int32)
 
     def forward(params, tokens, positions, segments):
-        hidden, _ = model.apply(params, tokens, positions, segments)
+        hidden = model.apply(params, tokens, positions, segments)
         return model.apply(params, hidden, method='logits')
 
     params = jax.eval_shape(model.init, jax.random.key(0), token, token, token)

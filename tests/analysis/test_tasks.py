@@ -42,7 +42,7 @@ def log_probabilities(model):
 
     @jax.jit
     def row(params, tokens, segments):
-        hidden, _ = transformer.apply(params, tokens, jnp.arange(size)[None], segments)
+        hidden = transformer.apply(params, tokens, jnp.arange(size)[None], segments)
         return jax.nn.log_softmax(transformer.apply(params, hidden, method='logits')[0])
 
     def of(ids):

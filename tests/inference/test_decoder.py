@@ -20,7 +20,7 @@ def test_greedy_generation_is_the_argmax_of_the_forward_pass(kind):
     tokens = generate(model, params, prompt, jax.random.key(0), n=8)
     whole = jnp.concatenate([prompt, tokens], axis=1)
     positions = jnp.broadcast_to(jnp.arange(17), whole.shape)
-    hidden, _ = model.apply(params, whole, positions, jnp.ones_like(whole))
+    hidden = model.apply(params, whole, positions, jnp.ones_like(whole))
     expected = jnp.argmax(model.apply(params, hidden, method='logits'), axis=-1)[:, 8:-1]
     np.testing.assert_array_equal(tokens, expected)
 
@@ -48,7 +48,7 @@ def test_a_stream_is_what_is_generated_at_once(kind, chunk):
     logits = stream.prefill()
     for i, prompt in enumerate(prompts):
         tokens = jnp.asarray([prompt])
-        hidden, _ = model.apply(params, tokens, jnp.arange(len(prompt))[None], jnp.ones_like(tokens))
+        hidden = model.apply(params, tokens, jnp.arange(len(prompt))[None], jnp.ones_like(tokens))
         np.testing.assert_allclose(logits[i], model.apply(params, hidden, method='logits')[0, -1], atol=1e-3)
     found = np.stack(list(stream.decode(jax.random.key(0))), axis=1)
     for row, prompt in zip(found, prompts, strict=True):

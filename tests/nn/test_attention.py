@@ -78,7 +78,7 @@ def test_attention_is_its_definition(cfg, window):
     visible = visible_keys(POSITIONS, POSITIONS, SEGMENTS, SEGMENTS, window)
     boxed = attention.init(jax.random.key(0), x, POSITIONS, visible)
     variables = jax.tree.map(lambda v: 2 * v.value, boxed, is_leaf=lambda v: hasattr(v, 'value'))
-    (y, cache), state = attention.apply(variables, x, POSITIONS, visible, mutable=[METRICS])
+    y, state = attention.apply(variables, x, POSITIONS, visible, mutable=[METRICS])
     expected, attended = reference(cfg, variables['params'], x, window)
     np.testing.assert_allclose(y, expected, atol=3e-5)
     np.testing.assert_array_equal(state[METRICS]['attended'].reshape(B, H, L), attended)

@@ -16,7 +16,7 @@ PUBLISHED = {'2b': 2_614_341_888, '9b': 9_241_705_984, '27b': 27_227_128_320}
 
 
 def logits_of(model, params, *rows):
-    return model.apply(params, model.apply(params, *rows)[0], method='logits')
+    return model.apply(params, model.apply(params, *rows), method='logits')
 
 
 @pytest.mark.parametrize('kind', ['dense', 'spark'])
@@ -72,7 +72,7 @@ def test_remat_changes_no_gradient(policy):
     cfg = small()
     _, params = model_and_params(cfg)
     rows = random_rows(cfg)
-    gradient = lambda cfg: jax.jit(jax.grad(lambda p: jnp.mean(Transformer(cfg).apply(p, *rows)[0] ** 3)))(params)
+    gradient = lambda cfg: jax.jit(jax.grad(lambda p: jnp.mean(Transformer(cfg).apply(p, *rows) ** 3)))(params)
     expected = gradient(cfg.model)
     got = gradient(cfg.model.model_copy(update={'remat': policy}))
     error = jax.tree.map(lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)), got, expected)
@@ -84,7 +84,7 @@ def test_activity_is_per_layer_and_token(kind):
     cfg = small(kind)
     model, params = model_and_params(cfg)
     rows = random_rows(cfg, length=32)
-    (hidden, _), state = model.apply(params, *rows, mutable=[METRICS])
+    hidden, state = model.apply(params, *rows, mutable=[METRICS])
     counts = activity(cfg.model, state[METRICS])
     assert counts['attended'].shape == (4, 2, 32)
     causal = np.arange(1, 33)
@@ -96,7 +96,7 @@ def test_activity_is_per_layer_and_token(kind):
         assert (counts['attended'] <= limit).all() and (counts['attended'][:, :, :4] == limit[:, :, :4]).all()
         assert counts['active'].shape == (4, 2, 32)
         assert 4 < counts['active'].mean() < 12  # k = 8 of 96
-    np.testing.assert_array_equal(hidden, model.apply(params, *rows)[0])
+    np.testing.assert_array_equal(hidden, model.apply(params, *rows))
 
 
 def test_counting_is_absent_from_the_program_when_off():
@@ -117,7 +117,7 @@ def test_depth_does_not_change_the_size_of_the_program():
         model = Transformer(cfg.model)
         rows = random_rows(cfg)
         params = jax.eval_shape(model.init, jax.random.key(0), *rows)
-        step = jax.grad(lambda p, model=model, rows=rows: jnp.sum(model.apply(p, *rows)[0]))
+        step = jax.grad(lambda p, model=model, rows=rows: jnp.sum(model.apply(p, *rows)))
         lines.append(jax.jit(step).lower(params).as_text().count('\n'))
     assert lines[0] == lines[1]
 
@@ -128,7 +128,7 @@ def test_compute_dtype_follows_the_platform():
     assert compute_dtype(auto, 'tpu') == compute_dtype(fixed, 'cpu') == jnp.bfloat16
     rows = random_rows(small())
     model, params = Transformer(fixed, jnp.bfloat16), model_and_params(small())[1]
-    hidden, _ = model.apply(params, *rows)
+    hidden = model.apply(params, *rows)
     assert hidden.dtype == jnp.bfloat16 and model.apply(params, hidden, method='logits').dtype == jnp.float32
 
 
@@ -160,7 +160,7 @@ def test_attention_in_blocks_is_the_same_model(kind):
     @functools.partial(jax.jit, static_argnums=0)
     def run(model, params):
         def loss(params):
-            (hidden, _), state = model.apply(params, *rows, mutable=[METRICS])
+            hidden, state = model.apply(params, *rows, mutable=[METRICS])
             return jnp.sum(jnp.where(segments[..., None] > 0, hidden, 0) ** 3), activity(model.cfg, state[METRICS])
 
         return jax.value_and_grad(loss, has_aux=True)(params)

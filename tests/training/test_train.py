@@ -105,7 +105,7 @@ def test_loss_is_the_mean_over_real_tokens():
     model, params = model_and_params(cfg)
     batch = jax.tree.map(jnp.asarray, random_batch(cfg))
     sums = loss.forward(model, params, batch)
-    hidden, _ = model.apply(params, batch['tokens'], batch['positions'], batch['segments'])
+    hidden = model.apply(params, batch['tokens'], batch['positions'], batch['segments'])
     log_p = jax.nn.log_softmax(model.apply(params, hidden, method='logits'))
     nll = -np.take_along_axis(np.asarray(log_p), np.asarray(batch['targets'])[..., None], -1)[..., 0]
     real = np.asarray(batch['segments']) > 0
@@ -118,7 +118,7 @@ def test_loss_is_the_mean_over_real_tokens():
     np.testing.assert_allclose(report['perplexity'], np.exp(nll[real].mean()), rtol=1e-4)
     assert 0.02 < report['active'] < 0.2 and len(report['active_by_layer']) == 4
 
-    (_, _), state = model.apply(params, batch['tokens'], batch['positions'], batch['segments'], mutable=[METRICS])
+    _, state = model.apply(params, batch['tokens'], batch['positions'], batch['segments'], mutable=[METRICS])
     counts = activity(cfg.model, state[METRICS])
     np.testing.assert_allclose(report['attended'], np.asarray(counts['attended'])[:, real].mean(), rtol=1e-5)
     np.testing.assert_allclose(report['active'], np.asarray(counts['active'])[:, real].mean() / 96, rtol=1e-5)
