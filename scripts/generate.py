@@ -1,10 +1,11 @@
 """Generate text from a checkpoint of any run, dense or Spark.
 
     python scripts/generate.py --workdir=DIR --prompt=TEXT [--prompt=TEXT …] [--prompts=FILE] [--n=128] [--stream]
-        [--temperature=0.8] [--top_k=K] [--top_p=P] [--min_p=P] [--stop=TEXT …] [--step=N] [--dtype=float32] [--json=FILE]
+        [--temperature=0.8] [--top_k=K] [--top_p=P] [--min_p=P] [--stop=TEXT …] [--step=N] [--dtype=float32|bfloat16|int8]
+        [--kernels=auto|cpu|tpu|gpu|gather|masked] [--json=FILE]
 
-Prints the continuations, and the speed: tokens per second of the prompts and of what follows, and the rate at which decoding
-read the weights. Exit codes: 0 done, 2 bad usage, 5 no such checkpoint.
+Prints the continuations, what their lookups did, and the speed: tokens per second of the prompts and of what follows, and the rate at
+which decoding read weights and cache, counting of a lookup's table what was active. Exit codes: 0 done, 2 bad usage, 5 no such checkpoint.
 """
 
 import itertools
@@ -28,7 +29,12 @@ STOP = flags.DEFINE_multi_string('stop', [], 'End a continuation before this tex
 SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.', lower_bound=0)
 STREAM = flags.DEFINE_bool('stream', False, 'Print as it comes; of one prompt.')
 CHUNK = flags.DEFINE_integer('chunk', 64, 'Tokens of the prompts that go in at a time.', lower_bound=1)
-DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', 'float32', 'bfloat16'], 'Of weights, cache and computation.')
+DTYPE = flags.DEFINE_enum(
+    'dtype', 'auto', ['auto', 'float32', 'bfloat16', 'int8'], 'Of the weights; auto: float32 on CPUs, else bfloat16.'
+)
+KERNELS = flags.DEFINE_enum(
+    'kernels', None, ['auto', 'cpu', 'tpu', 'gpu', 'gather', 'masked'], "Instead of the run's serve.kernels: what computes the lookups."
+)
 JSON = flags.DEFINE_string('json', None, 'Also write texts and speeds to this file.')
 
 
@@ -48,21 +54,21 @@ def main():
     from spark.analysis import evaluate
     from spark.inference.decoder import Stream
     from spark.inference.sampling import Sampling
-    from spark.nn.transformer import Transformer, compute_dtype
+    from spark.kernels import cpu
 
-    loaded = evaluate.load(run_directory(WORKDIR.value), STEP.value)
-    cfg, tokenizer = loaded.cfg, loaded.tokenizer
-    platform = loaded.trainer.mesh.devices.flat[0].platform
-    dtype = compute_dtype(cfg.model.model_copy(update={'dtype': DTYPE.value}), platform)
-    model = Transformer(cfg.model, dtype, platform)
-    params = jax.tree.map(lambda x: x.astype(dtype), loaded.params)
+    with tqdm(desc='weights', unit='', unit_scale=True, leave=False) as bar:
+        serve = {'kernels': KERNELS.value} if KERNELS.value else None
+        run = evaluate.load_to_serve(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve, bar.update)
+    serving, weights, tokenizer = run.serving, run.weights, run.tokenizer
+    if serving.platform == 'cpu' and not cpu.available():
+        print('The CPU kernels were not built, for want of a C++ compiler; XLA does their work, more slowly.')
     ids = [[tokenizer.bos, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
     how = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
 
-    with jax.set_mesh(loaded.trainer.mesh):
-        stream = Stream(model, params, ids, N.value, CHUNK.value)
+    with jax.set_mesh(run.mesh):
+        stream = Stream(serving, weights, ids, N.value, CHUNK.value)
         # So that what is timed compiles nothing.
-        warm = Stream(model, params, [row[:1] for row in ids], N.value + stream.length - CHUNK.value, CHUNK.value)
+        warm = Stream(serving, weights, [row[:1] for row in ids], N.value + stream.length - CHUNK.value, CHUNK.value)
         warm.prefill()
         list(itertools.islice(warm.decode(jax.random.key(0), how), 3))
         del warm
@@ -75,9 +81,10 @@ def main():
         if STREAM.value:
             print(prompts[0], end='', flush=True)
         shown = tqdm(total=N.value, desc='tokens', unit='token', leave=False, disable=STREAM.value)
-        steps = 0
+        steps, counts = 0, []
         for tokens in stream.decode(jax.random.key(SEED.value), how, [tokenizer.eos]):
             steps += 1
+            counts.append(stream.counts)  # on the device
             for row, token in zip(rows, tokens, strict=True):
                 if token >= 0:
                     row.append(int(token))
@@ -98,21 +105,43 @@ def main():
         print(texts[0][len(said) :])
     else:
         print(*(prompt + text for prompt, text in zip(prompts, texts, strict=True)), sep='\n\n')
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    did = {name: float(np.mean([c[name] for c in jax.device_get(counts)])) for name in (counts[0] if counts else {})}
+    read = bytes_per_step(serving, weights, stream, did, len(ids))
     report = {
-        'step': loaded.step, 'dtype': np.dtype(dtype).name, 'prompts': len(ids),
+        'step': run.step, 'dtype': serving.dtype, 'kernels': serving.kernels, 'prompts': len(ids),
         'prefill_tokens_per_second': sum(map(len, ids)) / prefill, 'decode_tokens_per_second': sum(map(len, rows)) / decode,
-        'decode_ms_per_step': 1e3 * decode / max(steps, 1),
-        'weights_gb_per_second': size * min(steps, N.value - 1) / decode / 1e9,
+        'decode_ms_per_step': 1e3 * decode / max(steps, 1), 'gb_per_step': read / 1e9,
+        'gb_per_second': read * min(steps, N.value - 1) / decode / 1e9, **did,
     }  # fmt: skip
     print(
         f'\n{sum(map(len, ids))} tokens of prompts at {report["prefill_tokens_per_second"]:,.0f} per second, '
         f'{sum(map(len, rows))} more at {report["decode_tokens_per_second"]:,.0f} per second; '
-        f'{report["decode_ms_per_step"]:.1f} ms a step, '
-        f'weights of {size / 1e9:.2f} GB in {report["dtype"]} at {report["weights_gb_per_second"]:.1f} GB/s'
+        f'{report["decode_ms_per_step"]:.1f} ms a step; {serving.dtype}, kernels {serving.kernels}, {read / 1e9:.3f} GB a step at '
+        f'{report["gb_per_second"]:.1f} GB/s'
     )
+    active = [f'{did[name]:,.1f} {what}' for name, what in [('active', 'neurons active'), ('attended', 'keys attended')] if name in did]
+    print(f'{", ".join(active)} per token and layer' + (f'; {did["overflow"]:.3f} overflows' if did.get('overflow') else ''))
     if JSON.value:
         write_json(JSON.value, report | {'texts': texts})
+
+
+def bytes_per_step(serving, weights, stream, did, batch):
+    """Bytes that a step of decoding reads: all weights, but of Spark's records those of active neurons, and of the cache what is scanned and attended.
+
+    Masked lookups read everything. Neurons that several tokens of a batch activate count once per token, up to all.
+    """
+    import jax
+
+    nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    sparse = serving.kernels != 'masked'
+    share = min(1, batch * did.get('active', 0) / serving.cfg.ffn.d_ff) if sparse else 1
+    read = nbytes(weights['embedding'])  # the output head; the input is one row
+    for w, table in zip(weights['layers'], stream.cache.layers, strict=True):
+        records = nbytes(w.get('records', ()))
+        read += nbytes(w) - records + records * share
+        used = min(1, did['attended'] / table['keys'].shape[2]) if sparse and serving.cfg.attention.k else 1
+        read += nbytes(table['keys']) + nbytes(table['records']) * used
+    return read
 
 
 def lines(path):

@@ -50,6 +50,7 @@ def continuation(cfg, trainer, state):
 
     from spark.data.tokenizer import load
     from spark.inference.decoder import generate
+    from spark.inference.model import Serving, from_params
     from spark.inference.sampling import Sampling
 
     if not cfg.sample.tokens:
@@ -57,10 +58,10 @@ def continuation(cfg, trainer, state):
     tokenizer = load(cfg.data.tokenizer)
     prompt = jnp.asarray([[tokenizer.bos, *tokenizer.encode(cfg.sample.prompt)]], jnp.int32)
     with jax.set_mesh(trainer.mesh):  # without the axes of activations: one row is not spread
-        tokens = generate(
-            trainer.model, state.params, prompt, jax.random.key(cfg.seed),
-            n=cfg.sample.tokens, how=Sampling(cfg.sample.temperature),
-        )  # fmt: skip
+        serving = Serving(cfg.model, jnp.dtype(trainer.model.dtype).name, platform=trainer.model.platform)
+        weights = jax.jit(lambda params: from_params(cfg.model, params, serving.dtype))(state.params)
+        how = Sampling(cfg.sample.temperature)
+        tokens = generate(serving, weights, prompt, jax.random.key(cfg.seed), n=cfg.sample.tokens, how=how)
     return cfg.sample.prompt + tokenizer.decode(jax.device_get(tokens)[0])
 
 

@@ -8,7 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from flax.core import meta
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from spark import config
@@ -16,6 +17,8 @@ from spark.analysis import flops, sparsity
 from spark.config import MeshConfig
 from spark.data import pipeline
 from spark.errors import CheckpointError, ConfigError, DataError
+from spark.inference.model import Serving, lay_out, serving_for
+from spark.nn.transformer import Transformer, compute_dtype
 from spark.training.checkpoint import Checkpoints
 from spark.training.loss import cross_entropy
 from spark.training.train import Trainer
@@ -32,6 +35,18 @@ class Model:
     tokenizer: object
     trainer: Trainer
     params: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A trained model laid out for generation, on the devices of `mesh`."""
+
+    cfg: config.ExperimentConfig
+    step: int
+    tokenizer: object
+    serving: Serving
+    weights: dict
+    mesh: jax.sharding.Mesh
 
 
 def load(workdir, step=None, source='', batch_size=0):
@@ -54,6 +69,63 @@ def load(workdir, step=None, source='', batch_size=0):
         'data': cfg.data.model_copy(update=data), 'train': cfg.train.model_copy(update={'accumulate': 1}),
     })  # fmt: skip
     tokenizer, cfg = pipeline.tokenizer_for(cfg)
+    checkpoints, step = _checkpoint(workdir, step)
+    cfg, devices = _fit(cfg, jax.devices())
+    trainer = Trainer(cfg, devices)
+    params = checkpoints.restore_params(step, trainer.abstract_state.params)
+    checkpoints.close()
+    return Model(cfg, step, tokenizer, trainer, params)
+
+
+def load_to_serve(workdir, step=None, dtype='auto', serve=None, tick=lambda: None):
+    """The `Served` model of a run directory, its parameters read one by one straight into the layout that decoding wants.
+
+    Args:
+      workdir, step: as of `load`.
+      dtype: of the weights, one of `inference.model.DTYPES`, or 'auto': float32 on CPUs, else bfloat16.
+      serve: changes to the run's ServeConfig, a dict.
+      tick: called with the number of parameters of each array that was read.
+
+    Raises:
+      ConfigError, CheckpointError: as of `load`; and ConfigError: the kernels asked for are not here.
+    """
+    cfg = config.load(workdir / 'config.json')
+    tokenizer, cfg = pipeline.tokenizer_for(cfg.model_copy(update={'serve': cfg.serve.model_copy(update=serve or {})}))
+    checkpoints, step = _checkpoint(workdir, step)
+    devices = jax.devices()
+    platform = devices[0].platform
+    if dtype == 'auto':
+        dtype = np.dtype(compute_dtype(cfg.model.model_copy(update={'dtype': 'auto'}), platform)).name
+    serving = serving_for(cfg.model, dtype, platform, len(devices), cfg.serve)
+    mesh = jax.make_mesh((len(devices),), ('devices',), axis_types=(AxisType.Auto,), devices=devices)
+
+    def split(x, axis):
+        """Over all devices along an axis, where that goes."""
+        axes = [None] * x.ndim
+        if x.ndim and x.shape[axis] % len(devices) == 0:
+            axes[axis] = 'devices'
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    token = jnp.zeros((1, 1), jnp.int32)
+    shapes = meta.unbox(jax.eval_shape(Transformer(cfg.model).init, jax.random.key(0), token, token, token))
+    source = jnp.float32 if dtype == 'int8' else jnp.dtype(dtype)
+
+    def leaf(*path):
+        of = lambda tree: functools.reduce(lambda node, name: node[name], ('params', *path), tree)
+        matrix = of(shapes).ndim > 1 and path[-1] != 'scale'
+        wanted = jax.ShapeDtypeStruct(of(shapes).shape, source if matrix else jnp.float32, sharding=split(of(shapes), -1))
+        nested = functools.reduce(lambda tree, name: {name: tree}, reversed(('params', *path)), wanted)
+        found = of(checkpoints.restore_params(step, nested))
+        tick(found.size)
+        return found
+
+    weights = lay_out(cfg.model, leaf, dtype, lambda x: jax.device_put(x, split(x, 0)))
+    checkpoints.close()
+    return Served(cfg, step, tokenizer, serving, weights, mesh)
+
+
+def _checkpoint(workdir, step):
+    """(the Checkpoints of a run, the step asked for or the newest)."""
     where = workdir / 'checkpoints'
     checkpoints = Checkpoints(where) if where.is_dir() else None
     steps = checkpoints.steps() if checkpoints else []
@@ -61,12 +133,7 @@ def load(workdir, step=None, source='', batch_size=0):
         raise CheckpointError(f'{where}: no checkpoint yet; train first')
     if step is not None and step not in steps:
         raise CheckpointError(f'{where}: no step {step}; there are {", ".join(map(str, steps))}')
-    step = steps[-1] if step is None else step
-    cfg, devices = _fit(cfg, jax.devices())
-    trainer = Trainer(cfg, devices)
-    params = checkpoints.restore_params(step, trainer.abstract_state.params)
-    checkpoints.close()
-    return Model(cfg, step, tokenizer, trainer, params)
+    return checkpoints, steps[-1] if step is None else step
 
 
 def evaluate(model, split):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from spark.config import nearest
 from spark.errors import ConfigError, DataError
 from spark.inference.decoder import generate
+from spark.inference.model import from_params, serving_for
 from spark.inference.sampling import Sampling
 from spark.training.loss import cross_entropy
 
@@ -41,6 +42,15 @@ class HarnessModel(TemplateLM):
             return -nll, greedy
 
         self._score = score
+
+    @functools.cached_property
+    def _served(self):
+        """(how it is run, weights for generation), in what it was trained in."""
+        trainer = self._model.trainer
+        dtype, mesh = trainer.model.dtype, trainer.mesh
+        serving = serving_for(trainer.cfg.model, np.dtype(dtype).name, mesh.devices.flat[0].platform, mesh.size)
+        with trainer.context():
+            return serving, jax.jit(lambda params: from_params(serving.cfg, params, serving.dtype))(self._model.params)
 
     @property
     def eot_token_id(self):
@@ -95,7 +105,7 @@ class HarnessModel(TemplateLM):
                 lengths[row] = len(prompts[i])
             model = self._model
             with model.trainer.context():
-                new = generate(model.trainer.model, model.params, jnp.asarray(batch), jax.random.key(model.cfg.seed),
+                new = generate(*self._served, jnp.asarray(batch), jax.random.key(model.cfg.seed),
                                n=n, how=Sampling(temperature), lengths_B=jnp.asarray(lengths))  # fmt: skip
             for i, ids in zip(taken, np.asarray(new), strict=False):
                 ids = [int(t) for t in ids]

@@ -16,7 +16,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from spark.config import FFN_KINDS, ModelConfig
+from spark.config import FFN_KINDS, ModelConfig, ServeConfig
+from spark.errors import ConfigError
 from spark.kernels import cpu, gather
 from spark.nn import attention as nn_attention
 from spark.nn import ffn as nn_ffn
@@ -55,6 +56,25 @@ class Serving(NamedTuple):
         return jnp.dtype('float32' if self.dtype == 'float32' else 'bfloat16')
 
 
+def serving_for(cfg, dtype, platform, devices=1, serve=None):
+    """The `Serving` of a ModelConfig by a ServeConfig; kernels 'auto' are the best for one device of the platform, or 'masked' for several.
+
+    Raises:
+      ConfigError: the kernels asked for are not here.
+    """
+    serve = serve or ServeConfig()
+    kernels = serve.kernels
+    if kernels == 'auto':
+        fast = {'cpu': cpu.available()} | {name: True for name in READERS}
+        kernels = 'masked' if devices > 1 else platform if fast.get(platform) else 'gather'
+    if kernels in ('cpu', *READERS):
+        wrong = platform != kernels or devices > 1 or (kernels == 'cpu' and not cpu.available())
+        if wrong:
+            here = 'they were not built' if platform == kernels and devices == 1 else f'here is {devices} × {platform}'
+            raise ConfigError(f"serve.kernels = {kernels!r}: {here}; want 'gather', 'masked' or 'auto'")
+    return Serving(cfg, dtype, kernels, platform, serve.capacity, serve.overflow)
+
+
 class Matrix(NamedTuple):
     """Rows of weights: values (rows, …), and scales float32 (rows, …) of int8 values, else None."""
 
@@ -90,13 +110,14 @@ def records(K2_xR, V_xD, dtype):
     return Matrix(jnp.concatenate([K2.values, V.values], axis=-1), scales)
 
 
-def lay_out(cfg, leaf, dtype):
+def lay_out(cfg, leaf, dtype, place=lambda x: x):
     """The weights of a model for serving; every leaf is asked for once and let go before the next, so there is hardly a second copy.
 
     Args:
       cfg: a ModelConfig.
       leaf: a function of a parameter's path, such as ('groups', 'ffn_0', 'K1'), to the array.
       dtype: one of DTYPES.
+      place: puts an array that is made of them where it is to stay.
 
     Returns:
       {'embedding': Matrix, 'final_norm', 'layers': [{'norms', 'qkv', 'out', 'ffn'}]}.
@@ -109,7 +130,7 @@ def lay_out(cfg, leaf, dtype):
         """layers[…][name] = make(the layer's slice of each leaf)."""
         leaves = [leaf('groups', *path) for path in paths]
         for g in range(groups):
-            layers[g * n + i][name] = make(*(x[g] for x in leaves))
+            layers[g * n + i][name] = jax.tree.map(place, make(*(x[g] for x in leaves)))
 
     flat = lambda W_DxHxd: W_DxHxd.reshape(W_DxHxd.shape[0], -1).T
     as_rows = lambda *Ws: rows(jnp.concatenate(Ws), dtype)
@@ -126,7 +147,7 @@ def lay_out(cfg, leaf, dtype):
             fill('VT', jax.jit(lambda V: as_rows(V.T)), (f'ffn_{i}', 'V'))
         for norm in ('pre_attention', 'post_attention', 'pre_ffn', 'post_ffn'):
             fill(norm, lambda scale: scale, (f'{norm}_{i}', 'scale'))
-    embedding = jax.jit(lambda E: rows(E, dtype))(leaf('embedding'))
+    embedding = jax.tree.map(place, jax.jit(lambda E: rows(E, dtype))(leaf('embedding')))
     return {'embedding': embedding, 'final_norm': leaf('final_norm', 'scale'), 'layers': layers}
 
 

@@ -8,16 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark.inference.decoder import Stream, generate
+from spark.inference.model import Serving, from_params
 from spark.inference.sampling import Sampling, filtered, sample
 from tests.helpers import model_and_params, random_rows, small
+
+
+def served(cfg):
+    """A random model of a config, in training and in serving form."""
+    model, params = model_and_params(cfg)
+    return model, params, (Serving(cfg.model), from_params(cfg.model, params, 'float32'))
 
 
 @pytest.mark.parametrize('kind', ['dense', 'spark'])
 def test_greedy_generation_is_the_argmax_of_the_forward_pass(kind):
     cfg = small(kind)
-    model, params = model_and_params(cfg)
+    model, params, serve = served(cfg)
     prompt = random_rows(cfg, length=9)[0]
-    tokens = generate(model, params, prompt, jax.random.key(0), n=8)
+    tokens = generate(*serve, prompt, jax.random.key(0), n=8)
     whole = jnp.concatenate([prompt, tokens], axis=1)
     positions = jnp.broadcast_to(jnp.arange(17), whole.shape)
     hidden = model.apply(params, whole, positions, jnp.ones_like(whole))
@@ -28,12 +35,12 @@ def test_greedy_generation_is_the_argmax_of_the_forward_pass(kind):
 @pytest.mark.parametrize('kind', ['dense', 'spark'])
 def test_prompts_padded_on_the_left_go_on_as_they_would_alone(kind):
     cfg = small(kind)
-    model, params = model_and_params(cfg)
+    _, _, serve = served(cfg)
     prompts = random_rows(cfg, batch=3, length=12)[0]
     lengths = jnp.array([12, 5, 9])
-    together = generate(model, params, prompts, jax.random.key(0), n=6, lengths_B=lengths)
+    together = generate(*serve, prompts, jax.random.key(0), n=6, lengths_B=lengths)
     for i, length in enumerate(lengths):
-        alone = generate(model, params, prompts[i : i + 1, 12 - length :], jax.random.key(0), n=6)
+        alone = generate(*serve, prompts[i : i + 1, 12 - length :], jax.random.key(0), n=6)
         np.testing.assert_array_equal(together[i], alone[0])
 
 
@@ -42,9 +49,9 @@ def test_prompts_padded_on_the_left_go_on_as_they_would_alone(kind):
 def test_a_stream_is_what_is_generated_at_once(kind, chunk):
     """Prompts of different lengths, in chunks; and their logits are those of the full forward pass."""
     cfg = small(kind)
-    model, params = model_and_params(cfg)
+    model, params, serve = served(cfg)
     prompts = [list(map(int, row[:n])) for row, n in zip(random_rows(cfg, batch=3, length=12)[0], (12, 5, 9), strict=True)]
-    stream = Stream(model, params, prompts, 6, chunk)
+    stream = Stream(*serve, prompts, 6, chunk)
     logits = stream.prefill()
     for i, prompt in enumerate(prompts):
         tokens = jnp.asarray([prompt])
@@ -52,29 +59,29 @@ def test_a_stream_is_what_is_generated_at_once(kind, chunk):
         np.testing.assert_allclose(logits[i], model.apply(params, hidden, method='logits')[0, -1], atol=1e-3)
     found = np.stack(list(stream.decode(jax.random.key(0))), axis=1)
     for row, prompt in zip(found, prompts, strict=True):
-        alone = generate(model, params, jnp.asarray([prompt]), jax.random.key(0), n=6)
+        alone = generate(*serve, jnp.asarray([prompt]), jax.random.key(0), n=6)
         np.testing.assert_array_equal(row, alone[0])
 
 
 def test_a_stream_stops_where_it_is_told():
     cfg = small()
-    model, params = model_and_params(cfg)
+    _, _, serve = served(cfg)
     prompts = [[1, 2, 3], [4]]
-    free = np.stack(list(_stream(model, params, prompts)), axis=1)
+    free = np.stack(list(_stream(serve, prompts)), axis=1)
     stop = int(free[0, 2])
-    found = np.stack(list(_stream(model, params, prompts, stop=[stop])), axis=1)
+    found = np.stack(list(_stream(serve, prompts, stop=[stop])), axis=1)
     for row, whole in zip(found, free, strict=True):
         ends = np.flatnonzero(whole == stop)
         kept = ends[0] if len(ends) else found.shape[1]
         np.testing.assert_array_equal(row[:kept], whole[:kept])
         assert (row[kept:] == -1).all()
-    assert not list(_stream(model, params, prompts[:1], stop=[int(free[0, 0])]))
+    assert not list(_stream(serve, prompts[:1], stop=[int(free[0, 0])]))
     with pytest.raises(ValueError, match='each of at least one token'):
-        Stream(model, params, [[]], 1)
+        Stream(*serve, [[]], 1)
 
 
-def _stream(model, params, prompts, stop=()):
-    stream = Stream(model, params, prompts, 8, 4)
+def _stream(serve, prompts, stop=()):
+    stream = Stream(*serve, prompts, 8, 4)
     stream.prefill()
     return stream.decode(jax.random.key(0), stop=stop)
 

@@ -1,0 +1,167 @@
+"""Every token of the serving layout is that of the training model's full forward pass, by every kind of kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from spark.config import ServeConfig
+from spark.errors import ConfigError
+from spark.inference.decoder import extend
+from spark.inference.model import DTYPES, Serving, from_params, init_cache, lay_out, rows, serving_for
+from spark.kernels import cpu
+from tests.helpers import model_and_params, random_rows, small
+
+KERNELS = ['masked', 'gather', pytest.param('cpu', marks=pytest.mark.skipif(not cpu.available(), reason='no compiler at install'))]
+LENGTH = 40
+
+
+def full_logits(model, params, tokens):
+    """Float32 logits (B, L, V) of whole rows."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return model.apply(params, model.apply(params, tokens, positions, jnp.ones_like(tokens)), method='logits')
+
+
+def piecewise(serving, weights, tokens, chunk, whole, first=None):
+    """(logits behind each piece {place: (B, V)}, cache, counts): `whole` places by chunk, then one by one."""
+    B, L = tokens.shape
+    first = jnp.zeros(B, jnp.int32) if first is None else first
+    cache, start, logits = init_cache(serving, B, L + chunk, chunk), 0, {}
+    for n in [chunk] * (whole // chunk) + [1] * (L - whole):
+        cache, logits[start + n - 1], counts = extend(serving, weights, cache, tokens[:, start : start + n], first)
+        start += n
+    return logits, cache, counts
+
+
+@pytest.mark.parametrize('kernels', KERNELS)
+@pytest.mark.parametrize('kind', ['dense', 'spark'])
+@pytest.mark.parametrize('chunk', [1, 8])
+def test_decoding_equals_the_full_forward_pass(kind, kernels, chunk):
+    """Past the end of the local layers' ring, which holds fewer places than the row."""
+    cfg = small(kind)
+    model, params = model_and_params(cfg)
+    tokens = random_rows(cfg, length=LENGTH)[0]
+    expected = full_logits(model, params, tokens)
+    serving = Serving(cfg.model, kernels=kernels)
+    logits, cache, counts = piecewise(serving, from_params(cfg.model, params, 'float32'), tokens, chunk, whole=32)
+    assert [layer['keys'].shape[2] for layer in cache.layers[:2]] == [7 if chunk == 1 else 16, LENGTH + chunk]
+    for place, found in logits.items():
+        np.testing.assert_allclose(found, expected[:, place], atol=1e-3)
+        np.testing.assert_array_equal(jnp.argmax(found, -1), jnp.argmax(expected[:, place], -1))
+    assert counts['attended'].shape == (4, 2, 1)
+    assert ('active' in counts) == (kind == 'spark')
+
+
+@pytest.mark.parametrize('kernels', KERNELS)
+@pytest.mark.parametrize('kind', ['gated', 'relu', 'relu2', 'topk', 'gaussian_topk', 'spark'])
+def test_every_kind_of_ffn(kind, kernels):
+    topk, predictor = kind in ('topk', 'gaussian_topk', 'spark'), kind == 'spark'
+    cfg = small('dense', **{'model.ffn.kind': kind, 'model.ffn.k': 8 * topk, 'model.ffn.r': 16 * predictor, 'model.n_layers': 2})
+    model, params = model_and_params(cfg)
+    tokens = random_rows(cfg, length=12)[0]
+    expected = full_logits(model, params, tokens)
+    logits, _, _ = piecewise(Serving(cfg.model, kernels=kernels), from_params(cfg.model, params, 'float32'), tokens, 4, whole=8)
+    for place, found in logits.items():
+        np.testing.assert_allclose(found, expected[:, place], atol=1e-3)
+
+
+@pytest.mark.parametrize('kernels', KERNELS)
+@pytest.mark.parametrize('topk, huber', [('exact', 0.0), ('statistical', 0.5)])
+def test_every_topk_of_a_spark_ffn(topk, huber, kernels):
+    cfg = small('spark', **{'model.ffn.topk': topk, 'model.ffn.huber': huber, 'model.n_layers': 2})
+    model, params = model_and_params(cfg)
+    tokens = random_rows(cfg, length=12)[0]
+    expected = full_logits(model, params, tokens)
+    logits, _, _ = piecewise(Serving(cfg.model, kernels=kernels), from_params(cfg.model, params, 'float32'), tokens, 4, whole=8)
+    np.testing.assert_allclose(logits[11], expected[:, 11], atol=1e-3)
+
+
+@pytest.mark.parametrize('kernels', KERNELS)
+@pytest.mark.parametrize('kind', ['dense', 'spark'])
+def test_padding_changes_nothing(kind, kernels):
+    cfg = small(kind)
+    model, params = model_and_params(cfg)
+    tokens = random_rows(cfg, length=24)[0]
+    padded = jnp.concatenate([tokens[:, :5] * 0 + 7, tokens], axis=1)[:, :24]
+    weights, serving = from_params(cfg.model, params, 'float32'), Serving(cfg.model, kernels=kernels)
+    logits, _, _ = piecewise(serving, weights, padded, 8, whole=16, first=jnp.array([5, 0]))
+    np.testing.assert_allclose(logits[23][0], full_logits(model, params, tokens)[0, 18], atol=1e-3)
+    np.testing.assert_allclose(logits[23][1], full_logits(model, params, padded)[1, 23], atol=1e-3)
+
+
+@pytest.mark.parametrize('dtype', DTYPES[1:])
+def test_rounded_weights_are_near_and_all_kernels_agree_on_them(dtype):
+    """A Spark model's hard threshold in attention answers rounding with another key, so nearness is asked of a dense one."""
+    cfg = small('dense')
+    model, params = model_and_params(cfg)
+    tokens = random_rows(cfg, length=16)[0]
+    weights = from_params(cfg.model, params, dtype)
+    found = [piecewise(Serving(cfg.model, dtype, k.values[0] if hasattr(k, 'values') else k), weights, tokens, 8, 8)[0][15]
+             for k in KERNELS if not hasattr(k, 'marks') or cpu.available()]  # fmt: skip
+    expected = full_logits(model, params, tokens)[:, 15]
+    for logits in found:
+        np.testing.assert_allclose(logits, found[0], atol=1e-3)
+    error = float(jnp.linalg.norm(found[0] - expected) / jnp.linalg.norm(expected))
+    assert 1e-4 < error < (0.03 if dtype == 'bfloat16' else 0.1)
+
+
+def test_int8_rows():
+    W = jnp.concatenate([jax.random.normal(jax.random.key(0), (5, 40)) * jnp.array([[1e-3], [1], [30], [1], [7]]), jnp.zeros((1, 40))])
+    found = rows(W, 'int8')
+    assert found.values.dtype == jnp.int8 and (jnp.abs(found.values[:5]).max(axis=1) == 127).all()
+    np.testing.assert_array_less(jnp.abs(found.values * found.scales[:, None] - W).max(axis=1), jnp.abs(W).max(axis=1) / 253 + 1e-9)
+
+
+def test_the_layout_holds_one_copy():
+    """As many numbers as there are parameters, and each leaf is asked for once."""
+    cfg = small('spark')
+    _, params = model_and_params(cfg)
+    asked = []
+
+    def leaf(*path):
+        asked.append(path)
+        node = params['params']
+        for name in path:
+            node = node[name]
+        return node
+
+    weights = lay_out(cfg.model, leaf, 'bfloat16')
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    assert count(weights) == count(params) and len(set(asked)) == len(asked) == len(jax.tree.leaves(params))
+
+
+def test_too_little_room_is_counted_and_by_default_costs_time_only():
+    cfg = small('spark', **{'model.ffn.d_ff': 192, 'model.n_layers': 2})
+    model, params = model_and_params(cfg)
+    tokens, weights = random_rows(cfg, length=12)[0], from_params(cfg.model, params, 'float32')
+    expected = full_logits(model, params, tokens)[:, 11]
+    results = {}
+    for overflow in ('masked', 'drop'):
+        serving = Serving(cfg.model, kernels='gather', capacity=0.5, overflow=overflow)
+        logits, _, counts = piecewise(serving, weights, tokens, 4, whole=8)
+        assert counts['overflow'].sum() > 0
+        results[overflow] = float(jnp.abs(logits[11] - expected).max())
+    assert results['masked'] < 1e-3 < results['drop']
+
+
+def test_weights_over_several_devices():
+    cfg = small('spark')
+    model, params = model_and_params(cfg)
+    tokens = random_rows(cfg, length=12)[0]
+    mesh = jax.make_mesh((8,), ('devices',), axis_types=(AxisType.Auto,))
+    weights = jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec('devices' if x.shape[0] % 8 == 0 else None))),
+        from_params(cfg.model, params, 'float32'),
+    )
+    with jax.set_mesh(mesh):
+        logits, _, _ = piecewise(Serving(cfg.model), weights, tokens, 4, whole=8)
+    np.testing.assert_allclose(logits[11], full_logits(model, params, tokens)[:, 11], atol=1e-3)
+
+
+def test_kernels_that_are_not_here_are_named():
+    cfg = small('spark').model
+    assert serving_for(cfg, 'float32', 'cpu').kernels == ('cpu' if cpu.available() else 'gather')
+    assert serving_for(cfg, 'float32', 'cpu', devices=8).kernels == 'masked'
+    with pytest.raises(ConfigError, match=r"serve.kernels = 'cpu': here is 1 × gpu; want 'gather'"):
+        serving_for(cfg, 'float32', 'gpu', serve=ServeConfig(kernels='cpu'))
