@@ -1,6 +1,7 @@
 """Measure what this project claims, both sides in one run, medians of interleaved repeats.
 
-    python scripts/benchmark.py topk|ffn|attention|train_step|compile [--repeats=N] [--topology=v5e:2x2] [--json=FILE]
+    python scripts/benchmark.py topk|ffn|attention|train_step|compile|ffn_decode|decode|prefill [--repeats=N] [--topology=v5e:2x2]
+        [--json=FILE]
 
 topk        statistical top-k against exact, approximate and GELU, forward + backward, [4096, 13824], k 1106
 ffn         a Spark FFN against the gated FFN of equal parameters, forward + backward, D 2304, 1024 tokens
@@ -8,16 +9,17 @@ ffn         a Spark FFN against the gated FFN of equal parameters, forward + bac
 attention   Spark attention in blocks against dense attention in blocks, forward + backward, 2k and 8k tokens; and the memory
 train_step  a training step of configs/tiny.py, Spark against dense; fails if a step after the first compiles anything
 compile     compiling the step of a 26-layer model against that of 4 layers, at small widths
+ffn_decode  the FFN of a few tokens, bfloat16, Spark against dense at the paper's 2B shape; the dense product against the memory
+decode      whole 2B models of random weights, token by token: Spark against dense, int8 against bfloat16. Takes 16 GB
+prefill     the same models on a prompt of 4096 tokens in chunks of 64. Takes 14 GB
 
 JSON: a list of rows {name, backend, ours_ms, baseline_ms, speedup = baseline / ours, …}.
 """
 
 import functools
-import os
 import pathlib
 import re
 import sys
-import time
 
 if __name__ == '__main__':
     from spark.runtime import use_huge_pages
@@ -26,12 +28,11 @@ if __name__ == '__main__':
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from flax.core import meta
-from tqdm import tqdm
 
 from spark import config, errors, ops
+from spark.analysis.timing import interleaved, row
 from spark.config import FFNConfig
 from spark.nn.ffn import FFN
 from spark.runtime import write_json
@@ -42,19 +43,6 @@ JSON = flags.DEFINE_string('json', None, 'Also write the rows to this file.')
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
 
-def interleaved(sides, repeats):
-    """Median milliseconds of each function in {name: f}, called in turn after a warm-up; waits for the device."""
-    for f in sides.values():
-        jax.block_until_ready(f())
-    times = {name: [] for name in sides}
-    for _ in tqdm(range(repeats), desc='repeats', leave=False):
-        for name, f in sides.items():
-            start = time.perf_counter()
-            jax.block_until_ready(f())
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: float(np.median(t)) for name, t in times.items()}
-
-
 def forward_backward(f, cotangent):
     """A jitted function of f's arguments that gives f's value and the gradients of all of them."""
 
@@ -63,19 +51,6 @@ def forward_backward(f, cotangent):
         return y, backward(cotangent)
 
     return jax.jit(both)
-
-
-def row(name, ours, baseline, **details):
-    """One comparison."""
-    speedup = baseline / ours
-    return {'name': name, 'backend': backend(), 'ours_ms': ours, 'baseline_ms': baseline, 'speedup': speedup} | details
-
-
-def backend():
-    """The device that the figures are for."""
-    device = jax.devices()[0]
-    kind = device.device_kind
-    return f'{kind}, {len(os.sched_getaffinity(0))} cores' if device.platform == 'cpu' else kind
 
 
 def topk(repeats):
@@ -228,7 +203,20 @@ def compile_time(repeats):
     return [row('compile: 26 layers against 4', ms['26 layers'], ms['4 layers'], time_ratio=ms['26 layers'] / ms['4 layers'])]
 
 
+def _gemma2_2b(run):
+    """run(spark, dense, repeats) of `analysis.decoding` on the ModelConfigs of the paper's 2B models."""
+
+    def measure(repeats):
+        from spark.analysis import decoding
+
+        cfgs = (config.validate(config.from_file(CONFIGS / 'gemma2_2b.py', variant)).model for variant in ('spark', 'dense'))
+        return getattr(decoding, run)(*cfgs, repeats)
+
+    return measure
+
+
 BENCHMARKS = {'topk': topk, 'ffn': ffn, 'attention': attention, 'train_step': train_step, 'compile': compile_time}
+BENCHMARKS |= {name: _gemma2_2b(name) for name in ('ffn_decode', 'decode', 'prefill')}
 
 
 def table(rows):

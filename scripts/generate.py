@@ -4,8 +4,9 @@
         [--temperature=0.8] [--top_k=K] [--top_p=P] [--min_p=P] [--stop=TEXT …] [--step=N] [--dtype=float32|bfloat16|int8]
         [--kernels=auto|cpu|tpu|gpu|gather|masked] [--json=FILE]
 
-Prints the continuations, what their lookups did, and the speed: tokens per second of the prompts and of what follows, and the rate at
-which decoding read weights and cache, counting of a lookup's table what was active. Exit codes: 0 done, 2 bad usage, 5 no such checkpoint.
+Prints the continuations, what their lookups did, and the speed: tokens per second of the prompts and of what follows, and the
+rate at which decoding read weights and cache, counting of a lookup's table what was active. Exit codes: 0 done, 2 bad usage, 5 no
+such checkpoint.
 """
 
 import itertools
@@ -33,7 +34,7 @@ DTYPE = flags.DEFINE_enum(
     'dtype', 'auto', ['auto', 'float32', 'bfloat16', 'int8'], 'Of the weights; auto: float32 on CPUs, else bfloat16.'
 )
 KERNELS = flags.DEFINE_enum(
-    'kernels', None, ['auto', 'cpu', 'tpu', 'gpu', 'gather', 'masked'], "Instead of the run's serve.kernels: what computes the lookups."
+    'kernels', None, ['auto', 'cpu', 'tpu', 'gpu', 'gather', 'masked'], "What computes lookups; default the run's serve.kernels."
 )
 JSON = flags.DEFINE_string('json', None, 'Also write texts and speeds to this file.')
 
@@ -53,6 +54,7 @@ def main():
 
     from spark.analysis import evaluate
     from spark.inference.decoder import Stream
+    from spark.inference.model import bytes_per_step
     from spark.inference.sampling import Sampling
     from spark.kernels import cpu
 
@@ -106,7 +108,7 @@ def main():
     else:
         print(*(prompt + text for prompt, text in zip(prompts, texts, strict=True)), sep='\n\n')
     did = {name: float(np.mean([c[name] for c in jax.device_get(counts)])) for name in (counts[0] if counts else {})}
-    read = bytes_per_step(serving, weights, stream, did, len(ids))
+    read = bytes_per_step(serving, weights, stream.cache, did, len(ids))
     report = {
         'step': run.step, 'dtype': serving.dtype, 'kernels': serving.kernels, 'prompts': len(ids),
         'prefill_tokens_per_second': sum(map(len, ids)) / prefill, 'decode_tokens_per_second': sum(map(len, rows)) / decode,
@@ -116,32 +118,13 @@ def main():
     print(
         f'\n{sum(map(len, ids))} tokens of prompts at {report["prefill_tokens_per_second"]:,.0f} per second, '
         f'{sum(map(len, rows))} more at {report["decode_tokens_per_second"]:,.0f} per second; '
-        f'{report["decode_ms_per_step"]:.1f} ms a step; {serving.dtype}, kernels {serving.kernels}, {read / 1e9:.3f} GB a step at '
-        f'{report["gb_per_second"]:.1f} GB/s'
+        f'{report["decode_ms_per_step"]:.1f} ms a step; '
+        f'{serving.dtype}, kernels {serving.kernels}, {read / 1e9:.3f} GB a step at {report["gb_per_second"]:.1f} GB/s'
     )
-    active = [f'{did[name]:,.1f} {what}' for name, what in [('active', 'neurons active'), ('attended', 'keys attended')] if name in did]
-    print(f'{", ".join(active)} per token and layer' + (f'; {did["overflow"]:.3f} overflows' if did.get('overflow') else ''))
+    what = {'active': 'neurons active', 'attended': 'keys attended', 'overflow': 'overflows of the capacity'}
+    print(', '.join(f'{did[name]:,.1f} {text}' for name, text in what.items() if did.get(name)) + ' per token and layer')
     if JSON.value:
         write_json(JSON.value, report | {'texts': texts})
-
-
-def bytes_per_step(serving, weights, stream, did, batch):
-    """Bytes that a step of decoding reads: all weights, but of Spark's records those of active neurons, and of the cache what is scanned and attended.
-
-    Masked lookups read everything. Neurons that several tokens of a batch activate count once per token, up to all.
-    """
-    import jax
-
-    nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
-    sparse = serving.kernels != 'masked'
-    share = min(1, batch * did.get('active', 0) / serving.cfg.ffn.d_ff) if sparse else 1
-    read = nbytes(weights['embedding'])  # the output head; the input is one row
-    for w, table in zip(weights['layers'], stream.cache.layers, strict=True):
-        records = nbytes(w.get('records', ()))
-        read += nbytes(w) - records + records * share
-        used = min(1, did['attended'] / table['keys'].shape[2]) if sparse and serving.cfg.attention.k else 1
-        read += nbytes(table['keys']) + nbytes(table['records']) * used
-    return read
 
 
 def lines(path):

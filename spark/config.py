@@ -146,11 +146,11 @@ class SampleConfig(_Frozen):
 class ServeConfig(_Frozen):
     """How the trained model is run by scripts/generate.py."""
 
-    # cpu, tpu, gpu: kernels for that platform; gather: plain JAX that reads what is active; masked: plain JAX that computes everything.
-    # auto: the best that is here.
+    # cpu, tpu, gpu: kernels for that platform; gather: plain JAX that reads what is active; masked: plain JAX that computes
+    # everything. auto: the best that is here.
     kernels: Literal['auto', 'cpu', 'tpu', 'gpu', 'gather', 'masked'] = 'auto'
-    # Of kernels gather, tpu and gpu: room per token for so many times k neurons, or keys; and whether a token that needs more is computed
-    # in full, or loses the rest. Either is counted and reported.
+    # Of kernels gather, tpu and gpu: room per token for so many times k neurons, or keys; and whether a token that needs more is
+    # computed in full, or loses the rest. Either is counted and reported.
     capacity: float = Field(1.5, gt=0)
     overflow: Literal['masked', 'drop'] = 'masked'
 

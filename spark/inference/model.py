@@ -31,11 +31,12 @@ class Serving(NamedTuple):
 
     cfg: its ModelConfig.
     dtype: of the weights, one of DTYPES; int8 has a float32 scale per row.
-    kernels: 'cpu' (of `kernels.cpu`, in float32), 'gather' (plain JAX that reads what is active), 'masked' (plain JAX that computes everything, as
-      training does), or 'tpu' and 'gpu': the Pallas kernel of the FFN for few tokens, and 'gather' for the rest.
+    kernels: 'cpu' (of `kernels.cpu`, in float32), 'gather' (plain JAX that reads what is active), 'masked' (plain JAX that
+      computes everything, as training does), or 'tpu' and 'gpu': the Pallas kernel of the FFN for few tokens, and 'gather' for the rest.
     platform: 'cpu', 'gpu' or 'tpu', which decides in what to compute.
     capacity: of 'gather': room for so many times k entries per token.
-    overflow: of 'gather', for a token with more than that: 'masked' computes it in full, 'drop' leaves out the excess. Both are counted.
+    overflow: of 'gather', for a token with more than that: 'masked' computes it in full, 'drop' leaves out the excess. Both are
+      counted.
     """
 
     cfg: ModelConfig
@@ -57,7 +58,7 @@ class Serving(NamedTuple):
 
 
 def serving_for(cfg, dtype, platform, devices=1, serve=None):
-    """The `Serving` of a ModelConfig by a ServeConfig; kernels 'auto' are the best for one device of the platform, or 'masked' for several.
+    """The `Serving` of a ModelConfig by a ServeConfig; 'auto' are the platform's best kernels for one device, 'masked' for several.
 
     Raises:
       ConfigError: the kernels asked for are not here.
@@ -65,7 +66,7 @@ def serving_for(cfg, dtype, platform, devices=1, serve=None):
     serve = serve or ServeConfig()
     kernels = serve.kernels
     if kernels == 'auto':
-        fast = {'cpu': cpu.available()} | {name: True for name in READERS}
+        fast = {'cpu': cpu.available()} | dict.fromkeys(READERS, True)
         kernels = 'masked' if devices > 1 else platform if fast.get(platform) else 'gather'
     if kernels in ('cpu', *READERS):
         wrong = platform != kernels or devices > 1 or (kernels == 'cpu' and not cpu.available())
@@ -84,13 +85,13 @@ class Matrix(NamedTuple):
 
 @flax.struct.dataclass
 class Cache:
-    """What decoding remembers: per layer {'keys', 'records'}, a ring of S slots, place p in slot p mod S; length () int32: places so far."""
+    """What decoding remembers: per layer {'keys', 'records'}, rings with place p in slot p mod S; and int32 () places so far."""
 
     layers: list
     length: jax.Array
 
 
-# — weights ——————————————————————————————————————————————————————————————————————————————————————————————————————————————————————————————————
+# — weights —————————————————————————————————————————————————————————————————————————————————————————————————————————————————————
 
 
 def rows(W, dtype):
@@ -111,7 +112,7 @@ def records(K2_xR, V_xD, dtype):
 
 
 def lay_out(cfg, leaf, dtype, place=lambda x: x):
-    """The weights of a model for serving; every leaf is asked for once and let go before the next, so there is hardly a second copy.
+    """The weights of a model for serving. Each leaf is asked for once and let go before the next: there is hardly a second copy.
 
     Args:
       cfg: a ModelConfig.
@@ -156,7 +157,7 @@ def from_params(cfg, params, dtype):
     return lay_out(cfg, lambda *path: functools.reduce(lambda tree, name: tree[name], path, params['params']), dtype)
 
 
-# — cache ————————————————————————————————————————————————————————————————————————————————————————————————————————————————————————————————————
+# — cache ———————————————————————————————————————————————————————————————————————————————————————————————————————————————————————
 
 
 def slots(cfg, span, size, chunk):
@@ -179,13 +180,21 @@ def init_cache(serving, batch, size, chunk):
     return Cache(layers, jnp.zeros((), jnp.int32))
 
 
-# — forward pass —————————————————————————————————————————————————————————————————————————————————————————————————————————————————————————————
+# — forward pass ————————————————————————————————————————————————————————————————————————————————————————————————————————————————
 
 
 def forward(serving, weights, cache, tokens_BxL, first_B):
-    """(the cache with L more places, float32 logits (B, V) behind the last, counts per layer).
+    """(the cache with L more places, float32 logits (B, V) behind the last, counts): `hidden` and the output head.
 
     Equal to the training model's full forward pass over each row's own tokens.
+    """
+    cache, h_BxD, counts = hidden(serving, weights, cache, tokens_BxL, first_B)
+    logits_BxV = product(serving, h_BxD, weights['embedding']).astype(jnp.float32)
+    return cache, softcap(logits_BxV, serving.cfg.logit_cap), counts
+
+
+def hidden(serving, weights, cache, tokens_BxL, first_B):
+    """(the cache with L more places, hidden states (B, D) of the last, counts per layer).
 
     Args:
       serving: a `Serving`.
@@ -210,15 +219,13 @@ def forward(serving, weights, cache, tokens_BxL, first_B):
         window = cfg.attention.window if cfg.pattern[i % len(cfg.pattern)] == 'local' else 0
         y, layer, count = _attention(serving, w, window, rms_norm(x_BxLxD, w['pre_attention']), positions_BxL, cache, i, first_B)
         x_BxLxD = x_BxLxD + rms_norm(y, w['post_attention'])
-        y_TxD, count_ffn = _ffn(serving, w, rms_norm(x_BxLxD, w['pre_ffn']).reshape(B * L, D))
+        y_TxD, count_ffn = ffn(serving, w, rms_norm(x_BxLxD, w['pre_ffn']).reshape(B * L, D))
         x_BxLxD = x_BxLxD + rms_norm(y_TxD.reshape(B, L, D), w['post_ffn'])
         layers.append(layer)
         count |= {name: x.reshape(B, L) if x.ndim else x + count.get(name, 0) for name, x in count_ffn.items()}
         counts.append(count)
-    h_BxD = rms_norm(x_BxLxD[:, -1], weights['final_norm'])
-    logits = softcap(product(serving, h_BxD, E).astype(jnp.float32), cfg.logit_cap)
     counts = {name: jnp.stack([count[name] for count in counts]) for name in counts[0]}
-    return Cache(layers, cache.length + L), logits, counts
+    return Cache(layers, cache.length + L), rms_norm(x_BxLxD[:, -1], weights['final_norm']), counts
 
 
 def product(serving, x_TxI, W):
@@ -231,7 +238,7 @@ def product(serving, x_TxI, W):
 
 def _attention(serving, w, window, x_BxLxD, positions_BxL, cache, i, first_B):
     """(y (B, L, D), the layer's cache, counts)."""
-    cfg, a = serving.cfg, serving.cfg.attention
+    a = serving.cfg.attention
     (B, L, D), H, N, d = x_BxLxD.shape, a.n_heads, a.n_kv_heads, a.head_dim
     qkv = product(serving, x_BxLxD.reshape(B * L, D), w['qkv']).astype(serving.compute).reshape(B, L, H + 2 * N, d)
     q, k, v = qkv[:, :, :H], qkv[:, :, H : H + N], qkv[:, :, H + N :]
@@ -283,8 +290,8 @@ def _look_up(serving, q_BxNxGxLxd, layer, visible_BxLxS):
     return y.reshape(q_BxNxGxLxd.shape), jnp.sum(keep, axis=-1).reshape(B, N, G, L), overflow
 
 
-def _ffn(serving, w, x_TxD):
-    """(y (T, D), counts)."""
+def ffn(serving, w, x_TxD):
+    """One layer's FFN by its weights: (y (T, D), counts)."""
     f = serving.cfg.ffn
     gated, _, has_predictor = FFN_KINDS[f.kind]
     if not has_predictor:
@@ -310,3 +317,31 @@ def _ffn(serving, w, x_TxD):
 
 
 READERS = {}
+
+
+def union(share, n):
+    """The share of entries that at least one of n tokens activates, each a share of its own, independently."""
+    return 1 - (1 - share) ** n
+
+
+def bytes_per_step(serving, weights, cache, did, batch, head=True):
+    """Bytes that a step of decoding has to read.
+
+    All weights, but of Spark's records those of active neurons; of the cache the keys and the attended records. Masked lookups
+    read everything. Records that several tokens of a batch activate are read once; they are taken to choose independently.
+
+    Args:
+      did: the means of a step's counts, {'active', 'attended'}.
+      head: the output head is read too.
+    """
+    nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    sparse, read = serving.kernels != 'masked', nbytes(weights['embedding']) if head else 0
+    active = union(did['active'] / serving.cfg.ffn.d_ff, batch) if sparse and 'active' in did else 1
+    for w, table in zip(weights['layers'], cache.layers, strict=True):
+        records = nbytes(w.get('records', ()))
+        read += nbytes(w) - records * (1 - active)
+        S = table['keys'].shape[2]
+        seen = jnp.minimum(S, cache.length) / S
+        attended = did['attended'] / S if sparse and serving.cfg.attention.k else seen
+        read += nbytes(table['keys']) * seen + nbytes(table['records']) * jnp.minimum(attended, seen)
+    return float(read)

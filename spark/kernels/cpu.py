@@ -1,6 +1,6 @@
 """Both lookups on CPUs, by kernels in C++ behind XLA's foreign function interface: they touch only what is active.
 
-`pip install` builds them (cpu/*.cc) if there is a compiler; `available()` says if they can be used. They take float32 queries, and
+`pip install` builds them (cpu/*.cc) if there is a compiler; `available()` says if they can be used. They take float32 queries and
 tables in float32, bfloat16 or int8 with a float32 scale per row; everything is computed in float32 on XLA's own threads.
 """
 

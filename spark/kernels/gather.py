@@ -2,8 +2,8 @@
 
     y = V · (a ⊙ σ2(K2ᵀ q2)), a = σ1(TopK(K1ᵀ q1)) being known, and zero but for about k entries
 
-A table holds a record per entry: its row of K2 and its row of V, side by side. Arrays have static shapes, so there is room for a given number
-of active entries; what does not fit is counted, and by default computed in full.
+A table holds a record per entry: its row of K2 and its row of V, side by side. Arrays have static shapes, so there is room for a
+given number of active entries; what does not fit is counted, and by default computed in full.
 """
 
 import jax

@@ -1,0 +1,201 @@
+"""How fast the sparse model decodes against the dense one, at the paper's Gemma-2 2B shape, and against what memory can give.
+
+Random weights, uniform, so that scores are Gaussian as sums are; both sides in one run; the weights of a figure together are far
+larger than the last-level cache. On CPUs the kernels of `kernels.cpu`, elsewhere those of the platform.
+"""
+
+import functools
+import itertools
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from tqdm import tqdm
+
+from spark.analysis.timing import interleaved, row
+from spark.config import ServeConfig
+from spark.inference import model
+from spark.kernels import cpu
+from spark.nn.transformer import Transformer
+
+
+def bandwidth(repeats=9):
+    """GB/s at which memory is read by the plainest kernel there is, from two arrays of 256 MiB by turns; the median."""
+    arrays = itertools.cycle([jnp.ones(1 << 26) + i for i in range(2)])
+    read = jax.jit(cpu.read if cpu.available() and jax.default_backend() == 'cpu' else jnp.sum)
+    ms = interleaved({'read': lambda: read(next(arrays))}, repeats)['read']
+    return (1 << 28) / ms / 1e6
+
+
+def random_leaf(cfg):
+    """A function of a parameter's path to random values of its shape, as `model.lay_out` wants one."""
+    token = jnp.zeros((1, 1), jnp.int32)
+    shapes = meta.unbox(jax.eval_shape(Transformer(cfg).init, jax.random.key(0), token, token, token))
+    key = itertools.count()
+
+    def leaf(*path):
+        shape = functools.reduce(lambda tree, name: tree[name], ('params', *path), shapes).shape
+        if path[-1] == 'scale':
+            return jnp.zeros(shape)
+        fan_in = shape[-1] if path == ('embedding',) else np.prod(shape[1:-1]) if path[-1] == 'out' else shape[1]
+        draw = jax.jit(lambda key: jax.random.uniform(key, shape, jnp.float32, -1, 1) * (3 / fan_in) ** 0.5)
+        return draw(jax.random.key(next(key), impl='rbg'))
+
+    return leaf
+
+
+class Decoder:
+    """A model of random weights behind a context of random keys and values; `step` decodes one token, `chunk` prefills some.
+
+    Args:
+      cfg: a ModelConfig; dtype: of the weights; context: places that are filled; size: places there is room for.
+    """
+
+    def __init__(self, cfg, dtype, context, size, batch=1, weights=None, chunk=64):
+        self.serving = model.serving_for(cfg, dtype, jax.devices()[0].platform, serve=ServeConfig())
+        self.weights = model.lay_out(cfg, random_leaf(cfg), dtype) if weights is None else weights
+        key = jax.random.key(1, impl='rbg')
+        fill = lambda x: jax.random.uniform(key, x.shape, jnp.float32, -1.7, 1.7).astype(x.dtype)
+        empty = jax.jit(lambda: model.init_cache(self.serving, batch, size, chunk))()
+        self.cache = model.Cache(jax.tree.map(jax.jit(fill), empty.layers), jnp.asarray(context, jnp.int32))
+        self.first, self.counts, self._batch = jnp.zeros(batch, jnp.int32), None, batch
+        run = lambda f: jax.jit(functools.partial(f, self.serving), donate_argnums=1)
+        self._whole, self._headless = run(model.forward), run(model.hidden)
+
+    def _run(self, f, tokens):
+        self.cache, y, self.counts = f(self.weights, self.cache, tokens, self.first)
+        return y
+
+    def step(self, head=True):
+        """Decodes a token; the logits, or without `head` the hidden states."""
+        return self._run(self._whole if head else self._headless, jnp.ones((self._batch, 1), jnp.int32))
+
+    def chunk(self, size):
+        """Prefills `size` tokens, different ones."""
+        tokens = (jnp.arange(size) * 7919 % self.serving.cfg.vocab_size)[None].repeat(self._batch, 0).astype(jnp.int32)
+        return self._run(self._whole, tokens)
+
+    def activity(self):
+        """{'active', 'attended'}: means per token and layer of the last step."""
+        return {name: float(jnp.mean(x)) for name, x in self.counts.items() if name != 'overflow'}
+
+    def bytes(self, head=True):
+        """Bytes that a step has to read: `sparse_bytes` by what was active."""
+        return model.bytes_per_step(self.serving, self.weights, self.cache, self.activity(), self._batch, head)
+
+
+def ffn_decode(spark, dense, repeats, layers=8):
+    """FFNs alone, bfloat16, batch 1, 4 and 16; and the dense matrix-vector product against reading.
+
+    Args:
+      spark, dense: ModelConfigs.
+    """
+    platform, rows_ = jax.devices()[0].platform, []
+    sides = {}
+    for name, cfg in {'spark': spark, 'dense': dense}.items():
+        one = cfg.model_copy(update={'n_layers': layers, 'vocab_size': 8, 'pattern': ('global',)})
+        one = one.model_copy(update={'attention': one.attention.model_copy(update={'window': 0})})
+        serving = model.serving_for(one, 'bfloat16', platform)
+        tables = model.lay_out(one, random_leaf(one), 'bfloat16')['layers']
+        sides[name] = serving, [{k: w[k] for k in ('K1', 'records', 'keys', 'VT') if k in w} for w in tables]
+    for batch in (1, 4, 16):
+        x = jax.random.normal(jax.random.key(0), (batch, spark.d_model), sides['spark'][0].compute)
+        runs, found = {}, {}
+        for name, (serving, tables) in sides.items():
+            run, turn = jax.jit(functools.partial(model.ffn, serving)), itertools.cycle(tables)
+            found[name] = run(next(turn), x)[1]
+            runs[name] = lambda run=run, turn=turn, x=x: run(next(turn), x)[0]
+        gigabytes = bandwidth()
+        ms = interleaved(runs, repeats or 8 * layers)
+        active = float(jnp.mean(found['spark']['active']))
+        D, F, r = spark.d_model, spark.ffn.d_ff, spark.ffn.r
+        records = F * model.union(active / F, batch)
+        read = {'spark': 2 * (F * r + records * (2 * D - r)), 'dense': 2 * 3 * D * dense.ffn.d_ff}
+        details = {'batch': batch, 'active': active, 'records_read': records, 'read_bandwidth_gb_per_s': gigabytes}
+        details |= {'limit_by_bytes': read['dense'] / read['spark']}
+        details |= {f'{name}_gb_per_s': read[name] / t / 1e6 for name, t in ms.items()}
+        rows_.append(row(f'ffn_decode: Spark against dense, batch {batch}', ms['spark'], ms['dense'], **details))
+    if jax.default_backend() == 'cpu' and cpu.available():
+        keys = itertools.cycle([w['keys'].values for w in sides['dense'][1]])
+        arrays = itertools.cycle([jnp.ones(keys_.size // 2) + i for i, keys_ in enumerate([next(keys)] * layers)])
+        x = jax.random.normal(jax.random.key(0), (1, dense.d_model))
+        matvec, read = jax.jit(cpu.matmul), jax.jit(cpu.read)
+        ms = interleaved({'matvec': lambda: matvec(x, next(keys)), 'read': lambda: read(next(arrays))}, repeats or 8 * layers)
+        size = next(keys).nbytes
+        rates = {f'{name}_gb_per_s': size / t / 1e6 for name, t in ms.items()}
+        rows_.append(row('ffn_decode: dense matvec against reading as much', ms['matvec'], ms['read'], **rates))
+    return rows_
+
+
+def decode(spark, dense, repeats, contexts=(512, 8192)):
+    """Whole models, token by token, batch 1: Spark against dense with and without the output head, and int8 against bfloat16."""
+    rows_, repeats, cfgs = [], repeats or 9, (('spark', spark), ('dense', dense))
+    weights = {name: model.lay_out(cfg, random_leaf(cfg), 'bfloat16') for name, cfg in cfgs}
+    _forget_peak()
+
+    def compare(title, sides, head=True):
+        gigabytes = bandwidth()
+        ms = interleaved({name: functools.partial(side.step, head) for name, side in sides.items()}, repeats)
+        (ours, a), (theirs, b) = sides.items()
+        details = {'read_bandwidth_gb_per_s': gigabytes, 'limit_by_bytes': b.bytes(head) / a.bytes(head)}
+        for name, side in sides.items():
+            key = name.replace(' ', '_')
+            details |= {f'{key}_gb_per_s': side.bytes(head) / ms[name] / 1e6, f'{key}_gb_read': side.bytes(head) / 1e9}
+            details |= {f'{key}_{what}': x for what, x in side.activity().items()}
+        rows_.append(row(f'decode: {title}', ms[ours], ms[theirs], **details))
+
+    for context in contexts:
+        size = context + 4 * repeats + 16
+        sides = {name: Decoder(cfg, 'bfloat16', context, size, weights=weights[name]) for name, cfg in cfgs}
+        compare(f'Spark against dense, context {context}', sides)
+        compare(f'the same without the output head, context {context}', sides, head=False)
+        held = sum(x.nbytes for x in jax.tree.leaves([weights, [side.cache for side in sides.values()]]))
+        rows_[-1] |= {'weights_and_caches_gb': held / 1e9, 'peak_memory_over_that': peak_memory() / held}
+    for name, cfg in cfgs:
+        sides = {'int8': Decoder(cfg, 'int8', 512, 640), 'bfloat16': Decoder(cfg, 'bfloat16', 512, 640, weights=weights[name])}
+        compare(f'{name}, int8 against bfloat16, context 512', sides)
+        del sides
+    return rows_
+
+
+def prefill(spark, dense, repeats, length=4096, chunk=64):
+    """A prompt in chunks, batch 1, bfloat16; the two sides take turns chunk by chunk."""
+    cfgs = ('spark', spark), ('dense', dense)
+    weights = {name: model.lay_out(cfg, random_leaf(cfg), 'bfloat16') for name, cfg in cfgs}
+    totals = {name: [] for name in weights}
+    for i in tqdm(range(1 + (repeats or 1)), desc='prompts', leave=False):
+        sides = {name: Decoder(cfg, 'bfloat16', 0, length, weights=weights[name], chunk=chunk) for name, cfg in cfgs}
+        spent = dict.fromkeys(sides, 0.0)
+        for _ in tqdm(range(2 if i == 0 else length // chunk), desc='chunks', leave=False):  # the first compiles
+            for name, side in sides.items():
+                start = time.perf_counter()
+                jax.block_until_ready(side.chunk(chunk))
+                spent[name] += 1e3 * (time.perf_counter() - start)
+        if i:
+            for name, ms in spent.items():
+                totals[name].append(ms)
+    ms = {name: float(np.median(t)) for name, t in totals.items()}
+    details = {f'{name}_ms_per_token': t / length for name, t in ms.items()}
+    details |= {f'spark_{name}': x for name, x in sides['spark'].activity().items()}
+    return [row(f'prefill: Spark against dense, {length} tokens in chunks of {chunk}', ms['spark'], ms['dense'], **details)]
+
+
+def peak_memory():
+    """Bytes of the most memory that this process held since `_forget_peak`, or since its start where nothing else is known."""
+    try:
+        with open('/proc/self/status') as f:
+            return next(int(line.split()[1]) for line in f if line.startswith('VmHWM')) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _forget_peak():
+    try:
+        with open('/proc/self/clear_refs', 'w') as f:
+            f.write('5')
+    except OSError:
+        pass
+
