@@ -32,7 +32,8 @@ class Serving(NamedTuple):
     cfg: its ModelConfig.
     dtype: of the weights, one of DTYPES; int8 has a float32 scale per row.
     kernels: 'cpu' (of `kernels.cpu`, in float32), 'gather' (plain JAX that reads what is active), 'masked' (plain JAX that
-      computes everything, as training does), or 'tpu' and 'gpu': the Pallas kernel of the FFN for few tokens, and 'gather' for the rest.
+      computes everything, as training does), or 'tpu' and 'gpu' (the Pallas kernel of the FFN for few tokens, 'gather' for the
+      rest).
     platform: 'cpu', 'gpu' or 'tpu', which decides in what to compute.
     capacity: of 'gather': room for so many times k entries per token.
     overflow: of 'gather', for a token with more than that: 'masked' computes it in full, 'drop' leaves out the excess. Both are
@@ -58,7 +59,7 @@ class Serving(NamedTuple):
 
 
 def serving_for(cfg, dtype, platform, devices=1, serve=None):
-    """The `Serving` of a ModelConfig by a ServeConfig; 'auto' are the platform's best kernels for one device, 'masked' for several.
+    """The `Serving` of a ModelConfig by a ServeConfig; 'auto' is the platform's best for one device, and 'masked' for several.
 
     Raises:
       ConfigError: the kernels asked for are not here.
