@@ -245,17 +245,18 @@ def _attention(serving, w, window, x_BxLxD, positions_BxL, cache, i, first_B):
     q, k, v = qkv[:, :, :H], qkv[:, :, H : H + N], qkv[:, :, H + N :]
     q_BxNxGxLxd = nn_attention.rotate(a, q, positions_BxL, scale=True).reshape(B, L, N, H // N, d).transpose(0, 2, 3, 1, 4)
     k_BxNxLxd, v_BxNxLxd = (x.transpose(0, 2, 1, 3) for x in (nn_attention.rotate(a, k, positions_BxL), v))
+    new = jnp.concatenate([k_BxNxLxd, v_BxNxLxd], axis=-1)
     layer, r = cache.layers[i], a.r or d
     S = layer['keys'].shape[2]
-    write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length % S, axis=2)
-    new = {'keys': k_BxNxLxd[..., :r], 'records': jnp.concatenate([k_BxNxLxd[..., r:], v_BxNxLxd], axis=-1)}
-    layer = {name: write(layer[name], new[name]) for name in layer}
     if serving.kernels == 'cpu':
-        y, attended = cpu.attention(
-            q_BxNxGxLxd, layer['keys'], layer['records'], first_B, cache.length, k=a.k, window=window, cap=a.logit_cap
+        keys, table = layer['keys'], layer['records']
+        y, attended, keys, table = cpu.attention(
+            q_BxNxGxLxd, new, keys, table, first_B, cache.length, k=a.k, window=window, cap=a.logit_cap
         )
-        counts = {}
+        layer, counts = {'keys': keys, 'records': table}, {}
     else:
+        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length % S, axis=2)
+        layer = {'keys': write(layer['keys'], new[..., :r]), 'records': write(layer['records'], new[..., r:])}
         y, attended, overflow = _look_up(serving, q_BxNxGxLxd, layer, visible(cache.length, L, S, first_B, window))
         counts = {'overflow': overflow}
     y_TxHd = y.transpose(0, 3, 1, 2, 4).reshape(B * L, H * d).astype(serving.compute)

@@ -7,6 +7,7 @@ tables in float32, bfloat16 or int8 with a float32 scale per row; everything is 
 import ctypes
 import functools
 import importlib.machinery
+import os
 import pathlib
 
 import jax
@@ -19,15 +20,15 @@ SETS = ('best', 'portable', 'avx2', 'avx512')  # instruction sets; SSE2 or NEON 
 
 @functools.cache
 def _library():
-    """The library, its functions registered with XLA; None if it was not built."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = pathlib.Path(__file__).with_name(f'_cpu{suffix}')
-        if path.exists():
-            library = ctypes.CDLL(str(path))
-            for name in ('spark_matmul', 'spark_ffn', 'spark_attention', 'spark_read'):
-                jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform='cpu')
-            return library
-    return None
+    """The library, its functions registered with XLA; None if it was not built. $SPARK_CPU_KERNELS names another one."""
+    built = [pathlib.Path(__file__).with_name(f'_cpu{suffix}') for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = os.environ.get('SPARK_CPU_KERNELS') or next((path for path in built if path.exists()), None)
+    if path is None:
+        return None
+    library = ctypes.CDLL(str(path))
+    for name in ('spark_matmul', 'spark_ffn', 'spark_attention', 'spark_read'):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform='cpu')
+    return library
 
 
 def available():
@@ -73,13 +74,14 @@ def ffn(x_TxD, K1_Fxr, records_FxR, k, huber=0.0, K1_scales=None, record_scales=
     return call(x_TxD, K1_Fxr, _scales(K1_scales), records_FxR, _scales(record_scales))
 
 
-def attention(q, keys, records, first, length, *, k=0, window=0, cap=0.0, instructions='best'):
-    """Attention of L queries to a ring of S slots, place p of a row in slot p mod S.
+def attention(q, new, keys, records, first, length, *, k=0, window=0, cap=0.0, instructions='best'):
+    """Attention of L queries to a ring of S slots, place p of a row in slot p mod S, where their own keys and values go first.
 
     Spark if k > 0: the r leading dimensions of the keys are scanned, the rest and the values are read for survivors alone.
 
     Args:
-      q: float32 (B, N, G, L, d), rotated and scaled; query l has place length + l, and its own key is in the ring.
+      q: float32 (B, N, G, L, d), rotated and scaled; query l has place length + l.
+      new: float32 (B, N, L, 2d), the rotated keys of these places and their values, side by side.
       keys: (B, N, S, r) float32 or bfloat16; r = d for dense attention.
       records: (B, N, S, (d − r) + d), the rest of a token's key and its value side by side, in the dtype of keys.
       first: int32 (B,), the first place that holds a token; what is before it sees itself alone.
@@ -87,11 +89,14 @@ def attention(q, keys, records, first, length, *, k=0, window=0, cap=0.0, instru
       k, window, cap: of AttentionConfig; window 0: all.
 
     Returns:
-      (y float32 (B, N, G, L, d), attended keys int32 (B, N, G, L)).
+      (y float32 (B, N, G, L, d), attended keys int32 (B, N, G, L), keys, records); the last two in place where nobody else needs
+      the old ones.
     """
-    shapes = jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:-1], jnp.int32)
+    shapes = [jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:-1], jnp.int32)]
+    shapes += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, records)]
     attrs = {'k': np.int64(k), 'window': np.int64(window), 'cap': np.float32(cap)}
-    return _call('spark_attention', shapes, instructions, **attrs)(q, keys, records, first, length, quantiles(k, keys.shape[2]))
+    call = _call('spark_attention', shapes, instructions, {2: 2, 3: 3}, **attrs)
+    return call(q, new, keys, records, first, length, quantiles(k, keys.shape[2]))
 
 
 def quantiles(k, n):
@@ -105,9 +110,10 @@ def read(x, *, instructions='best'):
     return _call('spark_read', jax.ShapeDtypeStruct((), jnp.float32), instructions)(x)
 
 
-def _call(name, shapes, instructions, **attrs):
+def _call(name, shapes, instructions, aliases=None, **attrs):
     _library()
-    return functools.partial(jax.ffi.ffi_call(name, shapes), set=np.int64(SETS.index(instructions)), **attrs)
+    call = jax.ffi.ffi_call(name, shapes, input_output_aliases=aliases)
+    return functools.partial(call, set=np.int64(SETS.index(instructions)), **attrs)
 
 
 def _scales(scales):

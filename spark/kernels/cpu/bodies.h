@@ -41,6 +41,12 @@ INLINE float scalar(bf16 x) {
   __builtin_memcpy(&f, &bits, 4);
   return f;
 }
+INLINE void put(float* to, float x) { *to = x; }
+INLINE void put(bf16* to, float x) {  // rounded to nearest, ties to even
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  to->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
 INLINE Float all(float x) { return x - Float{}; }
 INLINE Float select(Int mask, Float a, Float b) { return (Float)((mask & (Int)a) | (~mask & (Int)b)); }
 INLINE Float max(Float a, Float b) { return select(a > b, a, b); }
@@ -460,6 +466,14 @@ template <class T>
 void attention(const Attention<T>& m, Pool& pool) {
   const int d = m.head_dim, r = m.r, rest = d - r, width = rest + d, S = m.slots, G = m.group, L = m.tokens;
   const int step = most(1, least(L, 12 / G)), blocks = (L + step - 1) / step;
+  parallel(pool, m.batch * m.heads, [&](int head) {
+    for (int l = 0; l < L; ++l) {
+      const float* from = m.fresh + (size_t(head) * L + l) * 2 * d;
+      const size_t slot = size_t(head) * S + (m.length + l) % S;
+      for (int i = 0; i < r; ++i) put(m.keys + slot * r + i, from[i]);
+      for (int i = 0; i < width; ++i) put(m.records + slot * width + i, from[r + i]);
+    }
+  });
   parallel(pool, m.batch * m.heads * blocks, [&](int task) {
     const int head = task / blocks, b = head / m.heads;
     const int l0 = (blocks - 1 - task % blocks) * step, l1 = least(L, l0 + step);  // the longest first

@@ -156,15 +156,16 @@ ffi::Error FFNImpl(ffi::ThreadPool threads, int64_t set, float quantile, float h
   });
 }
 
-ffi::Error AttentionImpl(ffi::ThreadPool threads, int64_t set, int64_t k, int64_t window, float cap, Floats q, ffi::AnyBuffer keys,
-                         ffi::AnyBuffer records, Ints first, Ints length, Floats quantiles, ffi::Result<Floats> y,
-                         ffi::Result<Ints> attended) {
+ffi::Error AttentionImpl(ffi::ThreadPool threads, int64_t set, int64_t k, int64_t window, float cap, Floats q, Floats fresh,
+                         ffi::AnyBuffer keys, ffi::AnyBuffer records, Ints first, Ints length, Floats quantiles, ffi::Result<Floats> y,
+                         ffi::Result<Ints> attended, ffi::Result<ffi::AnyBuffer> new_keys, ffi::Result<ffi::AnyBuffer> new_records) {
   auto use = chosen(set);
   if (use.has_error()) return use.error();
   if (q.dimensions().size() != 5) return wrong("q", q, "(batch, heads, group, tokens, head_dim)");
   if (keys.dimensions().size() != 4) return wrong("keys", keys, "(batch, heads, slots, r)");
   Dims s = q.dimensions();
   const int64_t B = s[0], N = s[1], G = s[2], L = s[3], d = s[4], slots = keys.dimensions()[2], r = keys.dimensions()[3];
+  WANT(fresh, B, N, L, 2 * d);
   WANT(keys, B, N, slots, r);
   WANT(records, B, N, slots, 2 * d - r);
   WANT(first, B);
@@ -176,6 +177,8 @@ ffi::Error AttentionImpl(ffi::ThreadPool threads, int64_t set, int64_t k, int64_
   const int64_t before = length.typed_data()[0], all = before + L, reach = window ? std::min(window + L - 1, all) : all;
   if (before < 0 || reach > slots) return wrong("keys", keys, "slots for all that the queries see");
   if (records.element_type() != keys.element_type()) return ffi::Error::InvalidArgument("keys and records: want one dtype");
+  if (new_keys->untyped_data() != keys.untyped_data() || new_records->untyped_data() != records.untyped_data())
+    return ffi::Error::Internal("the cache was not updated in place");
   return by_type(keys, [&](auto type) {
     using T = decltype(type);
     if constexpr (std::is_same_v<T, int8_t>) {
@@ -183,8 +186,9 @@ ffi::Error AttentionImpl(ffi::ThreadPool threads, int64_t set, int64_t k, int64_
     } else {
       XlaPool pool(threads);
       Attention<T> m{int(B), int(N), int(G), int(L), int(d), int(r), int(slots), int(k), int(window), cap, int(before),
-                     first.typed_data(), quantiles.typed_data(), q.typed_data(), static_cast<const T*>(keys.untyped_data()),
-                     static_cast<const T*>(records.untyped_data()), y->typed_data(), attended->typed_data()};
+                     first.typed_data(), quantiles.typed_data(), q.typed_data(), fresh.typed_data(),
+                     static_cast<T*>(new_keys->untyped_data()), static_cast<T*>(new_records->untyped_data()), y->typed_data(),
+                     attended->typed_data()};
       look_up(*use, m, pool);
       return ffi::Error::Success();
     }
@@ -213,7 +217,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_ffn, spark::FFNImpl,
                                   .Arg<spark::Floats>().Ret<spark::Floats>().Ret<spark::Ints>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_attention, spark::AttentionImpl,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set").Attr<int64_t>("k").Attr<int64_t>("window")
-                                  .Attr<float>("cap").Arg<spark::Floats>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-                                  .Arg<spark::Ints>().Arg<spark::Ints>().Arg<spark::Floats>().Ret<spark::Floats>().Ret<spark::Ints>());
+                                  .Attr<float>("cap").Arg<spark::Floats>().Arg<spark::Floats>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+                                  .Arg<spark::Ints>().Arg<spark::Ints>().Arg<spark::Floats>().Ret<spark::Floats>().Ret<spark::Ints>()
+                                  .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_read, spark::ReadImpl,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set").Arg<spark::Floats>().Ret<spark::Floats>());

@@ -49,7 +49,8 @@ struct FFN {
   int32_t* active;  // (tokens) neurons
 };
 
-// Queries (batch, heads, group, tokens, head_dim) look up a ring of `slots` tokens per head; place p of a row is in slot p % slots.
+// The keys and values of some tokens, (batch, heads, tokens, 2 * head_dim), go into a ring of `slots` tokens per head, place p in slot
+// p % slots, and their queries, (batch, heads, group, tokens, head_dim), look up what is there.
 // A record is a token's row of K2 and its row of V, (head_dim - r) + head_dim; for dense attention r is head_dim, and K2 empty.
 template <class T>
 struct Attention {
@@ -60,8 +61,8 @@ struct Attention {
   int length;       // the first query's place
   const int32_t* first;    // (batch) the first place that holds a token of its row
   const float* quantiles;  // (slots + 1) of the normal distribution at 1 - k / n, for n visible keys
-  const float* q;
-  const T *keys, *records;
+  const float *q, *fresh;
+  T *keys, *records;
   float* y;
   int32_t* attended;  // (batch, heads, group, tokens) keys
 };
