@@ -59,7 +59,7 @@ def continuation(cfg, trainer, state):
     prompt = jnp.asarray([[tokenizer.bos, *tokenizer.encode(cfg.sample.prompt)]], jnp.int32)
     with jax.set_mesh(trainer.mesh):  # without the axes of activations: one row is not spread
         serving = Serving(cfg.model, jnp.dtype(trainer.model.dtype).name, platform=trainer.model.platform)
-        weights = jax.jit(lambda params: from_params(cfg.model, params, serving.dtype))(state.params)
+        weights = jax.jit(lambda params: from_params(serving, params))(state.params)
         how = Sampling(cfg.sample.temperature)
         tokens = generate(serving, weights, prompt, jax.random.key(cfg.seed), n=cfg.sample.tokens, how=how)
     return cfg.sample.prompt + tokenizer.decode(jax.device_get(tokens)[0])

@@ -14,7 +14,7 @@ ALLOWED = {
     'data': {'config', 'errors'},
     'training': {'nn', 'data', 'config', 'errors', 'runtime'},
     'inference': {'nn', 'kernels', 'ops', 'data', 'config', 'errors'},
-    'analysis': {'training', 'inference', 'nn', 'data', 'ops', 'config', 'errors', 'runtime'},
+    'analysis': {'training', 'inference', 'nn', 'kernels', 'data', 'ops', 'config', 'errors', 'runtime'},
 }
 
 

@@ -16,7 +16,6 @@ from flax.core import meta
 from tqdm import tqdm
 
 from spark.analysis.timing import interleaved, row
-from spark.config import ServeConfig
 from spark.inference import model
 from spark.kernels import cpu
 from spark.nn.transformer import Transformer
@@ -47,6 +46,11 @@ def random_leaf(cfg):
     return leaf
 
 
+def here(cfg, dtype):
+    """The `Serving` of a ModelConfig on the first device."""
+    return model.serving_for(cfg, dtype, jax.devices()[0].platform)
+
+
 class Decoder:
     """A model of random weights behind a context of random keys and values; `step` decodes one token, `chunk` prefills some.
 
@@ -55,8 +59,8 @@ class Decoder:
     """
 
     def __init__(self, cfg, dtype, context, size, batch=1, weights=None, chunk=64):
-        self.serving = model.serving_for(cfg, dtype, jax.devices()[0].platform, serve=ServeConfig())
-        self.weights = model.lay_out(cfg, random_leaf(cfg), dtype) if weights is None else weights
+        self.serving = here(cfg, dtype)
+        self.weights = model.lay_out(self.serving, random_leaf(cfg)) if weights is None else weights
         key = jax.random.key(1, impl='rbg')
         fill = lambda x: jax.random.uniform(key, x.shape, jnp.float32, -1.7, 1.7).astype(x.dtype)
         empty = jax.jit(lambda: model.init_cache(self.serving, batch, size, chunk))()
@@ -93,13 +97,12 @@ def ffn_decode(spark, dense, repeats, layers=8):
     Args:
       spark, dense: ModelConfigs.
     """
-    platform, rows_ = jax.devices()[0].platform, []
-    sides = {}
+    rows_, sides = [], {}
     for name, cfg in {'spark': spark, 'dense': dense}.items():
         one = cfg.model_copy(update={'n_layers': layers, 'vocab_size': 8, 'pattern': ('global',)})
         one = one.model_copy(update={'attention': one.attention.model_copy(update={'window': 0})})
-        serving = model.serving_for(one, 'bfloat16', platform)
-        tables = model.lay_out(one, random_leaf(one), 'bfloat16')['layers']
+        serving = here(one, 'bfloat16')
+        tables = model.lay_out(serving, random_leaf(one))['layers']
         sides[name] = serving, [{k: w[k] for k in ('K1', 'records', 'keys', 'VT') if k in w} for w in tables]
     for batch in (1, 4, 16):
         x = jax.random.normal(jax.random.key(0), (batch, spark.d_model), sides['spark'][0].compute)
@@ -133,7 +136,7 @@ def ffn_decode(spark, dense, repeats, layers=8):
 def decode(spark, dense, repeats, contexts=(512, 8192)):
     """Whole models, token by token, batch 1: Spark against dense with and without the output head, and int8 against bfloat16."""
     rows_, repeats, cfgs = [], repeats or 9, (('spark', spark), ('dense', dense))
-    weights = {name: model.lay_out(cfg, random_leaf(cfg), 'bfloat16') for name, cfg in cfgs}
+    weights = {name: model.lay_out(here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs}
     _forget_peak()
 
     def compare(title, sides, head=True):
@@ -164,7 +167,7 @@ def decode(spark, dense, repeats, contexts=(512, 8192)):
 def prefill(spark, dense, repeats, length=4096, chunk=64):
     """A prompt in chunks, batch 1, bfloat16; the two sides take turns chunk by chunk."""
     cfgs = ('spark', spark), ('dense', dense)
-    weights = {name: model.lay_out(cfg, random_leaf(cfg), 'bfloat16') for name, cfg in cfgs}
+    weights = {name: model.lay_out(here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs}
     totals = {name: [] for name in weights}
     for i in tqdm(range(1 + (repeats or 1)), desc='prompts', leave=False):
         sides = {name: Decoder(cfg, 'bfloat16', 0, length, weights=weights[name], chunk=chunk) for name, cfg in cfgs}

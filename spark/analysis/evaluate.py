@@ -119,7 +119,7 @@ def load_to_serve(workdir, step=None, dtype='auto', serve=None, tick=lambda: Non
         tick(found.size)
         return found
 
-    weights = lay_out(cfg.model, leaf, dtype, lambda x: jax.device_put(x, split(x, 0)))
+    weights = lay_out(serving, leaf, lambda x: jax.device_put(x, split(x, 0)))
     checkpoints.close()
     return Served(cfg, step, tokenizer, serving, weights, mesh)
 

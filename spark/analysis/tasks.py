@@ -50,7 +50,7 @@ class HarnessModel(TemplateLM):
         dtype, mesh = trainer.model.dtype, trainer.mesh
         serving = serving_for(trainer.cfg.model, np.dtype(dtype).name, mesh.devices.flat[0].platform, mesh.size)
         with trainer.context():
-            return serving, jax.jit(lambda params: from_params(serving.cfg, params, serving.dtype))(self._model.params)
+            return serving, jax.jit(lambda params: from_params(serving, params))(self._model.params)
 
     @property
     def eot_token_id(self):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from spark.config import FFN_KINDS, ModelConfig, ServeConfig
 from spark.errors import ConfigError
-from spark.kernels import cpu, gather
+from spark.kernels import cpu, gather, rows_gpu, rows_tpu
 from spark.nn import attention as nn_attention
 from spark.nn import ffn as nn_ffn
 from spark.nn.layers import rms_norm, softcap
@@ -67,13 +67,12 @@ def serving_for(cfg, dtype, platform, devices=1, serve=None):
     serve = serve or ServeConfig()
     kernels = serve.kernels
     if kernels == 'auto':
-        fast = {'cpu': cpu.available()} | dict.fromkeys(READERS, True)
-        kernels = 'masked' if devices > 1 else platform if fast.get(platform) else 'gather'
-    if kernels in ('cpu', *READERS):
-        wrong = platform != kernels or devices > 1 or (kernels == 'cpu' and not cpu.available())
-        if wrong:
-            here = 'they were not built' if platform == kernels and devices == 1 else f'here is {devices} × {platform}'
-            raise ConfigError(f"serve.kernels = {kernels!r}: {here}; want 'gather', 'masked' or 'auto'")
+        here = platform in ('tpu', 'gpu') or (platform == 'cpu' and cpu.available())
+        kernels = 'masked' if devices > 1 else platform if here else 'gather'
+    if kernels in ('cpu', 'gpu', 'tpu'):
+        wrong = f'here is {devices} × {platform}' if platform != kernels or devices > 1 else ''
+        if wrong or (kernels == 'cpu' and not cpu.available()):
+            raise ConfigError(f"serve.kernels = {kernels!r}: {wrong or 'not built'}; want 'gather', 'masked' or 'auto'")
     return Serving(cfg, dtype, kernels, platform, serve.capacity, serve.overflow)
 
 
@@ -105,25 +104,26 @@ def rows(W, dtype):
     return Matrix(jnp.round(W / scales[..., None]).astype(jnp.int8), scales)
 
 
-def records(K2_xR, V_xD, dtype):
-    """Both rows of each entry side by side; their scales, if any, (…, 2)."""
+def records(K2_xR, V_xD, dtype, tiles=False):
+    """Both rows of each entry side by side; their scales, if any, (…, 2). In tiles for the TPU's kernel, which has no int8."""
     K2, V = rows(K2_xR, dtype), rows(V_xD, dtype)
     scales = None if K2.scales is None else jnp.stack([K2.scales, V.scales], axis=-1)
-    return Matrix(jnp.concatenate([K2.values, V.values], axis=-1), scales)
+    table = jnp.concatenate([K2.values, V.values], axis=-1)
+    return Matrix(rows_tpu.tiled(table) if tiles and scales is None else table, scales)
 
 
-def lay_out(cfg, leaf, dtype, place=lambda x: x):
+def lay_out(serving, leaf, place=lambda x: x):
     """The weights of a model for serving. Each leaf is asked for once and let go before the next: there is hardly a second copy.
 
     Args:
-      cfg: a ModelConfig.
+      serving: a `Serving`.
       leaf: a function of a parameter's path, such as ('groups', 'ffn_0', 'K1'), to the array.
-      dtype: one of DTYPES.
       place: puts an array that is made of them where it is to stay.
 
     Returns:
       {'embedding': Matrix, 'final_norm', 'layers': [{'norms', 'qkv', 'out', 'ffn'}]}.
     """
+    cfg, dtype = serving.cfg, serving.dtype
     groups, n = cfg.n_layers // len(cfg.pattern), len(cfg.pattern)
     layers = [{} for _ in range(cfg.n_layers)]
     gated, _, has_predictor = FFN_KINDS[cfg.ffn.kind]
@@ -142,7 +142,8 @@ def lay_out(cfg, leaf, dtype, place=lambda x: x):
         fill('out', jax.jit(lambda out: as_rows(out.reshape(-1, out.shape[-1]).T)), (f'attention_{i}', 'out'))
         if has_predictor:
             fill('K1', jax.jit(lambda K1: as_rows(K1.T)), (f'ffn_{i}', 'K1'))
-            fill('records', jax.jit(lambda K2, V: records(K2.T, V, dtype)), (f'ffn_{i}', 'K2'), (f'ffn_{i}', 'V'))
+            table = lambda K2, V: records(K2.T, V, dtype, tiles=serving.kernels == 'tpu')
+            fill('records', jax.jit(table), (f'ffn_{i}', 'K2'), (f'ffn_{i}', 'V'))
         else:
             names = ('K1', 'K2') if gated else ('K',)
             fill('keys', jax.jit(lambda *Ks: as_rows(*(K.T for K in Ks))), *((f'ffn_{i}', name) for name in names))
@@ -153,9 +154,9 @@ def lay_out(cfg, leaf, dtype, place=lambda x: x):
     return {'embedding': embedding, 'final_norm': leaf('final_norm', 'scale'), 'layers': layers}
 
 
-def from_params(cfg, params, dtype):
+def from_params(serving, params):
     """`lay_out` of a Transformer's parameters that are in memory."""
-    return lay_out(cfg, lambda *path: functools.reduce(lambda tree, name: tree[name], path, params['params']), dtype)
+    return lay_out(serving, lambda *path: functools.reduce(lambda tree, name: tree[name], path, params['params']))
 
 
 # — cache ———————————————————————————————————————————————————————————————————————————————————————————————————————————————————————
@@ -310,15 +311,22 @@ def ffn(serving, w, x_TxD):
     a, active = nn_ffn.sigma1(f, s)
     room, q2_TxR, identity, overflow = math.ceil(f.k * serving.capacity), x_TxD[:, f.r :], lambda s2: s2, jnp.zeros((), jnp.int32)
     if serving.kernels != 'masked' and 2 * len(x_TxD) * room <= f.d_ff:
-        y, overflow = gather.look_up(
-            q2_TxR, a, active, table.values, identity, room, serving.overflow, table.scales, READERS.get(serving.kernels)
-        )
+        read = _reader(serving, table)
+        y, overflow = gather.look_up(q2_TxR, a, active, table.values, identity, room, serving.overflow, table.scales, read)
     else:
         y = gather.masked(q2_TxR, a, table.values, identity, table.scales)
-    return y.astype(serving.compute), {'active': jnp.sum(active, axis=-1), 'overflow': overflow}
+    return y[:, : x_TxD.shape[1]].astype(serving.compute), {'active': jnp.sum(active, axis=-1), 'overflow': overflow}
 
 
-READERS = {}
+def _reader(serving, table):
+    """The Pallas kernel that reads a layer's records, or None; interpreted where it is not at home."""
+    interpret = {'interpret': serving.platform != serving.kernels}
+    if serving.kernels == 'tpu' and table.values.ndim == 3:
+        return functools.partial(rows_tpu.read_rows, **interpret)
+    D, r = serving.cfg.d_model, serving.cfg.ffn.r
+    if serving.kernels == 'gpu' and table.scales is None and rows_gpu.columns(D - r, D):
+        return functools.partial(rows_gpu.read_rows, **interpret)
+    return None
 
 
 def union(share, n):

@@ -16,7 +16,7 @@ from tests.helpers import model_and_params, random_rows, small
 def served(cfg):
     """A random model of a config, in training and in serving form."""
     model, params = model_and_params(cfg)
-    return model, params, (Serving(cfg.model), from_params(cfg.model, params, 'float32'))
+    return model, params, (Serving(cfg.model), from_params(Serving(cfg.model), params))
 
 
 @pytest.mark.parametrize('kind', ['dense', 'spark'])

@@ -45,7 +45,7 @@ def test_decoding_equals_the_full_forward_pass(kind, kernels, chunk):
     tokens = random_rows(cfg, length=LENGTH)[0]
     expected = full_logits(model, params, tokens)
     serving = Serving(cfg.model, kernels=kernels)
-    logits, cache, counts = piecewise(serving, from_params(cfg.model, params, 'float32'), tokens, chunk, whole=32)
+    logits, cache, counts = piecewise(serving, from_params(Serving(cfg.model), params), tokens, chunk, whole=32)
     assert [layer['keys'].shape[2] for layer in cache.layers[:2]] == [7 if chunk == 1 else 16, LENGTH + chunk]
     for place, found in logits.items():
         np.testing.assert_allclose(found, expected[:, place], atol=1e-3)
@@ -62,7 +62,7 @@ def test_every_kind_of_ffn(kind, kernels):
     model, params = model_and_params(cfg)
     tokens = random_rows(cfg, length=12)[0]
     expected = full_logits(model, params, tokens)
-    logits, _, _ = piecewise(Serving(cfg.model, kernels=kernels), from_params(cfg.model, params, 'float32'), tokens, 4, whole=8)
+    logits, _, _ = piecewise(Serving(cfg.model, kernels=kernels), from_params(Serving(cfg.model), params), tokens, 4, whole=8)
     for place, found in logits.items():
         np.testing.assert_allclose(found, expected[:, place], atol=1e-3)
 
@@ -74,7 +74,7 @@ def test_every_topk_of_a_spark_ffn(topk, huber, kernels):
     model, params = model_and_params(cfg)
     tokens = random_rows(cfg, length=12)[0]
     expected = full_logits(model, params, tokens)
-    logits, _, _ = piecewise(Serving(cfg.model, kernels=kernels), from_params(cfg.model, params, 'float32'), tokens, 4, whole=8)
+    logits, _, _ = piecewise(Serving(cfg.model, kernels=kernels), from_params(Serving(cfg.model), params), tokens, 4, whole=8)
     np.testing.assert_allclose(logits[11], expected[:, 11], atol=1e-3)
 
 
@@ -85,7 +85,7 @@ def test_padding_changes_nothing(kind, kernels):
     model, params = model_and_params(cfg)
     tokens = random_rows(cfg, length=24)[0]
     padded = jnp.concatenate([tokens[:, :5] * 0 + 7, tokens], axis=1)[:, :24]
-    weights, serving = from_params(cfg.model, params, 'float32'), Serving(cfg.model, kernels=kernels)
+    weights, serving = from_params(Serving(cfg.model), params), Serving(cfg.model, kernels=kernels)
     logits, _, _ = piecewise(serving, weights, padded, 8, whole=16, first=jnp.array([5, 0]))
     np.testing.assert_allclose(logits[23][0], full_logits(model, params, tokens)[0, 18], atol=1e-3)
     np.testing.assert_allclose(logits[23][1], full_logits(model, params, padded)[1, 23], atol=1e-3)
@@ -97,7 +97,7 @@ def test_rounded_weights_are_near_and_all_kernels_agree_on_them(dtype):
     cfg = small('dense')
     model, params = model_and_params(cfg)
     tokens = random_rows(cfg, length=16)[0]
-    weights = from_params(cfg.model, params, dtype)
+    weights = from_params(Serving(cfg.model, dtype), params)
     found = [piecewise(Serving(cfg.model, dtype, k.values[0] if hasattr(k, 'values') else k), weights, tokens, 8, 8)[0][15]
              for k in KERNELS if not hasattr(k, 'marks') or cpu.available()]  # fmt: skip
     expected = full_logits(model, params, tokens)[:, 15]
@@ -128,7 +128,7 @@ def test_the_layout_holds_one_copy():
             node = node[name]
         return node
 
-    weights = lay_out(cfg.model, leaf, 'bfloat16')
+    weights = lay_out(Serving(cfg.model, 'bfloat16'), leaf)
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     assert count(weights) == count(params) and len(set(asked)) == len(asked) == len(jax.tree.leaves(params))
 
@@ -136,7 +136,7 @@ def test_the_layout_holds_one_copy():
 def test_too_little_room_is_counted_and_by_default_costs_time_only():
     cfg = small('spark', **{'model.ffn.d_ff': 192, 'model.n_layers': 2})
     model, params = model_and_params(cfg)
-    tokens, weights = random_rows(cfg, length=12)[0], from_params(cfg.model, params, 'float32')
+    tokens, weights = random_rows(cfg, length=12)[0], from_params(Serving(cfg.model), params)
     expected = full_logits(model, params, tokens)[:, 11]
     results = {}
     for overflow in ('masked', 'drop'):
@@ -147,6 +147,18 @@ def test_too_little_room_is_counted_and_by_default_costs_time_only():
     assert results['masked'] < 1e-3 < results['drop']
 
 
+@pytest.mark.parametrize('kernels', ['tpu', 'gpu'])
+def test_the_pallas_kernels_interpreted(kernels):
+    widths = {'model.d_model': 64, 'model.ffn.d_ff': 256, 'model.ffn.k': 16, 'model.ffn.r': 32, 'model.n_layers': 2}
+    cfg = small('spark', **widths)
+    model, params = model_and_params(cfg)
+    tokens, serving = random_rows(cfg, length=10)[0], Serving(cfg.model, kernels=kernels)
+    logits, _, _ = piecewise(serving, from_params(serving, params), tokens, 4, whole=8)
+    expected = full_logits(model, params, tokens)
+    for place, found in logits.items():
+        np.testing.assert_allclose(found, expected[:, place], atol=1e-3)
+
+
 def test_weights_over_several_devices():
     cfg = small('spark')
     model, params = model_and_params(cfg)
@@ -154,7 +166,7 @@ def test_weights_over_several_devices():
     mesh = jax.make_mesh((8,), ('devices',), axis_types=(AxisType.Auto,))
     weights = jax.tree.map(
         lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec('devices' if x.shape[0] % 8 == 0 else None))),
-        from_params(cfg.model, params, 'float32'),
+        from_params(Serving(cfg.model), params),
     )
     with jax.set_mesh(mesh):
         logits, _, _ = piecewise(Serving(cfg.model), weights, tokens, 4, whole=8)

@@ -1,0 +1,100 @@
+"""Reading the active records alone: plain JAX and the Pallas kernels, against the whole computation."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spark.kernels import gather, rows_gpu, rows_tpu
+from tests.helpers import ROOT
+
+
+def example(T, R, D, n, share, dtype=jnp.float32):
+    """q2, weights, which are active, and a table."""
+    keys = jax.random.split(jax.random.key(T + R + D + n), 4)
+    q2, table = jax.random.normal(keys[0], (T, R), dtype), jax.random.normal(keys[1], (n, R + D), dtype) / R**0.5
+    active = jax.random.uniform(keys[2], (T, n)) < share
+    return q2, jnp.where(active, jax.random.normal(keys[3], (T, n), dtype), 0), active, table
+
+
+@given(T=st.integers(1, 4), R=st.integers(1, 9), D=st.integers(1, 9), n=st.integers(1, 30), share=st.floats(0, 1), data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_gathered_is_masked(T, R, D, n, share, data):
+    room = data.draw(st.integers(1, n))
+    q2, a, active, table = example(T, R, D, n, share)
+    expected = gather.masked(q2, a, table, jax.nn.softplus)
+    y, overflow = gather.look_up(q2, a, active, table, jax.nn.softplus, room)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    over = np.asarray(active).sum(-1) > room
+    assert int(overflow) == over.sum()
+    y, _ = gather.look_up(q2, a, active, table, jax.nn.softplus, room, overflow='drop')
+    np.testing.assert_allclose(y[~over], expected[~over], atol=1e-4)
+
+
+@pytest.mark.parametrize('kernel', ['tpu', 'gpu'])
+@pytest.mark.parametrize(('T', 'R', 'D', 'n', 'share'), [(1, 128, 256, 90, 0.3), (3, 32, 64, 40, 0.9), (2, 48, 32, 50, 0.02)])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_pallas_kernels_interpreted(kernel, T, R, D, n, share, dtype):
+    """A query with none, some and as many entries as there is room for; a room that is no multiple of a block."""
+    q2, a, active, table = example(T, R, D, n, share, dtype)
+    active = active.at[0].set(False) if T > 1 else active
+    a = jnp.where(active, a, 0)
+    expected = gather.masked(q2.astype(jnp.float32), a.astype(jnp.float32), table.astype(jnp.float32), lambda s: s)
+    room = max(1, int(active.sum(-1).max()))
+    if kernel == 'tpu':
+        read, table = lambda *args: rows_tpu.read_rows(*args, interpret=True), rows_tpu.tiled(table)
+    else:
+        read = lambda *args: rows_gpu.read_rows(*args, interpret=True)
+    y, overflow = gather.look_up(q2, a, active, table, lambda s: s, room, read=read)
+    assert int(overflow) == 0
+    np.testing.assert_allclose(y[:, :D].astype(jnp.float32), expected, atol=1e-4 if dtype == jnp.float32 else 0.05)
+
+
+def shapes(tiles, sharding=None):
+    """A decoding step of the 2B model's FFN."""
+    T, R, D, n, room = 2, 1280, 2304, 13824, 1659
+    table = (n, 32, 128) if tiles else (n, R + D)
+    of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return (of((T, R), jnp.bfloat16), of((T, room), jnp.float32), of((T, room), jnp.int32), of((T,), jnp.int32),
+            of(table, jnp.bfloat16))  # fmt: skip
+
+
+def test_the_gpu_kernel_lowers_for_cuda():
+    lowered = jax.jit(rows_gpu.read_rows).trace(*shapes(tiles=False)).lower(lowering_platforms=('cuda',))
+    assert 'spark_read_rows' in lowered.as_text()
+
+
+def test_widths_that_the_gpu_kernel_takes():
+    assert rows_gpu.columns(1280, 2304) == 256 and rows_gpu.columns(48, 32) == 16 and rows_gpu.columns(20, 36) == 0
+
+
+COMPILE = """
+import sys
+import jax
+from jax.sharding import SingleDeviceSharding
+from spark.analysis import aot
+from spark.kernels import rows_tpu
+from tests.kernels.test_rows import shapes
+
+args = shapes(True, SingleDeviceSharding(aot.devices(sys.argv[1])[0]))
+compiled = jax.jit(rows_tpu.read_rows).lower(*args).compile()
+assert compiled.as_text().count('tpu_custom_call') == 1
+# The table is read where it lies.
+assert compiled.memory_analysis().temp_size_in_bytes < 1e6
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='wants libtpu')
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v6e:2x2'])
+def test_the_tpu_kernel_compiles_for_chips_that_are_not_there(topology):
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
+    done = subprocess.run([sys.executable, '-c', COMPILE, topology], env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
