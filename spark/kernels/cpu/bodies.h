@@ -236,6 +236,51 @@ INLINE Moments moments(const float* s, int n) {
   return {mean, std::sqrt(variance / most(n - 1, 1))};
 }
 
+INLINE float largest(const float* s, int n) {
+  if (n < W) {
+    float m = s[0];
+    for (int i = 1; i < n; ++i) m = s[i] > m ? s[i] : m;
+    return m;
+  }
+  Float m = load(s);
+  for (int i = W; i + W <= n; i += W) m = max(m, load(s + i));
+  m = max(m, load(s + n - W));
+  float most = m[0];
+  for (int i = 1; i < W; ++i) most = m[i] > most ? m[i] : most;
+  return most;
+}
+
+// The entries of s[0..n) that are at least theta, side by side in `kept`, their places in `list`; both with room for n + W. How many.
+INLINE int compact(const float* s, int n, float theta, int* list, float* kept) {
+  int count = 0, i = 0;
+#if SPARK_WIDTH == 16
+  __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; i + W <= n; i += W) {
+    const __m512 v = _mm512_loadu_ps(s + i);
+    const __mmask16 mask = _mm512_cmp_ps_mask(v, _mm512_set1_ps(theta), _CMP_GE_OQ);
+    _mm512_storeu_ps(kept + count, _mm512_maskz_compress_ps(mask, v));
+    _mm512_storeu_si512(list + count, _mm512_maskz_compress_epi32(mask, places));
+    places = _mm512_add_epi32(places, _mm512_set1_epi32(W));
+    count += __builtin_popcount(mask);
+  }
+#elif SPARK_WIDTH == 8
+  for (; i + W <= n; i += W) {
+    int mask = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(s + i), _mm256_set1_ps(theta), _CMP_GE_OQ));
+    for (; mask; mask &= mask - 1) {
+      list[count] = i + __builtin_ctz(mask);
+      kept[count] = s[list[count]];
+      ++count;
+    }
+  }
+#endif
+  for (; i < n; ++i) {
+    list[count] = i;
+    kept[count] = s[i];
+    count += s[i] >= theta;
+  }
+  return count;
+}
+
 // y[c][0..n) += a[c] * v, for tokens that share a row.
 template <int C, bool Fetch = false, class T>
 INLINE void spread(const T* v, const float* a, float* const* y, int n, [[maybe_unused]] ptrdiff_t ahead = 0) {
@@ -351,55 +396,65 @@ void ffn_tile(const FFN<T>& m, Pool& pool) {
     each(weight, pairs, [&](Float x) { return gelu(x); });
 
     auto record = [&](int j) { return m.records.values + size_t(list[least(j, n - 1)]) * width; };
-    // What comes `steps` records later is on its way meanwhile.
-    auto keys = [&](int j, int steps) {
-      const T* k2 = record(j);
-      float scale = m.records.scales ? m.records.scales[2 * size_t(list[j])] * m.records.scales[2 * size_t(list[j]) + 1] : 1.0f;
-      by_fours(starts[j + 1] - starts[j], [&](auto size, auto first, int i) {
-        constexpr int C = decltype(size)::value;
-        const float* q2[C];
-        float out[1][C];
-        for (int c = 0; c < C; ++c) q2[c] = m.x + size_t(token[starts[j] + i + c]) * D + r;
-        dots<1, C, decltype(first)::value>(&k2, q2, rest, out, record(j + steps) - k2);
-        for (int c = 0; c < C; ++c) weight[starts[j] + i + c] *= out[0][c] * scale;
-      });
-    };
-    if (tokens <= 4) {  // record by record, each one run of memory
+    if (tokens <= 4) {  // record by record, each one run of memory, while the one after the next is on its way
       for (int j = 0; j < n; ++j) {
-        keys(j, 2);
+        const T* k2 = record(j);
+        const ptrdiff_t ahead = record(j + 2) - k2;
+        const float scale = m.records.scales ? m.records.scales[2 * size_t(list[j])] * m.records.scales[2 * size_t(list[j]) + 1] : 1.0f;
+        by_fours(starts[j + 1] - starts[j], [&](auto size, auto first, int i) {
+          constexpr int C = decltype(size)::value;
+          const float* q2[C];
+          float out[1][C];
+          for (int c = 0; c < C; ++c) q2[c] = m.x + size_t(token[starts[j] + i + c]) * D + r;
+          dots<1, C, decltype(first)::value>(&k2, q2, rest, out, ahead);
+          for (int c = 0; c < C; ++c) weight[starts[j] + i + c] *= out[0][c] * scale;
+        });
         by_fours(starts[j + 1] - starts[j], [&](auto size, auto first, int i) {
           constexpr int C = decltype(size)::value;
           float* to[C];
           for (int c = 0; c < C; ++c) to[c] = y + size_t(token[starts[j] + i + c]) * D;
-          spread<C, decltype(first)::value>(record(j) + rest, weight + starts[j] + i, to, D, record(j + 2) - record(j));
+          spread<C, decltype(first)::value>(k2 + rest, weight + starts[j] + i, to, D, ahead);
         });
       }
       return;
     }
-    // Some records, then token by token what they add to some columns of y, which stay in registers; their values stay in cache.
-    constexpr int SOME = 128, C = 8;
+    // Some records, and token by token what they add: a token's query, or some columns of its y, stay in the nearest cache or in
+    // registers while the records that it activates come from the next one. Meanwhile the next records are on their way.
+    constexpr int SOME = 96, C = 8, LINES = LINE / int(sizeof(T));
     Scratch<int> from(tokens + 1);
+    Scratch<const T*> row(size_t(SOME) * tokens);
+    Scratch<float> a(size_t(SOME) * tokens), scales(size_t(SOME) * tokens);
     for (int j0 = 0; j0 < n; j0 += SOME) {
-      const int j1 = least(n, j0 + SOME), p0 = starts[j0];
-      for (int j = j0; j < j1; ++j) {
-        keys(j, 2);
-        for (int i = 0; i < C * W; i += LINE / int(sizeof(T))) prefetch(record(j) + rest + i);
-      }
+      const int j1 = least(n, j0 + SOME), next = least(n, j1 + SOME) - j1;
       std::memset(from, 0, sizeof(int) * (tokens + 1));
-      for (int p = p0; p < starts[j1]; ++p) ++from[token[p] + 1];
+      for (int p = starts[j0]; p < starts[j1]; ++p) ++from[token[p] + 1];
       for (int t = 0; t < tokens; ++t) from[t + 1] += from[t];
-      Scratch<const T*> row(starts[j1] - p0);
-      Scratch<float> a(starts[j1] - p0);
       for (int j = j0; j < j1; ++j)
         for (int p = starts[j]; p < starts[j + 1]; ++p) {
           const int place = from[token[p]]++;
-          row[place] = record(j) + rest;
+          row[place] = record(j);
           a[place] = weight[p];
+          if (m.records.scales) scales[place] = m.records.scales[2 * size_t(list[j])] * m.records.scales[2 * size_t(list[j]) + 1];
         }
-      for (int begin = 0; begin < D; begin += C * W)
+      for (int t = 0, p = 0; t < tokens; p = from[t++]) {
+        for (int j = j0 + (j1 - j0) * t / tokens; j < j0 + (j1 - j0) * (t + 1) / tokens; ++j)
+          for (int i = 0; i < C * W; i += LINES) prefetch(record(j) + rest + i);
+        const float* q2 = m.x + size_t(t) * D + r;
+        by_fours(from[t] - p, [&](auto size, auto, int i) {
+          constexpr int R = decltype(size)::value;
+          float out[R][1];
+          dots<R, 1>(row + p + i, &q2, rest, out);
+          for (int c = 0; c < R; ++c) a[p + i + c] *= m.records.scales ? out[c][0] * scales[p + i + c] : out[c][0];
+        });
+      }
+      const int tiles = (D + C * W - 1) / (C * W), lines = (rest + LINES - 1) / LINES;
+      for (int tile = 0; tile < tiles; ++tile)
         for (int t = 0, p = 0; t < tokens; p = from[t++]) {
+          const int begin = tile * C * W;
           for (int j = j0 + (j1 - j0) * t / tokens; j < j0 + (j1 - j0) * (t + 1) / tokens; ++j)
-            for (int i = 0; i < C * W; i += LINE / int(sizeof(T))) prefetch(record(j) + rest + begin + C * W + i);
+            for (int i = 0; i < C * W; i += LINES) prefetch(record(j) + rest + begin + C * W + i);
+          const int64_t turn = int64_t(tile) * tokens + t, turns = int64_t(tiles) * tokens, all = int64_t(next) * lines;
+          for (int64_t i = all * turn / turns; i < all * (turn + 1) / turns; ++i) prefetch(record(j1 + i / lines) + i % lines * LINES);
           float* to = y + size_t(t) * D + begin;
           if (begin + C * W <= D) {
             Float acc[C];
@@ -407,11 +462,11 @@ void ffn_tile(const FFN<T>& m, Pool& pool) {
             for (int c = 0; c < C; ++c) acc[c] = load(to + c * W);
             for (int i = p; i < from[t]; ++i)
 #pragma GCC unroll 8
-              for (int c = 0; c < C; ++c) acc[c] += a[i] * load(row[i] + begin + c * W);
+              for (int c = 0; c < C; ++c) acc[c] += a[i] * load(row[i] + rest + begin + c * W);
 #pragma GCC unroll 8
             for (int c = 0; c < C; ++c) store(to + c * W, acc[c]);
           } else {
-            for (int i = p; i < from[t]; ++i) spread<1>(row[i] + begin, a + i, &to, D - begin);
+            for (int i = p; i < from[t]; ++i) spread<1>(row[i] + rest + begin, a + i, &to, D - begin);
           }
         }
     }
@@ -481,8 +536,8 @@ void attention(const Attention<T>& m, Pool& pool) {
     // A token that pads its row sees itself alone.
     auto from = [&](int place) { return least(place, most(m.first[b], m.window ? place - m.window + 1 : 0)); };
     const int begin = from(m.length + l0), end = m.length + l1, span = end - begin, n = (l1 - l0) * G;
-    Scratch<float> q(size_t(n) * d), scores(size_t(n) * span), y(size_t(n) * d), weights(span);
-    Scratch<int> list(span);
+    Scratch<float> q(size_t(n) * d), scores(size_t(n) * span), y(size_t(n) * d), weights(span + W), gate(span);
+    Scratch<int> list(span + W);
     for (int g = 0; g < G; ++g)
       for (int l = l0; l < l1; ++l)
         std::memcpy(q + size_t(g * (l1 - l0) + l - l0) * d, m.q + ((size_t(head) * G + g) * L + l) * d, sizeof(float) * d);
@@ -501,31 +556,28 @@ void attention(const Attention<T>& m, Pool& pool) {
     for (int i = 0; i < n; ++i) {
       const int l = l0 + i % (l1 - l0), place = m.length + l, lo = from(place), visible = place - lo + 1;
       float *row = scores + size_t(i) * span, *s = row + (lo - begin);
-      float largest = s[0];
-      for (int j = 1; j < visible; ++j) largest = s[j] > largest ? s[j] : largest;
+      const float top = largest(s, visible);
       int count = visible;
       float theta = -INFINITY;
       if (m.k && visible > m.k) {
         Moments found = moments(s, visible);
         theta = found.mean + found.std * m.quantiles[visible];
-        theta = theta < largest ? theta : largest;
+        theta = theta < top ? theta : top;
       }
-      const float cap = m.cap, high = cap ? cap * std::tanh(largest / cap) : largest;
+      const float cap = m.cap, high = cap ? cap * std::tanh(top / cap) : top;
       auto weigh = [&](Float x) { return exp((cap ? cap * tanh(x / cap) : x) - high); };
       if (m.k) {
-        count = 0;
-        for (int j = 0; j < visible; ++j) {
-          list[count] = j;
-          weights[count] = s[j];
-          count += s[j] >= theta;
-        }
+        count = compact(s, visible, theta, list, weights);
         each(weights, count, weigh);
         float total = 0;
         for (int j = 0; j < count; ++j) total += weights[j];
         // What survives: the rest of its key, and its value, side by side.
-        auto at = [&](int j) { return records + size_t((lo + list[least(j, count - 1)]) % S) * width; };
+        const int start = lo % S;
+        auto at = [&](int j) {
+          const int slot = start + list[least(j, count - 1)];
+          return records + size_t(slot < S ? slot : slot - S) * width;
+        };
         const float* q2 = q + size_t(i) * d + r;
-        Scratch<float> gate(count);
         by_fours(count, [&](auto size, auto, int j) {
           constexpr int R = decltype(size)::value;
           const T* k2[R];
