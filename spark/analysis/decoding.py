@@ -6,7 +6,6 @@ larger than the last-level cache. On CPUs the kernels of `kernels.cpu`, elsewher
 
 import functools
 import itertools
-import resource
 import time
 
 import jax
@@ -135,9 +134,8 @@ def ffn_decode(spark, dense, repeats, layers=8):
 
 def decode(spark, dense, repeats, contexts=(512, 8192)):
     """Whole models, token by token, batch 1: Spark against dense with and without the output head, and int8 against bfloat16."""
-    rows_, repeats, cfgs = [], repeats or 9, (('spark', spark), ('dense', dense))
+    rows_, repeats, cfgs, before = [], repeats or 9, (('spark', spark), ('dense', dense)), _memory('VmRSS')
     weights = {name: model.lay_out(here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs}
-    _forget_peak()
 
     def compare(title, sides, head=True):
         gigabytes = bandwidth()
@@ -156,7 +154,7 @@ def decode(spark, dense, repeats, contexts=(512, 8192)):
         compare(f'Spark against dense, context {context}', sides)
         compare(f'the same without the output head, context {context}', sides, head=False)
         held = sum(x.nbytes for x in jax.tree.leaves([weights, [side.cache for side in sides.values()]]))
-        rows_[-1] |= {'weights_and_caches_gb': held / 1e9, 'peak_memory_over_that': peak_memory() / held}
+        rows_[-2] |= {'weights_and_caches_gb': held / 1e9, 'peak_memory_over_that': (peak_memory(sides) - before) / held}
     for name, cfg in cfgs:
         sides = {'int8': Decoder(cfg, 'int8', 512, 640), 'bfloat16': Decoder(cfg, 'bfloat16', 512, 640, weights=weights[name])}
         compare(f'{name}, int8 against bfloat16, context 512', sides)
@@ -186,19 +184,21 @@ def prefill(spark, dense, repeats, length=4096, chunk=64):
     return [row(f'prefill: Spark against dense, {length} tokens in chunks of {chunk}', ms['spark'], ms['dense'], **details)]
 
 
-def peak_memory():
-    """Bytes of the most memory that this process held since `_forget_peak`, or since its start where nothing else is known."""
-    try:
-        with open('/proc/self/status') as f:
-            return next(int(line.split()[1]) for line in f if line.startswith('VmHWM')) * 1024
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _forget_peak():
+def peak_memory(sides):
+    """The most bytes that this process held while each of some Decoders took a step; what Linux says, elsewhere 0."""
     try:
         with open('/proc/self/clear_refs', 'w') as f:
             f.write('5')
     except OSError:
-        pass
+        return 0
+    for side in sides.values():
+        jax.block_until_ready(side.step())
+    return _memory('VmHWM')
 
+
+def _memory(what):
+    try:
+        with open('/proc/self/status') as f:
+            return next(int(line.split()[1]) for line in f if line.startswith(what)) * 1024
+    except (OSError, StopIteration):
+        return 0

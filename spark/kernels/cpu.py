@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtri
 
-SETS = ('best', 'portable', 'avx2', 'avx512')  # instruction sets; SSE2 or NEON are the portable one's
+# Instruction sets; SSE2 or NEON are the portable one's. $SPARK_CPU_INSTRUCTIONS says which is the best, to try another.
+SETS = ('best', 'portable', 'avx2', 'avx512')
 
 
 @functools.cache
@@ -111,6 +112,8 @@ def read(x, *, instructions='best'):
 
 
 def _call(name, shapes, instructions, aliases=None, **attrs):
+    if instructions == 'best':
+        instructions = os.environ.get('SPARK_CPU_INSTRUCTIONS', 'best')
     _library()
     call = jax.ffi.ffi_call(name, shapes, input_output_aliases=aliases)
     return functools.partial(call, set=np.int64(SETS.index(instructions)), **attrs)
