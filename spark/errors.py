@@ -1,5 +1,6 @@
 """What can go wrong for a user, each with its exit code; and the wrapper that turns it into one line."""
 
+import os
 import sys
 
 from absl import flags
@@ -46,16 +47,20 @@ def run(main, check=None):
 
     `check(argv)` may raise a ConfigError before the flags are parsed, where it has better words than their parser.
     """
-    if {'-h', '--help'} & set(sys.argv[1:]):
-        print(sys.modules['__main__'].__doc__.strip(), flags.FLAGS.main_module_help(), sep='\n')
-        sys.exit(0)
     try:
-        if check:
-            check(sys.argv[1:])
-        _parse_flags()
-        main()
+        if {'-h', '--help'} & set(sys.argv[1:]):
+            print(sys.modules['__main__'].__doc__.strip(), flags.FLAGS.main_module_help(), sep='\n')
+        else:
+            if check:
+                check(sys.argv[1:])
+            _parse_flags()
+            main()
+        sys.stdout.flush()
     except SparkError as e:
         _say(f'{type(e).__name__}: {e}', e.exit_code)
+    except BrokenPipeError:  # whoever read what is printed has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
 
 
 def _parse_flags():

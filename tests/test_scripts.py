@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from spark.kernels import cpu
 from tests.helpers import ROOT, records, write_corpus
 
 STEPS = 24
@@ -252,10 +254,10 @@ def test_a_sweep_is_stopped_resumed_and_tells_what_failed(place):
     one_line(run_script(tmp, *args, '--axis=model.ffn.kk=1'), 2, '--axis=model.ffn.kk=1: no such field; did you mean k?')
 
 
-def generate(tmp, *args):
+def generate(tmp, *args, **env):
     """scripts/generate.py on the whole run."""
     command = script('generate.py', f'--workdir={tmp}/whole', *args)
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(tmp))
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(tmp) | env)
 
 
 def test_generate(place):
@@ -275,6 +277,39 @@ def test_generate(place):
     assert stopped.stdout.split('\n')[0] == ('spark' + report['texts'][0].partition(stop)[0]).split('\n')[0]
 
 
+def test_generate_by_other_kernels(place):
+    """The same greedy text from weights of the same dtype; a word if the CPU kernels were not built; and int8."""
+    tmp, _ = place
+    args = '--prompt=spark', '--temperature=0', '--n=12', f'--json={tmp}/other.json'
+    texts, reports = set(), {}
+    more = {'auto': [], 'masked': ['--kernels=masked'], 'none': [], 'int8': ['--dtype=int8']}
+    for name in more:
+        done = generate(tmp, *args, *more[name], **({'SPARK_CPU_KERNELS': 'none'} if name == 'none' else {}))
+        assert done.returncode == 0, done.stderr
+        reports[name] = json.loads((tmp / 'other.json').read_text())
+        assert ('The CPU kernels were not built' in done.stdout) == (name == 'none' or not cpu.available())
+        if name != 'int8':
+            texts.add(reports[name]['texts'][0])
+    assert len(texts) == 1
+    assert [reports[name]['kernels'] for name in ('masked', 'none')] == ['masked', 'gather']
+    assert reports['int8']['dtype'] == 'int8' and reports['int8']['gb_per_step'] < reports['auto']['gb_per_step'] / 2
+    assert 0 < reports['auto']['active'] < 96 and reports['auto']['attended'] > 0
+
+
+def test_whoever_reads_may_stop():
+    piped = subprocess.run(f'{shlex.join(script("train.py", "--help"))} | head -1', shell=True, capture_output=True, text=True)
+    assert piped.stdout.count('\n') == 1 and not piped.stderr
+
+
+def test_an_install_without_a_compiler(tmp_path):
+    """setup.py goes on, and builds nothing."""
+    command = [sys.executable, 'setup.py', '-q', 'build_ext', f'--build-lib={tmp_path}', f'--build-temp={tmp_path}']
+    env = os.environ | {'CC': '/bin/false', 'CXX': '/bin/false'}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob('_cpu*'))
+
+
 @pytest.mark.parametrize(
     ('args', 'code', 'message'),
     [
@@ -283,6 +318,7 @@ def test_generate(place):
         (['--prompt=a', '--prompt=b', '--stream'], 2, '--stream: of one prompt, here are 2'),
         (['--prompt=a', '--top_p=2'], 2, 'flag --top_p=2'),
         (['--prompt=a', '--step=3'], 5, 'no step 3'),
+        (['--prompt=a', '--kernels=tpu'], 2, "serve.kernels = 'tpu': here is 1 × cpu; want 'gather'"),
     ],
 )
 def test_what_generate_cannot_do(place, args, code, message):

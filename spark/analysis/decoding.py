@@ -50,6 +50,9 @@ def here(cfg, dtype):
     return model.serving_for(cfg, dtype, jax.devices()[0].platform)
 
 
+_whole, _headless = (jax.jit(f, static_argnums=0, donate_argnums=2) for f in (model.forward, model.hidden))
+
+
 class Decoder:
     """A model of random weights behind a context of random keys and values; `step` decodes one token, `chunk` prefills some.
 
@@ -65,21 +68,19 @@ class Decoder:
         empty = jax.jit(lambda: model.init_cache(self.serving, batch, size, chunk))()
         self.cache = model.Cache(jax.tree.map(jax.jit(fill), empty.layers), jnp.asarray(context, jnp.int32))
         self.first, self.counts, self._batch = jnp.zeros(batch, jnp.int32), None, batch
-        run = lambda f: jax.jit(functools.partial(f, self.serving), donate_argnums=1)
-        self._whole, self._headless = run(model.forward), run(model.hidden)
 
     def _run(self, f, tokens):
-        self.cache, y, self.counts = f(self.weights, self.cache, tokens, self.first)
+        self.cache, y, self.counts = f(self.serving, self.weights, self.cache, tokens, self.first)
         return y
 
     def step(self, head=True):
         """Decodes a token; the logits, or without `head` the hidden states."""
-        return self._run(self._whole if head else self._headless, jnp.ones((self._batch, 1), jnp.int32))
+        return self._run(_whole if head else _headless, jnp.ones((self._batch, 1), jnp.int32))
 
     def chunk(self, size):
         """Prefills `size` tokens, different ones."""
         tokens = (jnp.arange(size) * 7919 % self.serving.cfg.vocab_size)[None].repeat(self._batch, 0).astype(jnp.int32)
-        return self._run(self._whole, tokens)
+        return self._run(_whole, tokens)
 
     def activity(self):
         """{'active', 'attended'}: means per token and layer of the last step."""

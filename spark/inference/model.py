@@ -216,8 +216,7 @@ def hidden(serving, weights, cache, tokens_BxL, first_B):
         x_BxLxD = x_BxLxD * E.scales[tokens_BxL][..., None]
     x_BxLxD = x_BxLxD.astype(serving.compute) * jnp.asarray(D**0.5, serving.compute)
     positions_BxL = jnp.maximum(cache.length + jnp.arange(L) - first_B[:, None], 0)
-    # Once, not in every fusion of every layer that wants them: XLA:CPU takes 10 ns for each sine.
-    angles = jax.lax.optimization_barrier(nn_attention.angles(cfg.attention, positions_BxL))
+    angles = nn_attention.angles(cfg.attention, positions_BxL)
     layers, counts = [], []
     for i, w in enumerate(weights['layers']):
         window = cfg.attention.window if cfg.pattern[i % len(cfg.pattern)] == 'local' else 0

@@ -21,10 +21,10 @@ SETS = ('best', 'portable', 'avx2', 'avx512')
 
 @functools.cache
 def _library():
-    """The library, its functions registered with XLA; None if it was not built. $SPARK_CPU_KERNELS names another one."""
+    """The library, its functions registered with XLA; None if it was not built. $SPARK_CPU_KERNELS names another, or 'none'."""
     built = [pathlib.Path(__file__).with_name(f'_cpu{suffix}') for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     path = os.environ.get('SPARK_CPU_KERNELS') or next((path for path in built if path.exists()), None)
-    if path is None:
+    if path in (None, 'none'):
         return None
     library = ctypes.CDLL(str(path))
     for name in ('spark_matmul', 'spark_ffn', 'spark_attention', 'spark_read'):

@@ -114,9 +114,13 @@ class Scratch {
   T* p_;
 };
 
+// f(i) for i in [0, n); by one thread if `work`, in floats that go by, is too little to share.
 template <class F>
-void parallel(Pool& pool, int n, F f) {
-  pool.run(n, [](void* context, int i) { (*static_cast<F*>(context))(i); }, &f);
+void parallel(Pool& pool, int n, F f, size_t work = 1 << 20) {
+  if (work < 1 << 16)
+    for (int i = 0; i < n; ++i) f(i);
+  else
+    pool.run(n, [](void* context, int i) { (*static_cast<F*>(context))(i); }, &f);
 }
 
 INLINE int least(int a, int b) { return a < b ? a : b; }
@@ -471,12 +475,13 @@ void ffn_tile(const FFN<T>& m, Pool& pool) {
         }
     }
   });
-  ranges(pool, tokens * D, 1024, [&](int lo, int hi) {
+  parallel(pool, tokens, [&](int t) {
+    float* y = m.y + size_t(t) * D;
     for (int piece = 0; piece < pieces; ++piece) {
-      const float* from = sums + size_t(piece) * tokens * D;
-      for (int i = lo; i < hi; ++i) m.y[i] = (piece ? m.y[i] : 0) + from[i];
+      const float* from = sums + (size_t(piece) * tokens + t) * D;
+      for (int i = 0; i < D; ++i) y[i] = (piece ? y[i] : 0) + from[i];
     }
-  });
+  }, size_t(pieces) * tokens * D);
 }
 
 template <class T>
@@ -528,7 +533,7 @@ void attention(const Attention<T>& m, Pool& pool) {
       for (int i = 0; i < r; ++i) put(m.keys + slot * r + i, from[i]);
       for (int i = 0; i < width; ++i) put(m.records + slot * width + i, from[r + i]);
     }
-  });
+  }, size_t(m.batch) * m.heads * L * 2 * d);
   parallel(pool, m.batch * m.heads * blocks, [&](int task) {
     const int head = task / blocks, b = head / m.heads;
     const int l0 = (blocks - 1 - task % blocks) * step, l1 = least(L, l0 + step);  // the longest first

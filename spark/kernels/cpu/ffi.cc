@@ -16,36 +16,71 @@ namespace ffi = xla::ffi;
 namespace spark {
 namespace {
 
+// XLA's threads, asked once for all the loops of a call: waking a thread takes as long as reading a megabyte, so helpers wait for the
+// next loop awake. The caller works too and waits for tasks, not for helpers: one that XLA starts late finds nothing to do, and nothing
+// can lock up.
 class XlaPool final : public Pool {
  public:
   explicit XlaPool(ffi::ThreadPool pool) : pool_(pool), threads_(std::max<int64_t>(1, pool.num_threads())) {}
+  ~XlaPool() {
+    if (state_) state_->over = true;
+  }
 
   int threads() const override { return threads_; }
 
-  // The caller works too and waits for tasks, not for helpers: one that XLA starts late finds nothing to do, and nothing can lock up.
   void run(int n, void (*task)(void*, int), void* context) override {
     const int helpers = std::min(threads_, n) - 1;
     if (helpers <= 0) {
       for (int i = 0; i < n; ++i) task(context, i);
       return;
     }
-    struct State { std::atomic<int> next{0}, done{0}; };
-    auto state = std::make_shared<State>();
-    auto work = [state, n, task, context] {
-      for (int i; (i = state->next.fetch_add(1, std::memory_order_relaxed)) < n;) {
-        task(context, i);
-        state->done.fetch_add(1, std::memory_order_release);
-      }
-    };
-    for (int i = 0; i < helpers; ++i) pool_.Schedule(decltype(work)(work));
-    work();
-    for (int spins = 0; state->done.load(std::memory_order_acquire) < n; ++spins)
-      if (spins > 2000) std::this_thread::yield();
+    if (!state_) state_ = std::make_shared<State>();
+    State& state = *state_;
+    state.task = task;
+    state.context = context;
+    state.n = n;
+    state.next = state.done = 0;
+    state.loop = ++loops_;  // from here on helpers may come in
+    for (; asked_ < helpers; ++asked_) pool_.Schedule([shared = state_] { shared->help(); });
+    state.work();
+    wait([&] { return state.done == n; });
+    state.loop = 0;
+    wait([&] { return state.inside == 0; });  // nobody looks at this loop any more
   }
 
  private:
+  template <class F>
+  static void wait(F ready) {
+    for (int spins = 0; !ready(); ++spins)
+      if (spins > 2000) std::this_thread::yield();
+  }
+
+  struct State {
+    std::atomic<bool> over{false};
+    std::atomic<int> loop{0}, inside{0}, next{0}, done{0};  // loop: the number of the open one; 0: none is
+    void (*task)(void*, int) = nullptr;
+    void* context = nullptr;
+    int n = 0;
+
+    void work() {
+      for (int i; (i = next++) < n; ++done) task(context, i);
+    }
+    void help() {
+      for (int last = 0; !over;) {
+        wait([&] { return over || (loop && loop != last); });
+        ++inside;
+        if (const int now = loop) {
+          work();
+          last = now;
+        }
+        --inside;
+      }
+    }
+  };
+
   ffi::ThreadPool pool_;
-  int threads_;
+  int threads_, asked_ = 0, loops_ = 0;
+  std::shared_ptr<State> state_;
 };
 
 enum Set { kBest = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3 };
