@@ -50,7 +50,7 @@ def continuation(cfg, trainer, state):
 
     from spark.data.tokenizer import load
     from spark.inference.decoder import generate
-    from spark.inference.model import Serving, from_params
+    from spark.inference.layout import Serving, from_params
     from spark.inference.sampling import Sampling
 
     if not cfg.sample.tokens:

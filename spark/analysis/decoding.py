@@ -15,7 +15,7 @@ from flax.core import meta
 from tqdm import tqdm
 
 from spark.analysis.timing import interleaved, row
-from spark.inference import model
+from spark.inference import layout, model
 from spark.kernels import cpu
 from spark.nn.transformer import Transformer
 
@@ -29,7 +29,7 @@ def bandwidth(repeats=9):
 
 
 def random_leaf(cfg):
-    """A function of a parameter's path to random values of its shape, as `model.lay_out` wants one."""
+    """A function of a parameter's path to random values of its shape, as `layout.lay_out` wants one."""
     token = jnp.zeros((1, 1), jnp.int32)
     shapes = meta.unbox(jax.eval_shape(Transformer(cfg).init, jax.random.key(0), token, token, token))
     key = itertools.count()
@@ -47,7 +47,7 @@ def random_leaf(cfg):
 
 def here(cfg, dtype):
     """The `Serving` of a ModelConfig on the first device."""
-    return model.serving_for(cfg, dtype, jax.devices()[0].platform)
+    return layout.serving_for(cfg, dtype, jax.devices()[0].platform)
 
 
 _whole, _headless = (jax.jit(f, static_argnums=0, donate_argnums=2) for f in (model.forward, model.hidden))
@@ -62,7 +62,7 @@ class Decoder:
 
     def __init__(self, cfg, dtype, context, size, batch=1, weights=None, chunk=64):
         self.serving = here(cfg, dtype)
-        self.weights = model.lay_out(self.serving, random_leaf(cfg)) if weights is None else weights
+        self.weights = layout.lay_out(self.serving, random_leaf(cfg)) if weights is None else weights
         key = jax.random.key(1, impl='rbg')
         fill = lambda x: jax.random.uniform(key, x.shape, jnp.float32, -1.7, 1.7).astype(x.dtype)
         empty = jax.jit(lambda: model.init_cache(self.serving, batch, size, chunk))()
@@ -102,14 +102,15 @@ def ffn_decode(spark, dense, repeats, layers=8):
         one = cfg.model_copy(update={'n_layers': layers, 'vocab_size': 8, 'pattern': ('global',)})
         one = one.model_copy(update={'attention': one.attention.model_copy(update={'window': 0})})
         serving = here(one, 'bfloat16')
-        tables = model.lay_out(serving, random_leaf(one))['layers']
+        tables = layout.lay_out(serving, random_leaf(one))['layers']
         sides[name] = serving, [{k: w[k] for k in ('K1', 'records', 'keys', 'VT') if k in w} for w in tables]
     for batch in (1, 4, 16):
         x = jax.random.normal(jax.random.key(0), (batch, spark.d_model), sides['spark'][0].compute)
         runs, found = {}, {}
         for name, (serving, tables) in sides.items():
             run, turn = jax.jit(functools.partial(model.ffn, serving)), itertools.cycle(tables)
-            found[name] = run(next(turn), x)[1]
+            for _ in tables:  # each was touched before it is timed
+                found[name] = jax.block_until_ready(run(next(turn), x))[1]
             runs[name] = lambda run=run, turn=turn, x=x: run(next(turn), x)[0]
         gigabytes = bandwidth()
         ms = interleaved(runs, repeats or 8 * layers)
@@ -136,7 +137,7 @@ def ffn_decode(spark, dense, repeats, layers=8):
 def decode(spark, dense, repeats, contexts=(512, 8192)):
     """Whole models, token by token, batch 1: Spark against dense with and without the output head, and int8 against bfloat16."""
     rows_, repeats, cfgs, before = [], repeats or 9, (('spark', spark), ('dense', dense)), _memory('VmRSS')
-    weights = {name: model.lay_out(here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs}
+    weights = {name: layout.lay_out(here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs}
 
     def compare(title, sides, head=True):
         gigabytes = bandwidth()
@@ -166,7 +167,7 @@ def decode(spark, dense, repeats, contexts=(512, 8192)):
 def prefill(spark, dense, repeats, length=4096, chunk=64):
     """A prompt in chunks, batch 1, bfloat16; the two sides take turns chunk by chunk."""
     cfgs = ('spark', spark), ('dense', dense)
-    weights = {name: model.lay_out(here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs}
+    weights = {name: layout.lay_out(here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs}
     totals = {name: [] for name in weights}
     for i in tqdm(range(1 + (repeats or 1)), desc='prompts', leave=False):
         sides = {name: Decoder(cfg, 'bfloat16', 0, length, weights=weights[name], chunk=chunk) for name, cfg in cfgs}

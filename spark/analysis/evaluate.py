@@ -17,7 +17,7 @@ from spark.analysis import flops, sparsity
 from spark.config import MeshConfig
 from spark.data import pipeline
 from spark.errors import CheckpointError, ConfigError, DataError
-from spark.inference.model import Serving, lay_out, serving_for
+from spark.inference.layout import Serving, lay_out, serving_for
 from spark.nn.transformer import Transformer, compute_dtype
 from spark.training.checkpoint import Checkpoints
 from spark.training.loss import cross_entropy
@@ -82,7 +82,7 @@ def load_to_serve(workdir, step=None, dtype='auto', serve=None, tick=lambda: Non
 
     Args:
       workdir, step: as of `load`.
-      dtype: of the weights, one of `inference.model.DTYPES`, or 'auto': float32 on CPUs, else bfloat16.
+      dtype: of the weights, one of `inference.layout.DTYPES`, or 'auto': float32 on CPUs, else bfloat16.
       serve: changes to the run's ServeConfig, a dict.
       tick: called with the number of parameters of each array that was read.
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from spark.config import nearest
 from spark.errors import ConfigError, DataError
 from spark.inference.decoder import generate
-from spark.inference.model import from_params, serving_for
+from spark.inference.layout import from_params, serving_for
 from spark.inference.sampling import Sampling
 from spark.training.loss import cross_entropy
 

@@ -19,7 +19,7 @@ def generate(serving, weights, prompt_BxL, key, *, n, how=GREEDY, lengths_B=None
 
     Args:
       serving: a `Serving`.
-      weights: of `model.lay_out`.
+      weights: of `layout.lay_out`.
       prompt_BxL: int32, BOS included; shorter prompts are padded on the left, with any token.
       key: a jax.random key; not used at temperature 0.
       n: how many tokens, ≥ 1.
@@ -44,7 +44,7 @@ class Stream:
 
     Args:
       serving: a `Serving`.
-      weights: of `model.lay_out`.
+      weights: of `layout.lay_out`.
       prompts: a list of lists of ids, BOS included.
       n: how many tokens at most.
       chunk: prompts go in by so many tokens at a time, one compiled program for all lengths.

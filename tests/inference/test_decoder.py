@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark.inference.decoder import Stream, generate
-from spark.inference.model import Serving, from_params
+from spark.inference.layout import Serving, from_params
 from spark.inference.sampling import Sampling, filtered, sample
 from tests.helpers import model_and_params, random_rows, small
 

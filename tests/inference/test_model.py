@@ -9,7 +9,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from spark.config import ServeConfig
 from spark.errors import ConfigError
 from spark.inference.decoder import extend
-from spark.inference.model import DTYPES, Serving, from_params, init_cache, lay_out, rows, serving_for
+from spark.inference.layout import DTYPES, Serving, from_params, lay_out, rows, serving_for
+from spark.inference.model import init_cache
 from spark.kernels import cpu
 from tests.helpers import model_and_params, random_rows, small
 

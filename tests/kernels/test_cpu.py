@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark import ops
-from spark.inference.model import records, rows, visible
+from spark.inference.layout import records, rows
+from spark.inference.model import visible
 from spark.kernels import cpu
 from spark.nn.attention import sigma1
 from tests.helpers import ROOT, small
