@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from spark.kernels import gather, rows_gpu, rows_tpu
 from tests.helpers import ROOT
@@ -67,7 +68,9 @@ def shapes(tiles, sharding=None):
 
 
 def test_the_gpu_kernel_lowers_for_cuda():
-    lowered = jax.jit(rows_gpu.read_rows).trace(*shapes(tiles=False)).lower(lowering_platforms=('cuda',))
+    gpu = AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=None, platform='gpu')
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
+        lowered = jax.jit(rows_gpu.read_rows).trace(*shapes(tiles=False)).lower(lowering_platforms=('cuda',))
     assert 'spark_read_rows' in lowered.as_text()
 
 
