@@ -73,11 +73,10 @@ def hidden(serving, weights, cache, tokens_BxL, first_B):
         x_BxLxD = x_BxLxD * E.scales[tokens_BxL][..., None]
     x_BxLxD = x_BxLxD.astype(serving.compute) * jnp.asarray(D**0.5, serving.compute)
     positions_BxL = jnp.maximum(cache.length + jnp.arange(L) - first_B[:, None], 0)
-    angles = nn_attention.angles(cfg.attention, positions_BxL)
     layers, counts = [], []
     for i, w in enumerate(weights['layers']):
         window = cfg.attention.window if cfg.pattern[i % len(cfg.pattern)] == 'local' else 0
-        y, layer, count = _attention(serving, w, window, rms_norm(x_BxLxD, w['pre_attention']), angles, cache, i, first_B)
+        y, layer, count = _attention(serving, w, window, rms_norm(x_BxLxD, w['pre_attention']), positions_BxL, cache, i, first_B)
         x_BxLxD = x_BxLxD + rms_norm(y, w['post_attention'])
         y_TxD, count_ffn = ffn(serving, w, rms_norm(x_BxLxD, w['pre_ffn']).reshape(B * L, D))
         x_BxLxD = x_BxLxD + rms_norm(y_TxD.reshape(B, L, D), w['post_ffn'])
@@ -96,14 +95,14 @@ def product(serving, x_TxI, W):
     return y if W.scales is None else y * W.scales
 
 
-def _attention(serving, w, window, x_BxLxD, angles, cache, i, first_B):
+def _attention(serving, w, window, x_BxLxD, positions_BxL, cache, i, first_B):
     """(y (B, L, D), the layer's cache, counts)."""
     a = serving.cfg.attention
     (B, L, D), H, N, d = x_BxLxD.shape, a.n_heads, a.n_kv_heads, a.head_dim
     qkv = product(serving, x_BxLxD.reshape(B * L, D), w['qkv']).astype(serving.compute).reshape(B, L, H + 2 * N, d)
     q, k, v = qkv[:, :, :H], qkv[:, :, H : H + N], qkv[:, :, H + N :]
-    q_BxNxGxLxd = nn_attention.rotate(a, q, angles, scale=True).reshape(B, L, N, H // N, d).transpose(0, 2, 3, 1, 4)
-    k_BxNxLxd, v_BxNxLxd = (x.transpose(0, 2, 1, 3) for x in (nn_attention.rotate(a, k, angles), v))
+    q_BxNxGxLxd = nn_attention.rotate(a, q, positions_BxL, scale=True).reshape(B, L, N, H // N, d).transpose(0, 2, 3, 1, 4)
+    k_BxNxLxd, v_BxNxLxd = (x.transpose(0, 2, 1, 3) for x in (nn_attention.rotate(a, k, positions_BxL), v))
     new = jnp.concatenate([k_BxNxLxd, v_BxNxLxd], axis=-1)
     layer, r = cache.layers[i], a.r or d
     S = layer['keys'].shape[2]

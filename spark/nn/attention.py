@@ -94,9 +94,8 @@ class Attention(nn.Module):
             W_DxHxd = matrix(self, name, (D, heads, d), ('embed', axis, 'head_dim'), D, self.dtype)
             return (x @ W_DxHxd.reshape(D, heads * d)).reshape(B, L, heads, d)
 
-        turns = angles(cfg, positions_BxL)
-        q_BxLxHxd = rotate(cfg, project('q', H, 'heads'), turns, scale=True)
-        k_BxSxNxd = rotate(cfg, project('k', N, 'kv_heads'), turns)
+        q_BxLxHxd = rotate(cfg, project('q', H, 'heads'), positions_BxL, scale=True)
+        k_BxSxNxd = rotate(cfg, project('k', N, 'kv_heads'), positions_BxL)
         v_BxSxNxd = project('v', N, 'kv_heads')
 
         # H/N query heads share a key-value head.
@@ -137,17 +136,11 @@ def sigma1(cfg, s, visible):
     return jax.nn.softmax(jnp.where(keep, softcap(s, cfg.logit_cap), -jnp.inf), axis=-1), keep
 
 
-def angles(cfg, positions_BxL):
-    """What `rotate` turns each part of a head by: [(sin, cos)], of the predictor and the rest, or of the whole head."""
-    widths = [cfg.r, cfg.head_dim - cfg.r] if cfg.r else [cfg.head_dim]
-    return [ops.angles(positions_BxL, width, cfg.rope_base) for width in widths]
-
-
-def rotate(cfg, x_BxLxHxd, angles, scale=False):
-    """Rotary embedding of each part of a head by its `angles`; a query's parts are also scaled for their scores."""
+def rotate(cfg, x_BxLxHxd, positions_BxL, scale=False):
+    """Rotary embedding of each part of a head; a query's parts are also scaled for their scores."""
     parts = []
-    for part, (sin, cos) in zip(jnp.split(x_BxLxHxd, [cfg.r] if cfg.r else [], axis=-1), angles, strict=True):
+    for part in jnp.split(x_BxLxHxd, [cfg.r] if cfg.r else [], axis=-1):
         width = part.shape[-1] * (cfg.query_dim or cfg.head_dim) / cfg.head_dim
-        part = ops.turn(part, sin, cos)
+        part = ops.rope(part, positions_BxL, cfg.rope_base)
         parts.append(part * width**-0.5 if scale else part)
     return jnp.concatenate(parts, axis=-1)

@@ -1,11 +1,10 @@
 """The maths of Spark Transformers: pure functions on arrays, and the oracle for every faster kernel."""
 
 from spark.ops.lookup import dense_lookup, spark_lookup
-from spark.ops.rope import angles, rope, turn
+from spark.ops.rope import rope
 from spark.ops.topk import approx_topk, exact_topk, statistical_keep, statistical_threshold, statistical_topk
 
 __all__ = [
-    'angles',
     'approx_topk',
     'dense_lookup',
     'exact_topk',
@@ -14,5 +13,4 @@ __all__ = [
     'statistical_keep',
     'statistical_threshold',
     'statistical_topk',
-    'turn',
 ]

@@ -14,19 +14,11 @@ def rope(x, positions, base=10_000.0):
     Returns:
       x rotated, in its own dtype.
     """
-    return turn(x, *angles(positions, x.shape[-1], base))
-
-
-def angles(positions, d, base=10_000.0):
-    """(sin, cos) of the angles by which `rope` turns the pairs of d dimensions, (B, L, 1, d/2) float32 each."""
+    d = x.shape[-1]
     if d % 2:
         raise ValueError(f'rope rotates pairs: the last axis must be even, not {d}')
     frequency = base ** (-jnp.arange(0, d, 2, dtype=jnp.float32) / d)
     angle_BxLx1xf = positions[:, :, None, None].astype(jnp.float32) * frequency
-    return jnp.sin(angle_BxLx1xf), jnp.cos(angle_BxLx1xf)
-
-
-def turn(x, sin, cos):
-    """x (B, L, H, d) turned by `angles`, in its own dtype."""
+    sin, cos = jnp.sin(angle_BxLx1xf), jnp.cos(angle_BxLx1xf)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
