@@ -2,7 +2,7 @@
 
     python scripts/generate.py --workdir=DIR --prompt=TEXT [--prompt=TEXT …] [--prompts=FILE] [--n=128] [--stream]
         [--temperature=0.8] [--top_k=K] [--top_p=P] [--min_p=P] [--stop=TEXT …] [--step=N] [--dtype=float32|bfloat16|int8]
-        [--kernels=auto|cpu|tpu|gpu|gather|masked] [--json=FILE]
+        [--kernels=auto|cpu|tpu|gpu|gather|masked] [--capacity=1.5] [--overflow=masked|drop] [--json=FILE]
 
 Prints the continuations, what their lookups did, and the speed: tokens per second of the prompts and of what follows, and the
 rate at which decoding read weights and cache, counting of a lookup's table what was active. Exit codes: 0 done, 2 bad usage, 5 no
@@ -36,6 +36,12 @@ DTYPE = flags.DEFINE_enum(
 KERNELS = flags.DEFINE_enum(
     'kernels', None, ['auto', 'cpu', 'tpu', 'gpu', 'gather', 'masked'], "What computes lookups; default the run's serve.kernels."
 )
+CAPACITY = flags.DEFINE_float(
+    'capacity', None, "Room for so many times k neurons or keys, but on CPUs; default the run's serve.capacity.", lower_bound=1e-3
+)
+OVERFLOW = flags.DEFINE_enum(
+    'overflow', None, ['masked', 'drop'], "A token that needs more is computed in full, or loses the rest; default the run's."
+)
 JSON = flags.DEFINE_string('json', None, 'Also write texts and speeds to this file.')
 
 
@@ -59,7 +65,8 @@ def main():
     from spark.kernels import cpu
 
     with tqdm(desc='weights', unit='', unit_scale=True, leave=False) as bar:
-        serve = {'kernels': KERNELS.value} if KERNELS.value else None
+        chosen = {'kernels': KERNELS.value, 'capacity': CAPACITY.value, 'overflow': OVERFLOW.value}
+        serve = {name: value for name, value in chosen.items() if value is not None}
         run = evaluate.load_to_serve(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve, bar.update)
     serving, weights, tokenizer = run.serving, run.weights, run.tokenizer
     if serving.platform == 'cpu' and not cpu.available():
@@ -107,7 +114,8 @@ def main():
         print(texts[0][len(said) :])
     else:
         print(*(prompt + text for prompt, text in zip(prompts, texts, strict=True)), sep='\n\n')
-    did = {name: float(np.mean([c[name] for c in jax.device_get(counts)])) for name in (counts[0] if counts else {})}
+    counts = jax.device_get(counts or [stream.counts])  # of the prompts, if a stop was all that came
+    did = {name: float(np.mean([np.mean(c[name]) for c in counts])) for name in counts[0]}
     read = bytes_per_step(serving, weights, stream.cache, did, len(ids))
     report = {
         'step': run.step, 'dtype': serving.dtype, 'kernels': serving.kernels, 'prompts': len(ids),

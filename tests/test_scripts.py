@@ -290,6 +290,8 @@ def test_generate_by_other_kernels(place):
         assert ('The CPU kernels were not built' in done.stdout) == (name == 'none' or not cpu.available())
         if name != 'int8':
             texts.add(reports[name]['texts'][0])
+    done = generate(tmp, *args, '--kernels=gather', '--capacity=0.2', '--overflow=drop')
+    assert done.returncode == 0 and 'overflows of the capacity' in done.stdout, done.stderr
     assert len(texts) == 1
     assert [reports[name]['kernels'] for name in ('masked', 'none')] == ['masked', 'gather']
     assert reports['int8']['dtype'] == 'int8' and reports['int8']['gb_per_step'] < reports['auto']['gb_per_step'] / 2
@@ -318,6 +320,7 @@ def test_an_install_without_a_compiler(tmp_path):
         (['--prompt=a', '--prompt=b', '--stream'], 2, '--stream: of one prompt, here are 2'),
         (['--prompt=a', '--top_p=2'], 2, 'flag --top_p=2'),
         (['--prompt=a', '--step=3'], 5, 'no step 3'),
+        (['--prompt=a', '--capacity=0'], 2, 'flag --capacity=0'),
         (['--prompt=a', '--kernels=tpu'], 2, "serve.kernels = 'tpu': here is 1 × cpu; want 'gather'"),
     ],
 )
