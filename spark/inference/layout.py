@@ -68,6 +68,8 @@ def serving_for(cfg, dtype, platform, devices=1, serve=None):
         wrong = f'here is {devices} × {platform}' if platform != kernels or devices > 1 else ''
         if wrong or (kernels == 'cpu' and not cpu.available()):
             raise ConfigError(f"serve.kernels = {kernels!r}: {wrong or 'not built'}; want 'gather', 'masked' or 'auto'")
+    if kernels == 'cpu' and (wanted := cpu.preferred()) not in (sets := ('best', *cpu.instruction_sets())):
+        raise ConfigError(f'SPARK_CPU_INSTRUCTIONS={wanted}: want one of {", ".join(sets)}')
     return Serving(cfg, dtype, kernels, platform, serve.capacity, serve.overflow)
 
 
@@ -97,7 +99,7 @@ def records(K2_xR, V_xD, dtype, tiles=False):
 
 
 def lay_out(serving, leaf, place=lambda x: x):
-    """The weights of a model for serving. Each leaf is asked for once and let go before the next: there is hardly a second copy.
+    """The weights of a model for serving. Leaves are asked for once, up to three at a time, and let go when they are laid out.
 
     Args:
       serving: a `Serving`.
@@ -105,7 +107,8 @@ def lay_out(serving, leaf, place=lambda x: x):
       place: puts an array that is made of them where it is to stay.
 
     Returns:
-      {'embedding': Matrix, 'final_norm', 'layers': [{'norms', 'qkv', 'out', 'ffn'}]}.
+      {'embedding': Matrix, 'final_norm': scale, 'layers': [{'qkv', 'out': Matrix, 'pre_attention', 'post_attention', 'pre_ffn',
+      'post_ffn': scale, and 'K1', 'records': Matrix of a Spark FFN, or 'keys', 'VT': Matrix of another}]}.
     """
     cfg, dtype = serving.cfg, serving.dtype
     groups, n = cfg.n_layers // len(cfg.pattern), len(cfg.pattern)

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtri
 
-# Instruction sets; SSE2 or NEON are the portable one's. $SPARK_CPU_INSTRUCTIONS says which is the best, to try another.
-SETS = ('best', 'portable', 'avx2', 'avx512')
+SETS = ('best', 'portable', 'avx2', 'avx512')  # instruction sets; SSE2 or NEON are the portable one's
 
 
 @functools.cache
@@ -40,6 +39,11 @@ def available():
 def instruction_sets():
     """Those of SETS that this processor has, the best last."""
     return SETS[1 : _library().spark_best_set() + 1]
+
+
+def preferred():
+    """What 'best' stands for: $SPARK_CPU_INSTRUCTIONS, one of SETS, to try another than the processor's best."""
+    return os.environ.get('SPARK_CPU_INSTRUCTIONS', 'best')
 
 
 def matmul(x_TxD, W_OxD, scales=None, *, instructions='best'):
@@ -113,7 +117,7 @@ def read(x, *, instructions='best'):
 
 def _call(name, shapes, instructions, aliases=None, **attrs):
     if instructions == 'best':
-        instructions = os.environ.get('SPARK_CPU_INSTRUCTIONS', 'best')
+        instructions = preferred()
     _library()
     call = jax.ffi.ffi_call(name, shapes, input_output_aliases=aliases)
     return functools.partial(call, set=np.int64(SETS.index(instructions)), **attrs)

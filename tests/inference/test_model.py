@@ -174,6 +174,15 @@ def test_weights_over_several_devices():
     np.testing.assert_allclose(logits[11], full_logits(model, params, tokens)[:, 11], atol=1e-3)
 
 
+@BUILT
+def test_instructions_that_are_not_here_are_named(monkeypatch):
+    monkeypatch.setenv('SPARK_CPU_INSTRUCTIONS', 'portable')
+    assert serving_for(small().model, 'float32', 'cpu').kernels == 'cpu'
+    monkeypatch.setenv('SPARK_CPU_INSTRUCTIONS', 'avx3')
+    with pytest.raises(ConfigError, match='SPARK_CPU_INSTRUCTIONS=avx3: want one of best, portable'):
+        serving_for(small().model, 'float32', 'cpu')
+
+
 def test_kernels_that_are_not_here_are_named():
     cfg = small('spark').model
     assert serving_for(cfg, 'float32', 'cpu').kernels == ('cpu' if cpu.available() else 'gather')
