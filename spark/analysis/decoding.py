@@ -88,7 +88,7 @@ class Decoder:
         return {name: float(jnp.mean(x)) for name, x in self.counts.items() if name != 'overflow'}
 
     def bytes(self, head=True):
-        """Bytes that a step has to read: `sparse_bytes` by what was active."""
+        """Bytes that a step has to read, by what was active in the last one."""
         return model.bytes_per_step(self.serving, self.weights, self.cache, self.activity(), self._batch, head)
 
 
