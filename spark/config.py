@@ -59,6 +59,8 @@ class AttentionConfig(_Frozen):
     impl: Literal['auto', 'full', 'blockwise', 'pallas'] = 'auto'
     block: int = Field(512, gt=0)  # tokens in a block of those in linear memory; on TPU a multiple of 128
     query_dim: float = Field(0.0, ge=0)  # queries are scaled by 1/sqrt(this); 0: head_dim
+    # A packed row holds documents that do not see each other (apart), or one text in which they follow each other (joined).
+    documents: Literal['apart', 'joined'] = 'apart'
 
 
 class ModelConfig(_Frozen):

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from spark import ops
 from spark.config import AttentionConfig
-from spark.kernels import blockwise, tpu
+from spark.kernels import blockwise, gpu, tpu
 from spark.nn.layers import by_token, count, matrix, mesh_axes, shards, softcap, sow
 
 
@@ -54,6 +54,9 @@ def in_blocks(cfg, platform, q, k, v, packed):
         interpret = {'interpret': platform != 'tpu'}
         if pallas and not spec.k and not across and L % tpu.LANES == 0 and L % min(L, spec.block) == 0:
             return tpu.splash_attention(q, k, v, packed.segments, spec, packed.window, **interpret)
+        # Causal rows of one document need no segments: padding comes last, and nothing sees it.
+        if cfg.impl == 'auto' and platform == 'gpu' and cfg.documents == 'joined' and not across and gpu.covers(q, spec):
+            return gpu.attention(q, k, v, packed.window)
         offset = 0
         if across:
             k, v = (jax.lax.all_gather(x, across, axis=2, tiled=True) for x in (k, v))

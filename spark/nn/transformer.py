@@ -79,8 +79,11 @@ class Transformer(nn.Module):
           tokens_BxL: int32 ids.
           positions_BxL: int32, place of each token in its document.
           segments_BxL: int32, tokens see only tokens of the same segment: documents packed into a row have different
-            ones, and padding has 0.
+            ones, and padding has 0. With documents 'joined' a row is one document, whatever the two say.
         """
+        if self.cfg.attention.documents == 'joined':
+            segments_BxL = jnp.minimum(segments_BxL, 1)
+            positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
         # Looked up where the slices of the embedding are, and then brought to the rows: so is the gradient, the other way round,
         # where it is left to the partitioner to gather all tokens of all replicas.
         split = nn.with_logical_constraint

@@ -64,10 +64,10 @@ def statistical_topk(x, k, *, axis=-1, where=None, ddof=1, huber=0.0, pivot=True
     if where is None and isinstance(k, numbers.Real) and k >= x.shape[axis]:
         return x
     theta = statistical_threshold(x, k, axis=axis, where=where, ddof=ddof, pivot=pivot)
-    above = jnp.maximum(x.astype(theta.dtype) - theta, 0)
+    # Rounded before it is clipped: what XLA keeps for the backward pass is then one array in the dtype of x.
+    above = jnp.maximum((x.astype(theta.dtype) - theta).astype(x.dtype), 0)
     if huber:
         above = jnp.where(above < huber, above * above / (2 * huber), above - huber / 2)
-    above = above.astype(x.dtype)
     if where is not None or not isinstance(k, numbers.Real):  # a row with k ≥ n, θ = −∞, keeps everything
         above = jnp.where(jnp.isneginf(theta), x, above)
     return _masked(above, where)

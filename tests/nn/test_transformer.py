@@ -32,6 +32,11 @@ def test_packed_documents_do_not_see_each_other_nor_padding(kind):
     for a, b in [(0, cut), (cut, 20)]:
         alone = logits_of(model, params, tokens[:, a:b], positions[:, : b - a], jnp.ones((1, b - a), jnp.int32))
         np.testing.assert_allclose(packed[:, a:b], alone, atol=2e-4)
+    # Joined, the same rows are one document with padding behind it.
+    joined = cfg.model.model_copy(update={'attention': cfg.model.attention.model_copy(update={'documents': 'joined'})})
+    joined = Transformer(joined, jnp.float32)
+    one = logits_of(model, params, tokens[:, :20], positions[:, :20], jnp.ones((1, 20), jnp.int32))
+    np.testing.assert_allclose(logits_of(joined, params, tokens, packed_positions, segments)[:, :20], one, atol=2e-4)
 
 
 @pytest.mark.parametrize('kind', ['dense', 'spark'])
