@@ -137,8 +137,9 @@ def _stdlib_builder(cfg):
     home = cache_dir(cfg)
     try:
         home.mkdir(parents=True, exist_ok=True)
-        builder = Builder(data_dir=str(home), file_format='array_record')
         with filelock.FileLock(home / 'stdlib.lock'):
+            # Inside the lock, since a builder reads what is prepared when it is made.
+            builder = Builder(data_dir=str(home), file_format='array_record')
             builder.download_and_prepare()
     except (OSError, UnicodeError, SyntaxError) as e:
         raise DataError(f'stdlib: cannot be prepared in {home}: {e}') from e

@@ -115,9 +115,10 @@ for N, G, d, r in [(4, 2, 256, 128), (16, 2, 128, 64), (1, 16, 256, 128)]:
         q, k = struct(1, N, G, L, d), struct(1, N, L, d)
         compiled = jax.jit(step).lower(q, k, k, q, struct(1, L, dtype=jnp.int32)).compile()
         assert compiled.as_text().count('tpu_custom_call') >= 3
-        # No scores exist: of one head they would be 1.07 GB.
+        # No scores exist: of one head they would be 1.07 GB. Less than one copy of q is needed: 2 to 30 MB, but the compiler of
+        # jax 0.12 sets the predictor's part of 16 queries to a key apart.
         temporary = compiled.memory_analysis().temp_size_in_bytes
-        assert temporary < (0.4e9 if kind == 'splash' else 30e6), (kind, temporary)
+        assert temporary < (0.4e9 if kind == 'splash' else 2 * N * G * L * d), (kind, temporary)
 '''
 
 
