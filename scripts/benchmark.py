@@ -155,7 +155,7 @@ def attention(repeats):
 def train_step(repeats):
     """The tiny config's step on one device, on a batch of its corpus; the state goes round, as in training."""
     from spark.data import pipeline
-    from spark.training.train import Trainer
+    from spark.training.trainer import Trainer
 
     steps, cfgs = {}, {}
     for variant in ('spark', 'dense'):
@@ -183,7 +183,7 @@ def train_step(repeats):
 
 def compile_time(repeats):
     """Lowering and compiling the training step anew, without any cache."""
-    from spark.training.train import Trainer
+    from spark.training.trainer import Trainer
 
     jax.config.update('jax_enable_compilation_cache', False)
 

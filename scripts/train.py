@@ -3,10 +3,15 @@
     python scripts/train.py --config=configs/tiny.py[:VARIANT] --workdir=DIR [--config.x.y=value …] [--json=FILE]
 
 Leaves DIR/config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json. Exit codes: 0 done, 2 bad config,
-3 loss not finite, 4 data unreadable or exhausted, 5 checkpoint unusable, 75 preempted (state saved; run again).
+3 loss not finite, 4 data unreadable or exhausted, 5 checkpoint unusable or not to be written, 75 preempted (state saved; run
+again), 124 stalled.
 """
 
 import os
+import signal
+
+for _number in (signal.SIGTERM, signal.SIGINT):  # before anything has begun, nothing is lost; train() has its own
+    signal.signal(_number, lambda *_: os._exit(75))
 
 from absl import flags
 from ml_collections import config_flags
@@ -15,6 +20,7 @@ from spark import config, errors
 from spark.runtime import join_processes, run_directory, use_huge_pages, write_json
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with an optional variant: PATH[:VARIANT].')
+RESTORE = flags.DEFINE_string('restore_from', None, 'A run, or a checkpoints/STEP of one: a new run starts from its weights.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory, or gs://…: new, or one of the same config to go on with.')
 JSON = flags.DEFINE_string('json', None, 'Also write the summary to this file.')
 
@@ -23,6 +29,8 @@ def main():
     for name, flag in [('config', CONFIG), ('workdir', WORKDIR)]:
         if not flag.value:
             raise errors.ConfigError(f'--{name} is missing; see --help')
+    if RESTORE.value is not None:
+        CONFIG.value.train.restore_from = RESTORE.value
     cfg = config.validate(CONFIG.value)
 
     # Imported here, so that a wrong config is told before jax starts.

@@ -27,8 +27,17 @@ FFN_KINDS = {
 }
 
 
+# How a run is run, not what it trains: the command that goes on with one may change these fields and sections.
+HOW = (
+    *('mesh', 'sample', 'serve', 'data.threads', 'data.prefetch', 'data.cache_dir'),
+    *('train.log_every', 'train.save_every', 'train.keep', 'train.keep_every', 'train.stall_seconds', 'train.cache'),
+    *('train.profile_step', 'train.profile_steps'),
+    *('train.max_skips', 'train.spike'),  # what a run that diverged may want to go on with
+)
+
+
 class _Frozen(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra='forbid', strict=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra='forbid', strict=True, allow_inf_nan=False)
 
 
 class FFNConfig(_Frozen):
@@ -129,6 +138,15 @@ class TrainConfig(_Frozen):
     save_every: int = Field(100, gt=0)
     keep: int = Field(2, gt=0)  # newest checkpoints to keep
     keep_every: int = Field(0, ge=0)  # and every checkpoint at a multiple of this; 0: no more
+    # Updates whose loss or gradient is not finite are left out, so many in a row; the next one stops the run (0: the first).
+    max_skips: int = Field(0, ge=0)
+    # … and updates whose gradient norm is more than so many times its running mean; 0: none.
+    spike: float = Field(0.0, ge=0)
+    # Without a sign of life for so long the run ends with the stacks of all threads; compiling and the like may take ten times as
+    # long, and a step 20 times the usual one. 0: never.
+    stall_seconds: float = Field(300.0, ge=0)
+    # A run directory, or one of its checkpoints/STEP, whose parameters a new run starts from; optimizer and data are new.
+    restore_from: str = ''
     activity: bool = True  # log active neurons and attended keys with the loss
     profile_step: int = Field(0, ge=0)  # first step of a profiler trace into workdir/profile; 0: none
     profile_steps: int = Field(3, gt=0)  # of that trace, and of one that SIGUSR1 asks for
@@ -232,8 +250,8 @@ def load(path):
     """The `ExperimentConfig` that a run wrote to DIR/config.json."""
     try:
         cfg = ExperimentConfig.model_validate_json(path.read_text())
-    except OSError as e:
-        raise ConfigError(f'{path}: {e.strerror or e}; want the config.json of a run') from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f'{path}: {getattr(e, "strerror", None) or e}; want the config.json of a run') from None
     except pydantic.ValidationError as e:
         raise ConfigError(f'{path}: {_one_line(e)}') from None
     _check(cfg)
@@ -251,9 +269,11 @@ def fields(cfg, prefix=''):
 
 
 def differences(theirs, ours, but=()):
-    """'a.b = 1, now 2; …' for every field in which two configs differ, but for those named; '' if there is none."""
+    """'a.b = 1, now 2; …' for the fields in which two configs differ, without the fields and sections in `but`; '' if none do."""
     theirs, ours = fields(theirs), fields(ours)
-    return '; '.join(f'{f} = {theirs[f]!r}, now {ours[f]!r}' for f in ours if f not in but and ours[f] != theirs[f])
+    ignored = lambda f: any(f == name or f.startswith(f'{name}.') for name in but)
+    differ = [f for f in ours if ours[f] != theirs[f] and not ignored(f)]
+    return '; '.join(f'{f} = {theirs[f]!r}, now {ours[f]!r}' for f in differ)
 
 
 def nearest(name, known):
@@ -353,6 +373,8 @@ def _check(cfg):
     _want(d.batch_size % t.accumulate == 0, 'train.accumulate', t.accumulate, f'a divisor of data.batch_size = {d.batch_size}')
     _want(m.vocab_size % t.loss_pieces == 0, 'train.loss_pieces', t.loss_pieces,
           f'a divisor of model.vocab_size = {m.vocab_size}')  # fmt: skip
+    _want(t.spike == 0 or t.spike > 1, 'train.spike', t.spike, 'more than 1, or 0 to leave no spike out')
+    _want(t.max_skips > 0 or not t.spike, 'train.max_skips', 0, 'at least 1: train.spike leaves updates out')
     warmup = cfg.optimizer.warmup_steps
     _want(warmup < t.steps, 'optimizer.warmup_steps', warmup, f'less than train.steps = {t.steps}')
 

@@ -10,6 +10,7 @@ class SparkError(Exception):
     """A failure that is told to the user in one line and ends the process with `exit_code`."""
 
     exit_code = 1
+    at_once = False  # whatever other threads are in the midst of, as XLA may be of compiling
 
 
 class ConfigError(SparkError):
@@ -36,6 +37,16 @@ class CheckpointError(SparkError):
     exit_code = 5
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that does not read as it was saved."""
+
+
+class StalledError(SparkError):
+    """Nothing moved for too long; see training/watchdog.py."""
+
+    exit_code = 124
+
+
 class Preempted(SparkError):
     """The process was asked to stop; its state is saved and the same command goes on from there."""
 
@@ -57,7 +68,9 @@ def run(main, check=None):
             main()
         sys.stdout.flush()
     except SparkError as e:
-        _say(f'{type(e).__name__}: {e}', e.exit_code)
+        _say(f'{type(e).__name__}: {e}', e.exit_code, e.at_once)
+    except KeyboardInterrupt:
+        _say('Interrupted', 130)
     except BrokenPipeError:  # whoever read what is printed has read enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
@@ -72,6 +85,9 @@ def _parse_flags():
         raise ConfigError(f'unexpected argument {rest[1]!r}: flags look like --name=value; see --help')
 
 
-def _say(line, code):
+def _say(line, code, at_once=False):
     print(' '.join(line.split()), file=sys.stderr, flush=True)
+    if at_once:
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)

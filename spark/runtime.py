@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,9 @@ import sys
 from etils import epath
 
 from spark.errors import ConfigError
+
+# Seconds after which jax ends all processes of a job because one is silent: the watchdog comes before it, and says more.
+HEARTBEAT = 900
 
 
 def use_huge_pages():
@@ -26,15 +30,15 @@ def use_huge_pages():
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def write_text(path, text):
-    """A file, here or in a bucket (gs://…), whole or not at all; a ConfigError if it cannot be written."""
+def write_text(path, text, error=ConfigError):
+    """A file, here or in a bucket (gs://…), whole or not at all; an `error` if it cannot be written."""
     path = epath.Path(path)
     scratch = path.with_name(path.name + '.tmp')
     try:
         scratch.write_text(text)
         scratch.replace(path)
     except OSError as e:
-        raise ConfigError(f'{path}: {e.strerror or e}') from None
+        raise error(f'{path}: {e.strerror or e}') from None
 
 
 def write_json(path, value):
@@ -60,6 +64,7 @@ def join_processes():
     """
     import jax
 
+    patient = {'heartbeat_timeout_seconds': HEARTBEAT}
     address = os.environ.get('JAX_COORDINATOR_ADDRESS')
     if address:
         numbers = [os.environ.get(name, '') for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')]
@@ -69,13 +74,13 @@ def join_processes():
                 'want host:port, how many, and which, from 0'
             )
         if int(numbers[0]) > 1:
-            jax.distributed.initialize(address, *map(int, numbers))
+            jax.distributed.initialize(address, *map(int, numbers), **patient)
         return
     # Of the step that srun starts: SLURM_NTASKS stands in an allocation's own shell, too, where nobody else would join.
     several = [int(os.environ.get(name, '1')) for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')]
     pod = _chips() and os.environ.get('JAX_PLATFORMS') in (None, 'tpu')
     if max(several) > 1 or 'JOB_COMPLETION_INDEX' in os.environ or pod:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**patient)
 
 
 def _chips():
@@ -85,20 +90,28 @@ def _chips():
 
 @contextlib.contextmanager
 def stopping():
-    """Yields stop(step): has this job been asked to stop, by SIGTERM or a first SIGINT?
+    """Yields stop(): has this job been asked to stop, by SIGTERM or a first SIGINT?
 
-    Of several processes, a SIGTERM to any is meant for all, and all are told the same step to stop at, for which all must ask at
-    every step (`jax.experimental.multihost_utils.reached_preemption_sync_point`); a SIGINT ends the process that gets it.
+    Of several processes, a SIGTERM to any is meant for all. All must ask equally often, and are told so at the same time
+    (`jax.experimental.multihost_utils.reached_preemption_sync_point`); a SIGINT ends the process that gets it.
     """
     import jax
     from jax.experimental import multihost_utils
 
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        asked = itertools.count()
+        told = []
+
+        def together():
+            if not told and multihost_utils.reached_preemption_sync_point(next(asked)):
+                told.append(True)
+            return bool(told)
+
+        yield together
         return
     # A second Ctrl-C is meant.
     with stop_signals(lambda n: signal.signal(signal.SIGINT, signal.default_int_handler)) as received:
-        yield lambda step: bool(received)
+        yield lambda: bool(received)
 
 
 @contextlib.contextmanager

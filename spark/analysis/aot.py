@@ -14,7 +14,7 @@ from spark import config
 from spark.analysis import flops, hlo
 from spark.errors import ConfigError
 from spark.training import metrics
-from spark.training.train import Trainer
+from spark.training.trainer import Trainer
 
 # Bytes of memory per device, by the start of jax's device_kind (vendors' data sheets; a tpu7x device is half a chip).
 HBM = {'TPU v4': 32 << 30, 'TPU v5 lite': 16 << 30, 'TPU v5': 95 << 30, 'TPU v6 lite': 32 << 30, 'TPU7x': 96 << 30}

@@ -21,7 +21,7 @@ from spark.inference.layout import Serving, lay_out, serving_for
 from spark.nn.transformer import Transformer, compute_dtype
 from spark.training.checkpoint import Checkpoints
 from spark.training.loss import cross_entropy
-from spark.training.train import Trainer
+from spark.training.trainer import Trainer
 
 DRAIN = 64  # batches whose int32 sums stay on the device before they are added up in 64 bits
 

@@ -1,9 +1,18 @@
-"""Checkpoints: the training state and the place in the data, saved together and asynchronously by Orbax."""
+"""Checkpoints: the training state and the place in the data, saved together and asynchronously by Orbax, with their checksums."""
+
+import json
+import zlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from tqdm import tqdm
 
-from spark.errors import CheckpointError
+from spark.errors import CheckpointError, DamagedError
+
+ASIDE = 'damaged'  # WORKDIR/damaged holds the checkpoints that do not read as they were saved
 
 
 class Checkpoints:
@@ -18,35 +27,99 @@ class Checkpoints:
         """The steps that can be restored, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step, state, data_state):
-        """Starts saving; returns once the state is copied. Waits for an unfinished save first, and raises its error."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state))
+    def save(self, step, state, data):
+        """Starts saving; returns once the state is copied. Waits for an unfinished save first, and raises its error.
+
+        Args:
+          step: an int.
+          state: a pytree of arrays.
+          data: what JSON can hold.
+        """
+        sums = {name: int(x) for name, x in jax.device_get(checksums(state)).items()}
+        beside = {'data': data, 'checksums': sums, 'crc': _crc(data)}
         try:
+            if not self.directory.parent.exists():
+                raise FileNotFoundError('the run directory has vanished')
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(beside))
             self._manager.save(step, args=items, force=True)
         except Exception as e:
-            raise CheckpointError(f'{self.directory}: step {step} cannot be saved: {e}') from e
+            raise self._failed(step, e) from e
+
+    def check(self):
+        """Raises the error of a save that failed in the background."""
+        try:
+            self._manager.check_for_errors()
+        except Exception as e:
+            raise self._failed('the last one', e) from e
+
+    def restore_newest(self, state):
+        """(step, state, data) of the newest checkpoint that reads as it was saved; None if there is none, damaged or not.
+
+        Newer ones that do not are put aside, with a warning. `state` gives shapes, dtypes and shardings.
+
+        Raises:
+          DamagedError: none is left. CheckpointError: they are of another model.
+        """
+        steps, found, damaged = self.steps(), None, []
+        for step in reversed(steps):
+            try:
+                found = step, *self.restore(step, state)
+                break
+            except DamagedError as e:
+                damaged.append((step, e))
+        if damaged and not found:
+            raise DamagedError(f'{damaged[0][1]}; no checkpoint is left' + f' of {len(steps)}' * (len(steps) > 1))
+        for step, error in damaged:
+            self._put_aside(step)
+            tqdm.write(f'Warning: {error}. It lies in {ASIDE}/ now; {step - found[0]} steps are lost and trained again')
+        return found
 
     def restore(self, step, state):
-        """(state, data state) of a step; `state` gives shapes, dtypes and shardings."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        try:
-            restored = self._manager.restore(step, args=items)
-        except Exception as e:
-            raise CheckpointError(f'{self.directory}/{step}: cannot be restored: {e}') from e
-        return restored['state'], restored['data']
+        """(state, data) of a step; `state` gives shapes, dtypes and shardings.
 
-    def restore_params(self, step, params):
-        """The parameters of a step alone; `params` gives shapes, dtypes and shardings."""
-        item = {'params': params}
+        Raises:
+          DamagedError: it does not read as it was saved. CheckpointError: the trees differ, by paths.
+        """
+        path, error, restored, beside = self._path(step), None, None, None
+        try:
+            beside = self._beside(step)
+            self._compare(step, state)
+            args = ocp.args.PyTreeRestore(state, restore_args=ocp.checkpoint_utils.construct_restore_args(state))
+            restored = ocp.PyTreeCheckpointHandler().restore(path / 'state', args=args)
+        except DamagedError as e:
+            error = e
+        except CheckpointError:
+            raise
+        except Exception as e:
+            error = DamagedError(f'{self.directory}/{step}: cannot be restored: {e}')
+        # All processes go on with the same checkpoint, or none does.
+        fine = error is None
+        if jax.process_count() > 1:
+            fine = bool(multihost_utils.process_allgather(np.asarray(fine)).all())
+        if not fine:
+            raise error or DamagedError(f'{self.directory}/{step}: cannot be restored in another process')
+        self._verify(step, restored, beside['checksums'])
+        return restored, beside['data']
+
+    def restore_params(self, step, params, under='params'):
+        """The parameters of a step alone, or some of them; `params` gives shapes, dtypes and shardings. They may be cast.
+
+        Raises:
+          DamagedError, CheckpointError: as of `restore`; checksums are compared for what is not cast.
+        """
+        item = {under: params}
         args = ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
+        sums = self._beside(step)['checksums']
+        stored = self._compare(step, item, partly=True)
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                return checkpointer.restore(self.directory.absolute() / str(step) / 'state', args=args)['params']
+            restored = ocp.PyTreeCheckpointHandler().restore(self._path(step) / 'state', args=args)
         except Exception as e:
-            raise CheckpointError(f'{self.directory}/{step}: cannot be restored: {e}') from e
+            raise DamagedError(f'{self.directory}/{step}: cannot be restored: {e}') from e
+        same = {name: x for name, x in _by_path(restored).items() if x.dtype == stored[name][1]}
+        self._verify(step, same, sums)
+        return restored[under]
 
     def close(self):
         """Waits for a save under way and raises its error."""
@@ -54,4 +127,100 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.close()
         except Exception as e:
-            raise CheckpointError(f'{self.directory}: the last save failed: {e}') from e
+            raise self._failed('the last one', e) from e
+
+    def _path(self, step):
+        return self.directory.absolute() / str(step)
+
+    def _failed(self, step, error):
+        error = str(error) or type(error).__name__
+        return CheckpointError(f'{self.directory}: step {step} cannot be saved: {error}; earlier checkpoints are as they were')
+
+    def _beside(self, step):
+        """The JSON that lies beside a state: its checksums, and the place in the data."""
+        path = self._path(step) / 'data' / 'metadata'
+        if not self._path(step).exists():
+            raise CheckpointError(f'{self._path(step)}: no such checkpoint; there are {self.steps()}')
+        try:
+            beside = json.loads(path.read_text())
+            data, sums, crc = (beside[name] for name in ('data', 'checksums', 'crc'))
+        except Exception as e:
+            raise DamagedError(f'{self.directory}/{step}: {path.name} cannot be read: {type(e).__name__}: {e}') from e
+        if crc != _crc(data):
+            raise DamagedError(f'{self.directory}/{step}: the place in the data has checksum {_crc(data)}, saved was {crc}')
+        return {'data': data, 'checksums': sums}
+
+    def _compare(self, step, tree, partly=False):
+        """{path: (shape, dtype)} of what is saved; a CheckpointError with the paths in which a tree, or a part, differs."""
+        try:
+            metadata = ocp.PyTreeCheckpointHandler().metadata(self._path(step) / 'state')
+            saved = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in _by_path(metadata.tree).items()}
+        except Exception as e:
+            raise DamagedError(f'{self.directory}/{step}: cannot be restored: {e}') from e
+        wanted = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in _by_path(tree).items()}
+        show = lambda shape, dtype: f'{dtype}{list(shape)}'
+        differences = [f'{path} is missing' for path in wanted if path not in saved]
+        if partly:
+            saved = {path: saved[path] for path in wanted if path in saved}
+        differences += [f'{path} is extra' for path in saved if path not in wanted]
+        for path, (shape, dtype) in wanted.items():
+            if path in saved and (saved[path][0] != shape or (not partly and saved[path][1] != dtype)):
+                differences.append(f'{path} is {show(*saved[path])}, want {show(shape, dtype)}')
+        if differences:
+            more = f' and {len(differences) - 4} more' if len(differences) > 4 else ''
+            raise CheckpointError(f'{self.directory}/{step} is of another model: {"; ".join(differences[:4])}{more}')
+        return saved
+
+    def _verify(self, step, tree, sums):
+        """A DamagedError that names the first array whose checksum is another."""
+        found = {name: int(x) for name, x in jax.device_get(checksums(tree)).items()}
+        wrong = [name for name in found if found[name] != sums.get(name)]
+        if wrong:
+            raise DamagedError(
+                f'{self.directory}/{step}: {wrong[0]} has checksum {found[wrong[0]]:08x}, saved was {sums.get(wrong[0], 0):08x}'
+                + (f' ({len(wrong)} arrays differ)' if len(wrong) > 1 else '')
+            )
+
+    def _put_aside(self, step):
+        if jax.process_index() == 0:
+            aside = self.directory.parent / ASIDE
+            aside.mkdir(exist_ok=True)
+            names = (f'{step}' + f'-{i}' * (i > 0) for i in range(1000))
+            self._path(step).rename(next(aside / name for name in names if not (aside / name).exists()))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f'put aside {step}')
+        self._manager.reload()
+
+
+def checksums(tree):
+    """{path: () uint32} of a tree of arrays; computed where they lie, the same however they are sharded.
+
+    Σ hash(bits of an element, its place) modulo 2³², with the finalizer of MurmurHash3: any change of a single element shows.
+    """
+    return _checksums(_by_path(tree))
+
+
+@jax.jit
+def _checksums(arrays):
+    def one(x):
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        bits = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}').astype(jnp.uint32)
+        place = jnp.zeros(bits.shape, jnp.uint32)
+        for axis, n in enumerate(bits.shape):
+            place = place * np.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        h = bits ^ (place * np.uint32(0x9E3779B9) + np.uint32(0x7F4A7C15))
+        h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+        return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+
+    return {name: one(x) for name, x in arrays.items()}
+
+
+def _by_path(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator='.'): x for path, x in leaves}
+
+
+def _crc(data):
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())

@@ -1,133 +1,25 @@
 """Training, top to bottom: what to train, where, on what; restore or start; step, log, evaluate, save; report."""
 
 import contextlib
-import itertools
+import functools
 import os
-import signal
-import time
+import threading
 
-import flax.struct
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from flax.core import meta
+from etils import epath
 from tqdm import tqdm
 
 from spark import config
 from spark.data import pipeline
-from spark.errors import ConfigError, DataError, NotFiniteError, Preempted
-from spark.nn.transformer import Transformer, compute_dtype
+from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError
 from spark.runtime import stopping, write_text
-from spark.training import loss, metrics, optimizer, sharding
-from spark.training.checkpoint import Checkpoints
+from spark.training import metrics
+from spark.training.checkpoint import ASIDE, Checkpoints
+from spark.training.logs import Log, Profiler
+from spark.training.trainer import Trainer, evaluate
+from spark.training.watchdog import Watchdog
 
 CACHE_DIR = 'JAX_COMPILATION_CACHE_DIR'
-
-
-@flax.struct.dataclass
-class TrainState:
-    """What a step maps to its successor: () int32 step, parameters (float32), optimizer state."""
-
-    step: jax.Array
-    params: dict
-    opt_state: tuple
-
-
-class Trainer:
-    """The compiled parts of a run on a mesh: initial state, train step, eval step.
-
-    Args:
-      cfg: an ExperimentConfig with model.vocab_size filled in.
-      devices: to run on; None for all.
-    """
-
-    def __init__(self, cfg, devices=None):
-        self.cfg = cfg
-        self.mesh = sharding.make_mesh(cfg, devices)
-        platform = self.mesh.devices.flat[0].platform
-        self.model = Transformer(cfg.model, compute_dtype(cfg.model, platform), platform)
-        self.tx = optimizer.make_optimizer(cfg.optimizer, cfg.train.steps)
-        boxed = jax.eval_shape(self._init, jax.random.key(0))
-        self.state_shardings = sharding.shardings(self.mesh, boxed)
-        self.abstract_state = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), meta.unbox(boxed), self.state_shardings
-        )
-        self.n_params = sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
-        self._rows = sharding.batch_sharding(self.mesh)
-        self.train_step = jax.jit(
-            self._train_step,
-            in_shardings=(self.state_shardings, self._rows),
-            out_shardings=(self.state_shardings, None),
-            donate_argnums=0,
-        )
-        self.eval_step = jax.jit(
-            lambda params, batch: loss.forward(self.model, params, batch, pieces=cfg.train.loss_pieces),
-            in_shardings=(self.state_shardings.params, self._rows),
-        )
-
-    @contextlib.contextmanager
-    def context(self):
-        """Everything is traced and run inside this: the mesh, and the table of logical axes."""
-        with jax.set_mesh(self.mesh), sharding.logical_rules():
-            yield
-
-    def init_state(self, seed):
-        """The state at step 0, born sharded."""
-        init = jax.jit(lambda key: meta.unbox(self._init(key)), out_shardings=self.state_shardings)
-        return init(jax.random.key(seed))
-
-    def put(self, batch):
-        """A batch as global arrays, of which each device gets its part."""
-        put = lambda x: jax.make_array_from_callback(x.shape, self._rows, lambda part: x[part])
-        return {name: put(x) for name, x in batch.items() if name != pipeline.HASH}
-
-    def abstract_batch(self):
-        """Shapes, dtypes and shardings of a batch, for compiling ahead of time."""
-        shape = (self.cfg.data.batch_size, self.cfg.data.seq_len)
-        one = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows)
-        return dict.fromkeys(('tokens', 'targets', 'positions', 'segments', 'bytes'), one)
-
-    def _init(self, key):
-        token = jnp.zeros((1, 1), jnp.int32)
-        params = self.model.init(key, token, token, token)
-        return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
-
-    def _train_step(self, state, batch):
-        cfg = self.cfg
-
-        def objective(params, rows):
-            sums = loss.forward(self.model, params, rows, pieces=cfg.train.loss_pieces, count=cfg.train.activity)
-            return sums['nll'] + cfg.optimizer.z_loss * sums['log_z2'], sums
-
-        gradient = jax.grad(objective, has_aux=True)
-        n = cfg.train.accumulate
-        if n == 1:
-            grads, sums = gradient(state.params, batch)
-        else:
-            # Every device keeps its rows: microbatch i takes each n-th row.
-            cut = lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
-            micro = jax.tree.map(cut, batch)
-            first = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro))
-            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-            add = lambda total, rows: (jax.tree.map(jnp.add, total, gradient(state.params, rows)), None)
-            (grads, sums), _ = jax.lax.scan(add, zero, micro)
-        grads = jax.tree.map(lambda g: g / sums['tokens'], grads)
-        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        sums['grad_norm'] = optax.global_norm(grads)
-        return TrainState(state.step + 1, params, opt_state), sums
-
-
-def evaluate(trainer, params, dataset, label='eval', limit=0):
-    """`loss.per_token` over a dataset of batches, or the first `limit` of them if that is not 0; summed in float64."""
-    with contextlib.closing(iter(dataset)) as batches:
-        shown = tqdm(itertools.islice(batches, limit or None), desc=label, leave=False, disable=jax.process_index() != 0)
-        results = [trainer.eval_step(params, trainer.put(batch)) for batch in shown]
-    if not results:
-        raise DataError(f'{label}: no batches to evaluate on')
-    sums = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *jax.device_get(results))
-    return loss.per_token(trainer.cfg.model, sums) | {'tokens': int(sums['tokens']), 'bytes': int(sums['bytes'])}
 
 
 def train(cfg, workdir):
@@ -144,7 +36,8 @@ def train(cfg, workdir):
         stack.enter_context(startup := contextlib.ExitStack())
         startup.enter_context(clock.during('start'))
         stop = stack.enter_context(stopping())
-        profiler = stack.enter_context(_Profiler(cfg.train, workdir))
+        dog = stack.enter_context(Watchdog(cfg.train.stall_seconds))
+        profiler = stack.enter_context(Profiler(cfg.train, workdir))
         tokenizer, cfg = pipeline.tokenizer_for(cfg)
         first = jax.process_index() == 0
         config.check_devices(cfg, jax.device_count())
@@ -159,66 +52,93 @@ def train(cfg, workdir):
         stack.enter_context(trainer.context())
         batches = iter(dataset)
         stack.callback(batches.close)
-        if steps := checkpoints.steps():
-            state, data_state = checkpoints.restore(steps[-1], trainer.abstract_state)
-            batches.set_state(data_state)
-            step = steps[-1]
+        dog.alive('restoring', rare=True)
+        if restored := checkpoints.restore_newest(trainer.abstract_state):
+            step, state, place = restored
+            batches.set_state(place['data'])
+            evaluated = place['evaluated']
             print(f'Going on from step {step} in {workdir}', flush=True)
         else:
-            state, step = trainer.init_state(cfg.seed), 0
+            _nothing_lost(workdir, cfg.train.save_every)
+            state, step, evaluated = trainer.init_state(cfg.seed), 0, True
+            if cfg.train.restore_from:
+                state = state.replace(params=old_weights(cfg.train.restore_from, trainer.abstract_state.params))
         writer = metrics.MetricsWriter(workdir, step) if first else None
         if writer:
             stack.callback(writer.close)
         stack.callback(checkpoints.close)
 
         startup.close()
-        compiled = None
+        saved = step if restored else None
         if step < cfg.train.steps:
             print(f'Compiling a step of {trainer.n_params:,} parameters for {trainer.mesh.size} × {_kind()} …', flush=True)
+            dog.alive('compiling', rare=True)
             with clock.during('compile'):
-                compiled = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()
-        saved = step if steps else None
+                compiled = _unless(stop, lambda: _compile(trainer))
+            if compiled is None:
+                left = _preempted(step, cfg, workdir)
+                left.at_once = True
+                raise left
         bar = tqdm(total=cfg.train.steps, initial=step, desc='train', unit='step', disable=not first)
         stack.callback(bar.close)
-        log = _Log(trainer, writer, bar, step, clock)
-        while step < cfg.train.steps and not stop(step):
+        log = Log(trainer, writer, bar, step, clock, lambda: state.params)
+
+        def save():
+            nonlocal saved
+            dog.alive('saving', rare=True)
+            checkpoints.save(step, state, {'data': batches.get_state(), 'evaluated': evaluated})
+            saved = step
+
+        def validate():
+            """Has the validation split been evaluated, or was this run stopped meanwhile?"""
+            with log.paused('evaluate'):
+                report = evaluate(
+                    trainer, state.params, held_out['validation'], 'validation', cfg.train.eval_batches, stop=told_in_evaluation
+                )
+            if report is None:
+                return False
+            if writer:
+                writer.write(step, 'validation', report)
+            bar.write(f'step {step}: validation loss {report["loss"]:.4f}')
+            return True
+
+        def told(doing='stepping', rare=False):
+            """Has this run been told to stop? It is asked whenever something moved."""
+            dog.alive(doing, rare)
+            return stop()
+
+        told_in_evaluation = functools.partial(told, 'evaluating', rare=True)
+        if not evaluated:  # it was stopped in the midst of that
+            evaluated = validate()
+        while step < cfg.train.steps and not told():
+            checkpoints.check()
             profiler.before(step + 1)
-            try:
-                with clock.during('data'):
-                    batch = next(batches)
-                    rows = trainer.put(batch)
-            except StopIteration:
-                raise DataError(f'{cfg.data.source}: exhausted at step {step} after data.epochs = {cfg.data.epochs}') from None
+            with clock.during('data'):
+                batch = _next(batches, cfg, step)
+                rows = trainer.put(batch)
             with jax.transfer_guard('disallow'):  # whatever waits for the device does so on purpose
                 state, sums = compiled(state, rows)
             step += 1
             log.flush()  # the step before, while this one runs
             saving = step % cfg.train.save_every == 0 or step == cfg.train.steps
-            due = step % cfg.train.log_every == 0 or step == cfg.train.steps
-            if due or saving:
-                log.push(step, sums, batch[pipeline.HASH], due)
+            log.push(step, sums, batch, saving or step % cfg.train.log_every == 0)
             bar.update()
             profiler.after(step, state)
-            evaluating = cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < cfg.train.steps
-            if evaluating or saving:
-                log.flush()  # raises before a state that is not finite could be saved
-            if evaluating:
-                with log.paused('evaluate'):
-                    report = evaluate(trainer, state.params, held_out['validation'], 'validation', cfg.train.eval_batches)
-                    if writer:
-                        writer.write(step, 'validation', report)
-                    bar.write(f'step {step}: validation loss {report["loss"]:.4f}')
+            evaluated = not (cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < cfg.train.steps)
+            if saving or not evaluated:
+                log.flush()  # raises before a state behind a bad update could be saved
+            if not evaluated:
+                evaluated = validate()
             if saving:
                 with log.paused('checkpoint'):
-                    checkpoints.save(step, state, batches.get_state())
                     if writer:
                         writer.flush()
-                saved = step
+                    save()
         log.flush()
         if step < cfg.train.steps:
             if saved != step:
-                checkpoints.save(step, state, batches.get_state())
-            raise Preempted(f'stopped at step {step} of {cfg.train.steps}, saved in {workdir}; run the same command to go on')
+                save()
+            raise _preempted(step, cfg, workdir)
         bar.close()
         summary = {
             'steps': step,
@@ -230,7 +150,9 @@ def train(cfg, workdir):
         }
         for split, split_dataset in held_out.items():
             with clock.during('evaluate'):
-                summary[split] = evaluate(trainer, state.params, split_dataset, split)
+                summary[split] = evaluate(trainer, state.params, split_dataset, split, stop=told_in_evaluation)
+            if summary[split] is None:
+                raise _preempted(step, cfg, workdir)
             if writer:
                 writer.write(step, split, summary[split])
         size = summary['test']['bytes']
@@ -240,12 +162,95 @@ def train(cfg, workdir):
     return summary, trainer, state
 
 
+def old_weights(directory, params):
+    """The parameters of a run directory's newest checkpoint, or of one of its checkpoints/STEP, for a new run.
+
+    Args:
+      directory: as text; here or in a bucket.
+      params: shapes, dtypes and shardings.
+
+    Raises:
+      CheckpointError: there is none, it is damaged, or of another model.
+    """
+    path = epath.Path(directory)
+    named = path.parent.name == 'checkpoints' and path.name.isdigit()
+    root = path.parent if named else path / 'checkpoints'
+    checkpoints = Checkpoints(root) if root.exists() else None
+    steps = checkpoints.steps() if checkpoints else []
+    step = int(path.name) if named else max(steps, default=None)
+    if step not in steps:
+        raise CheckpointError(f'train.restore_from = {directory!r}: want a run directory, or a checkpoints/STEP of one')
+    print(f'Starting from the parameters of {root}/{step}', flush=True)
+    restored = checkpoints.restore_params(step, params)
+    checkpoints.close()
+    return restored
+
+
+def _nothing_lost(workdir, save_every):
+    """Raises a CheckpointError if this run was further than its checkpoints say: it must not silently start from scratch."""
+    if (workdir / ASIDE).exists():
+        raise CheckpointError(f'{workdir}/checkpoints: none is left, and damaged ones lie in {ASIDE}/')
+    # By the second save the first one is on the disk.
+    if (reached := metrics.last_step(workdir)) > 2 * save_every:
+        raise CheckpointError(f'{workdir}/checkpoints: there is none, but metrics.jsonl goes to step {reached}')
+
+
+def _compile(trainer):
+    with trainer.context():
+        return trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()
+
+
+def _unless(stop, work):
+    """work(), or None as soon as `stop()`: in a thread, so that a signal is heard while XLA compiles."""
+    if jax.process_count() > 1:  # which stop together, at a step
+        return work()
+    done, result = threading.Event(), []
+
+    def run():
+        try:
+            result.append((work(), None))
+        except BaseException as e:
+            result.append((None, e))
+        done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    while not done.wait(0.1):
+        if stop():
+            return None
+    value, error = result[0]
+    if error:
+        raise error
+    return value
+
+
+def _next(batches, cfg, step):
+    try:
+        return next(batches)
+    except StopIteration:
+        raise DataError(f'{cfg.data.source}: exhausted at step {step} after data.epochs = {cfg.data.epochs}') from None
+    except SparkError:
+        raise
+    except Exception as e:  # of a worker
+        raise DataError(f'{cfg.data.source}: cannot be read at step {step}: {type(e).__name__}: {e}') from e
+
+
+def _preempted(step, cfg, workdir):
+    return Preempted(f'stopped at step {step} of {cfg.train.steps}, saved in {workdir}; run the same command to go on')
+
+
 def claim(workdir, cfg):
-    """Makes `workdir` this config's; a ConfigError names the fields in which it is another's, or a file that is no run's."""
+    """Makes `workdir` this config's; a ConfigError names the fields in which it is another's, or a file that is no run's.
+
+    What `config.HOW` names may change while a run goes on.
+    """
     path = workdir / 'config.json'
     if path.exists():
-        if different := config.differences(config.load(path), cfg):
+        before = config.load(path)
+        if different := config.differences(before, cfg, but=config.HOW):
             raise ConfigError(f'--workdir={workdir} belongs to a run with {different}: choose another directory')
+        if (changed := config.differences(before, cfg)) and jax.process_index() == 0:
+            print(f'This run had {changed}', flush=True)
+            write_text(path, cfg.model_dump_json(indent=2) + '\n')
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -256,102 +261,6 @@ def claim(workdir, cfg):
             write_text(path, cfg.model_dump_json(indent=2) + '\n')
     except OSError as e:
         raise ConfigError(f'--workdir={workdir}: {e.strerror or e}') from None
-
-
-class _Profiler:
-    """Traces of a few steps into WORKDIR/profile: from train.profile_step on, and whenever a SIGUSR1 comes."""
-
-    def __init__(self, cfg, workdir):
-        self._cfg, self._directory, self._asked, self._last = cfg, workdir / 'profile', False, None
-
-    def __enter__(self):
-        def ask(*_):
-            self._asked = True
-
-        try:
-            self._previous = signal.signal(signal.SIGUSR1, ask)
-        except ValueError:  # not the main thread
-            self._previous = None
-        return self
-
-    def __exit__(self, *_):
-        if self._last is not None:
-            jax.profiler.stop_trace()
-        if self._previous is not None:
-            signal.signal(signal.SIGUSR1, self._previous)
-
-    def before(self, step):
-        """Starts a trace if one is due at this step."""
-        if self._last is None and (self._asked or step == self._cfg.profile_step):
-            self._asked, self._last = False, step + self._cfg.profile_steps - 1
-            jax.profiler.start_trace(str(self._directory))
-
-    def after(self, step, state):
-        """Ends the trace with its last step."""
-        if self._last is not None and step >= self._last:
-            self._last = None
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-
-
-class _Log:
-    """Turns device sums into metrics one step late, so that reading them never holds up the next step."""
-
-    def __init__(self, trainer, writer, bar, step, clock):
-        self._trainer, self._writer, self._bar, self._pending, self._clock = trainer, writer, bar, None, clock
-        self._since_step, self._mark = step, time.perf_counter()
-        self.seconds, self.tokens, self.last_loss = 0.0, 0, None
-        cfg = trainer.cfg
-        per_token = metrics.training_flops_per_token(cfg.model, trainer.n_params, cfg.data.seq_len)
-        peak = metrics.peak_flops(trainer.mesh.devices.flat[0])
-        self._utilisation_per_speed = per_token / (peak * trainer.mesh.size) if peak else None
-        self._schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
-
-    def push(self, step, sums, crc, due):
-        """Device sums of a step, to be checked by the next `flush`, and written if `due`."""
-        self._pending = step, sums, crc, due
-
-    @contextlib.contextmanager
-    def paused(self, name):
-        """Time in here is not training; it goes to `name` of the clock."""
-        start = time.perf_counter()
-        with self._clock.during(name):
-            yield
-        self._mark += time.perf_counter() - start
-
-    def flush(self):
-        """Waits for the pushed step. Raises NotFiniteError if its loss or gradient is not finite."""
-        if self._pending is None:
-            return
-        step, sums, crc, due = self._pending
-        self._pending = None
-        sums = jax.device_get(sums)
-        report = loss.per_token(self._trainer.cfg.model, sums) | {'grad_norm': float(sums['grad_norm'])}
-        self.last_loss = report['loss']
-        if not np.isfinite([report['loss'], report['grad_norm']]).all():
-            raise NotFiniteError(
-                f'step {step}: loss {report["loss"]}, gradient norm {report["grad_norm"]}, batch {crc:08x}; '
-                'nothing was saved since the last good checkpoint'
-            )
-        if not due:
-            return
-        now = time.perf_counter()
-        elapsed, self._mark = now - self._mark, now
-        cfg = self._trainer.cfg
-        tokens = (step - self._since_step) * cfg.data.batch_size * cfg.data.seq_len
-        self._since_step = step
-        self.seconds += elapsed
-        self.tokens += tokens
-        speed = tokens / elapsed
-        report |= {'learning_rate': float(self._schedule(step - 1)), 'batch_crc': crc, 'tokens_per_second': round(speed, 1)}
-        report |= {'tokens_per_second_per_device': round(speed / self._trainer.mesh.size, 1), **self._clock.report()}
-        shown = {'loss': f'{report["loss"]:.4f}', 'tok/s': f'{speed:,.0f}'}
-        if self._utilisation_per_speed:
-            report['mfu'] = speed * self._utilisation_per_speed
-            shown['mfu'] = f'{report["mfu"]:.1%}'
-        self._bar.set_postfix(shown, refresh=False)
-        if self._writer:
-            self._writer.write(step, 'train', report)
 
 
 def _kind():

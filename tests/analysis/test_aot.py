@@ -16,7 +16,7 @@ from spark.analysis import aot, flops, hlo
 from spark.config import FFNConfig
 from spark.nn.ffn import FFN
 from spark.training import sharding
-from spark.training.train import Trainer
+from spark.training.trainer import Trainer
 from tests.helpers import ROOT, small
 
 libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='wants libtpu')

@@ -162,10 +162,15 @@ def test_source_strings():
 
 def test_two_processes_prepare_the_corpus_at_once(tmp_path):
     """As those of a job on a fresh machine do."""
-    code = 'import sys; from spark.config import DataConfig; from spark.data import sources; ' \
-           'cfg = DataConfig(seq_len=8, batch_size=1, cache_dir=sys.argv[1]); print(len(sources.open_source("stdlib", "train", cfg)[0][1]))'
+    code = '''
+import sys
+from spark.config import DataConfig
+from spark.data import sources
+print(len(sources.open_source('stdlib', 'train', DataConfig(seq_len=8, batch_size=1, cache_dir=sys.argv[1]))[0][1]))
+'''
     command = [sys.executable, '-c', code, str(tmp_path)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
     said = [p.communicate(timeout=200) for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert said[0][0].splitlines()[-1] == said[1][0].splitlines()[-1]

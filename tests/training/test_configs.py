@@ -5,7 +5,7 @@ import pytest
 
 from spark.config import validate
 from spark.data import pipeline
-from spark.training.train import Trainer
+from spark.training.trainer import Trainer
 from tests.helpers import shipped
 from tests.test_config import CONFIGS
 
