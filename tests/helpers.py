@@ -19,20 +19,26 @@ def shipped(name, variant=None):
     return from_file(ROOT / 'configs' / name, variant)
 
 
+SMALL = {
+    'model.d_model': 32, 'model.n_layers': 4, 'model.attention.n_heads': 4, 'model.attention.n_kv_heads': 2,
+    'model.attention.head_dim': 8, 'model.attention.window': 7, 'data.seq_len': 32, 'data.batch_size': 8, 'data.shuffle_rows': 16,
+    'optimizer.lr': 1e-2, 'optimizer.warmup_steps': 2, 'train.steps': 10, 'train.log_every': 1, 'train.save_every': 5,
+    'sample.tokens': 8,
+}  # fmt: skip
+KINDS = {
+    'dense': {'model.ffn.kind': 'gated', 'model.ffn.d_ff': 64},
+    'spark': {
+        'model.ffn.kind': 'spark', 'model.ffn.d_ff': 96, 'model.ffn.k': 8, 'model.ffn.r': 16,
+        'model.attention.kind': 'spark', 'model.attention.k': 4, 'model.attention.r': 4,
+    },
+}  # fmt: skip
+
+
 def small(kind='spark', **overrides):
     """A validated config of a two-group model, d_model 32; kind 'spark' or 'dense'; overrides by dotted name."""
     c = template()
-    m, f, a = c.model, c.model.ffn, c.model.attention
-    m.vocab_size, m.d_model, m.n_layers, m.logit_cap = 264, 32, 4, 30.0
-    f.kind, f.d_ff, f.k, f.r = ('spark', 96, 8, 16) if kind == 'spark' else ('gated', 64, 0, 0)
-    a.n_heads, a.n_kv_heads, a.head_dim, a.window, a.logit_cap = 4, 2, 8, 7, 50.0
-    if kind == 'spark':
-        a.kind, a.k, a.r = 'spark', 4, 4
-    c.data.seq_len, c.data.batch_size, c.data.shuffle_rows = 32, 8, 16
-    c.optimizer.lr, c.optimizer.warmup_steps = 1e-2, 2
-    c.train.steps, c.train.log_every, c.train.save_every = 10, 1, 5
-    c.sample.tokens = 8
-    c.update_from_flattened_dict(overrides)
+    capped = {'model.vocab_size': 264, 'model.logit_cap': 30.0, 'model.attention.logit_cap': 50.0}
+    c.update_from_flattened_dict(SMALL | KINDS[kind] | capped | overrides)
     return validate(c)
 
 

@@ -8,48 +8,20 @@ import subprocess
 import sys
 import time
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from spark.kernels import cpu
-from tests.helpers import ROOT, records, write_corpus
+from tests.helpers import ROOT
+from tests.processes import assert_same_run, environment, error, script, write_config
 
 STEPS = 24
-
-
-def environment(tmp):
-    env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-    return env | {'SPARK_CACHE': str(tmp / 'cache'), 'PYTHONPATH': str(ROOT)}
-
-
-def script(name, *args):
-    return [sys.executable, str(ROOT / 'scripts' / name), *map(str, args)]
 
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     """A directory with a config file, a corpus, and an uninterrupted run of it in `whole`."""
     tmp = tmp_path_factory.mktemp('runs')
-    source = write_corpus(tmp)
-    (tmp / 'config.py').write_text(f'''
-from spark.config import template
-
-
-def get_config(variant='spark'):
-    c = template()
-    m, f, a = c.model, c.model.ffn, c.model.attention
-    m.d_model, m.n_layers = 32, 2
-    f.kind, f.d_ff, f.k, f.r = 'spark', 96, 8, 16
-    a.kind, a.n_heads, a.n_kv_heads, a.head_dim, a.window, a.k, a.r = 'spark', 4, 2, 8, 7, 4, 4
-    c.data.source = '{source}'
-    c.data.seq_len, c.data.batch_size, c.data.shuffle_rows = 32, 8, 16
-    c.optimizer.lr = 1e-2
-    c.train.steps, c.train.log_every, c.train.save_every, c.train.eval_every = {STEPS}, 1, 8, 6
-    c.sample.prompt, c.sample.tokens = 'spark', 8
-    return c
-''')
+    write_config(tmp, **{'train.steps': STEPS, 'train.save_every': 8, 'train.eval_every': 6})
     done = train(tmp, 'whole')
     assert done.returncode == 0, done.stderr
     return tmp, done
@@ -61,17 +33,6 @@ def command(tmp, name, *args):
 
 def train(tmp, name, *args):
     return subprocess.run(command(tmp, name, *args), env=environment(tmp), capture_output=True, text=True, timeout=300)
-
-
-def state(workdir, step=STEPS):
-    restored = ocp.StandardCheckpointer().restore((workdir / 'checkpoints' / str(step) / 'state').absolute())
-    return jax.tree.map(np.asarray, restored)
-
-
-def assert_same_run(a, b):
-    """Losses, activity, batches (by checksum) and the final state, bit for bit."""
-    assert records(a) == records(b)
-    jax.tree.map(np.testing.assert_array_equal, state(a), state(b))
 
 
 def interrupt(tmp, name, number):
@@ -104,7 +65,7 @@ def test_kill_between_two_saves_and_run_again(place):
     assert code == -signal.SIGKILL
     again = train(tmp, 'killed')
     assert again.returncode == 0 and 'Going on from step 8' in again.stdout, again.stderr
-    assert_same_run(tmp / 'killed', tmp / 'whole')
+    assert_same_run(tmp / 'killed', tmp / 'whole', STEPS)
 
 
 def test_sigterm_saves_and_exits_75(place):
@@ -116,13 +77,13 @@ def test_sigterm_saves_and_exits_75(place):
     saved = max(int(p.name) for p in (tmp / 'stopped' / 'checkpoints').iterdir() if p.name.isdigit())
     assert saved >= 8 and f'step {saved} of {STEPS}' in last
     assert train(tmp, 'stopped').returncode == 0
-    assert_same_run(tmp / 'stopped', tmp / 'whole')
+    assert_same_run(tmp / 'stopped', tmp / 'whole', STEPS)
 
 
 def test_the_same_seed_gives_the_same_run(place):
     tmp, _ = place
     assert train(tmp, 'twin', f'--json={tmp}/twin.json').returncode == 0
-    assert_same_run(tmp / 'twin', tmp / 'whole')
+    assert_same_run(tmp / 'twin', tmp / 'whole', STEPS)
     strip = lambda s: {k: v for k, v in s.items() if 'second' not in k and k != 'goodput'}
     assert strip(json.loads((tmp / 'twin.json').read_text())) == strip(json.loads((tmp / 'whole' / 'summary.json').read_text()))
 
@@ -147,8 +108,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(place, args, code, message):
     tmp, _ = place
     result = train(tmp, 'whole', *[a.format(tmp) for a in args])
     assert result.returncode == code, result.stderr
-    said = [line for line in result.stderr.replace('\r', '\n').splitlines() if 'Error: ' in line]
-    assert len(said) == 1 and message in said[0] and 'Traceback' not in result.stderr
+    assert message in error(result.stderr)
 
 
 def test_missing_files_and_help(place):

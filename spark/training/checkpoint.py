@@ -1,5 +1,6 @@
 """Checkpoints: the training state and the place in the data, saved together and asynchronously by Orbax, with their checksums."""
 
+import functools
 import json
 import zlib
 
@@ -21,7 +22,9 @@ class Checkpoints:
     def __init__(self, directory, keep=None, keep_every=0):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
-        self.directory = directory
+        self.directory, self._saving = directory, False
+        # Once per step: parameters may be restored one by one.
+        self._beside, self._tree = functools.cache(self._read_beside), functools.cache(self._read_tree)
 
     def steps(self):
         """The steps that can be restored, ascending."""
@@ -43,14 +46,14 @@ class Checkpoints:
             items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(beside))
             self._manager.save(step, args=items, force=True)
         except Exception as e:
-            raise self._failed(step, e) from e
+            raise self._failed(f'step {step} cannot be saved', e) from e
+        self._saving = True
 
     def check(self):
-        """Raises the error of a save that failed in the background."""
-        try:
-            self._manager.check_for_errors()
-        except Exception as e:
-            raise self._failed('the last one', e) from e
+        """Raises the error of a save that failed in the background; waits for nothing."""
+        if self._saving and not self._manager.is_saving_in_progress():
+            self._saving = False
+            self._wait()
 
     def restore_newest(self, state):
         """(step, state, data) of the newest checkpoint that reads as it was saved; None if there is none, damaged or not.
@@ -123,20 +126,23 @@ class Checkpoints:
 
     def close(self):
         """Waits for a save under way and raises its error."""
+        self._wait()
+        self._manager.close()
+
+    def _wait(self):
         try:
-            self._manager.wait_until_finished()
-            self._manager.close()
+            self._manager.wait_until_finished()  # unlike its check_for_errors this raises what the thread met that ends a save
         except Exception as e:
-            raise self._failed('the last one', e) from e
+            raise self._failed('the last save failed', e) from e
 
     def _path(self, step):
         return self.directory.absolute() / str(step)
 
-    def _failed(self, step, error):
+    def _failed(self, what, error):
         error = str(error) or type(error).__name__
-        return CheckpointError(f'{self.directory}: step {step} cannot be saved: {error}; earlier checkpoints are as they were')
+        return CheckpointError(f'{self.directory}: {what}: {error}; earlier checkpoints are as they were')
 
-    def _beside(self, step):
+    def _read_beside(self, step):
         """The JSON that lies beside a state: its checksums, and the place in the data."""
         path = self._path(step) / 'data' / 'metadata'
         if not self._path(step).exists():
@@ -150,13 +156,17 @@ class Checkpoints:
             raise DamagedError(f'{self.directory}/{step}: the place in the data has checksum {_crc(data)}, saved was {crc}')
         return {'data': data, 'checksums': sums}
 
-    def _compare(self, step, tree, partly=False):
-        """{path: (shape, dtype)} of what is saved; a CheckpointError with the paths in which a tree, or a part, differs."""
+    def _read_tree(self, step):
+        """{path: (shape, dtype)} of the arrays of a state."""
         try:
             metadata = ocp.PyTreeCheckpointHandler().metadata(self._path(step) / 'state')
-            saved = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in _by_path(metadata.tree).items()}
+            return {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in _by_path(metadata.tree).items()}
         except Exception as e:
             raise DamagedError(f'{self.directory}/{step}: cannot be restored: {e}') from e
+
+    def _compare(self, step, tree, partly=False):
+        """{path: (shape, dtype)} of what is saved; a CheckpointError with the paths in which a tree, or a part, differs."""
+        saved = self._tree(step)
         wanted = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in _by_path(tree).items()}
         show = lambda shape, dtype: f'{dtype}{list(shape)}'
         differences = [f'{path} is missing' for path in wanted if path not in saved]

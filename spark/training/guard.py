@@ -91,7 +91,7 @@ def _probe(trainer, params, rows, order):
 
     def note(call, args, kwargs, context):
         y, module = call(*args, **kwargs), context.module
-        if context.method_name == '__call__' and isinstance(y, jax.Array):
+        if module.path and context.method_name == '__call__' and isinstance(y, jax.Array):
             module.sow(METRICS, 'finite', jnp.all(jnp.isfinite(y)), reduce_fn=lambda _, new: new, init_fn=lambda: None)
             if module.path not in order:
                 order.append(module.path)
