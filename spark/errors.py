@@ -1,5 +1,6 @@
 """What can go wrong for a user, each with its exit code; and the wrapper that turns it into one line."""
 
+import logging
 import os
 import sys
 
@@ -58,6 +59,7 @@ def run(main, check=None):
 
     `check(argv)` may raise a ConfigError before the flags are parsed, where it has better words than their parser.
     """
+    _one_line_each()
     try:
         if {'-h', '--help'} & set(sys.argv[1:]):
             print(sys.modules['__main__'].__doc__.strip(), flags.FLAGS.main_module_help(), sep='\n')
@@ -68,12 +70,29 @@ def run(main, check=None):
             main()
         sys.stdout.flush()
     except SparkError as e:
-        _say(f'{type(e).__name__}: {e}', e.exit_code, e.at_once)
+        if e.at_once:
+            leave(e)
+        _say(e)
+        sys.exit(e.exit_code)
     except KeyboardInterrupt:
-        _say('Interrupted', 130)
+        print('Interrupted', file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # whoever read what is printed has read enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
+
+
+def _one_line_each():
+    """What libraries say of an exception loses its traceback: the error that follows from it is told by `run`."""
+
+    def without_traceback(record):
+        record.exc_info = None
+        return True
+
+    logging.getLogger('absl').addFilter(without_traceback)
+    before = sys.unraisablehook
+    # TensorStore's threads say this of every write that was under way when one failed.
+    sys.unraisablehook = lambda told: None if str(told.exc_value) == 'Event loop is closed' else before(told)
 
 
 def _parse_flags():
@@ -85,9 +104,13 @@ def _parse_flags():
         raise ConfigError(f'unexpected argument {rest[1]!r}: flags look like --name=value; see --help')
 
 
-def _say(line, code, at_once=False):
-    print(' '.join(line.split()), file=sys.stderr, flush=True)
-    if at_once:
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+def leave(error):
+    """Says a SparkError and ends the process without waiting for other threads, or for other processes of a job."""
+    print(file=sys.stderr)  # a progress bar may still be there
+    _say(error)
+    sys.stdout.flush()
+    os._exit(error.exit_code)
+
+
+def _say(error):
+    print(' '.join(f'{type(error).__name__}: {error}'.split()), file=sys.stderr, flush=True)

@@ -64,7 +64,7 @@ def join_processes():
     """
     import jax
 
-    patient = {'heartbeat_timeout_seconds': HEARTBEAT}
+    patience = {'heartbeat_timeout_seconds': HEARTBEAT, 'shutdown_timeout_seconds': 30}
     address = os.environ.get('JAX_COORDINATOR_ADDRESS')
     if address:
         numbers = [os.environ.get(name, '') for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')]
@@ -74,13 +74,13 @@ def join_processes():
                 'want host:port, how many, and which, from 0'
             )
         if int(numbers[0]) > 1:
-            jax.distributed.initialize(address, *map(int, numbers), **patient)
+            jax.distributed.initialize(address, *map(int, numbers), **patience)
         return
     # Of the step that srun starts: SLURM_NTASKS stands in an allocation's own shell, too, where nobody else would join.
     several = [int(os.environ.get(name, '1')) for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')]
     pod = _chips() and os.environ.get('JAX_PLATFORMS') in (None, 'tpu')
     if max(several) > 1 or 'JOB_COMPLETION_INDEX' in os.environ or pod:
-        jax.distributed.initialize(**patient)
+        jax.distributed.initialize(**patience)
 
 
 def _chips():

@@ -16,12 +16,19 @@ from spark.errors import CheckpointError, DamagedError
 ASIDE = 'damaged'  # WORKDIR/damaged holds the checkpoints that do not read as they were saved
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step):
+        """Never. Saving asks this with a step; what `runtime.stopping` agrees on with other processes is another count."""
+        del step
+        return False
+
+
 class Checkpoints:
-    """WORKDIR/checkpoints: the newest `keep` steps and every multiple of `keep_every`."""
+    """WORKDIR/checkpoints, beside a config.json: the newest `keep` steps and every multiple of `keep_every`."""
 
     def __init__(self, directory, keep=None, keep_every=0):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._manager = _Manager(directory.absolute(), options=options)
         self.directory, self._saving = directory, False
         # Once per step: parameters may be restored one by one.
         self._beside, self._tree = functools.cache(self._read_beside), functools.cache(self._read_tree)
@@ -36,13 +43,14 @@ class Checkpoints:
         Args:
           step: an int.
           state: a pytree of arrays.
-          data: what JSON can hold.
+          data: what JSON can hold, and tuples.
         """
         sums = {name: int(x) for name, x in jax.device_get(checksums(state)).items()}
+        data = _with_tuples(data)
         beside = {'data': data, 'checksums': sums, 'crc': _crc(data)}
         try:
-            if not self.directory.parent.exists():
-                raise FileNotFoundError('the run directory has vanished')
+            if self._vanished():
+                raise FileNotFoundError
             items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(beside))
             self._manager.save(step, args=items, force=True)
         except Exception as e:
@@ -138,8 +146,14 @@ class Checkpoints:
     def _path(self, step):
         return self.directory.absolute() / str(step)
 
+    def _vanished(self):
+        # Not whether the directory exists: a write that was under way makes it anew.
+        return not (self.directory.parent / 'config.json').exists()
+
     def _failed(self, what, error):
         error = str(error) or type(error).__name__
+        if self._vanished():
+            error = 'the run directory has vanished'
         return CheckpointError(f'{self.directory}: {what}: {error}; earlier checkpoints are as they were')
 
     def _read_beside(self, step):
@@ -154,7 +168,7 @@ class Checkpoints:
             raise DamagedError(f'{self.directory}/{step}: {path.name} cannot be read: {type(e).__name__}: {e}') from e
         if crc != _crc(data):
             raise DamagedError(f'{self.directory}/{step}: the place in the data has checksum {_crc(data)}, saved was {crc}')
-        return {'data': data, 'checksums': sums}
+        return {'data': _without_tuples(data), 'checksums': sums}
 
     def _read_tree(self, step):
         """{path: (shape, dtype)} of the arrays of a state."""
@@ -230,6 +244,23 @@ def _checksums(arrays):
 def _by_path(tree):
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator='.'): x for path, x in leaves}
+
+
+def _with_tuples(x):
+    """A value whose tuples JSON cannot tell from lists, for JSON: Grain's iterators compare parts of their state with tuples."""
+    if isinstance(x, dict):
+        return {name: _with_tuples(v) for name, v in x.items()}
+    if isinstance(x, list | tuple):
+        items = [_with_tuples(v) for v in x]
+        return {'tuple': items} if isinstance(x, tuple) else items
+    return x
+
+
+def _without_tuples(x):
+    """The inverse of `_with_tuples`."""
+    if isinstance(x, dict):
+        return tuple(map(_without_tuples, x['tuple'])) if x.keys() == {'tuple'} else {n: _without_tuples(v) for n, v in x.items()}
+    return [_without_tuples(v) for v in x] if isinstance(x, list) else x
 
 
 def _crc(data):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from spark import config
 from spark.data import pipeline
-from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError
+from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, StalledError, leave
 from spark.runtime import stopping, write_text
 from spark.training import metrics
 from spark.training.checkpoint import ASIDE, Checkpoints
@@ -47,6 +47,7 @@ def train(cfg, workdir):
         claim(workdir, asked)
         if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
             jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
+        stack.push(_in_words)
         trainer = Trainer(cfg)
         checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
         stack.enter_context(trainer.context())
@@ -108,6 +109,7 @@ def train(cfg, workdir):
             return stop()
 
         told_in_evaluation = functools.partial(told, 'evaluating', rare=True)
+        stack.push(_in_words)  # before anything is closed, which may wait for the other processes
         if not evaluated:  # it was stopped in the midst of that
             evaluated = validate()
         while step < cfg.train.steps and not told():
@@ -232,6 +234,20 @@ def _next(batches, cfg, step):
         raise
     except Exception as e:  # of a worker
         raise DataError(f'{cfg.data.source}: cannot be read at step {step}: {type(e).__name__}: {e}') from e
+
+
+def _in_words(kind, error, _):
+    """For ExitStack.push: raises what XLA raised in words for people."""
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        return
+    said = str(error).splitlines()[0]
+    if 'RESOURCE_EXHAUSTED' in said:
+        raise ConfigError(
+            f'out of memory: {said}; less takes more train.accumulate or train.loss_pieces, model.remat, mesh.fsdp; '
+            'scripts/compile.py tells how much a config takes'
+        ) from error
+    if jax.process_count() > 1:
+        leave(StalledError(f'a collective failed, as when another process has ended: {said}; the last checkpoint is as it was'))
 
 
 def _preempted(step, cfg, workdir):

@@ -4,11 +4,14 @@ import collections
 import gzip
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from spark.data import pipeline
 from spark.errors import ConfigError, DataError
+from spark.training.checkpoint import Checkpoints
 from tests.helpers import small
 
 
@@ -74,17 +77,30 @@ def test_order_depends_on_the_seed_alone(cfg):
     assert len(set(crcs)) == 12  # each epoch in another order
 
 
-@pytest.mark.parametrize('seen', [0, 1, 7, 20])
-def test_the_stream_goes_on_exactly_where_its_state_was_taken(cfg, seen):
+@pytest.mark.parametrize('seen', [0, 1, 2, 7, 20])
+@pytest.mark.parametrize('shuffle_rows', [0, 16])
+@pytest.mark.parametrize('aligned', [False, True])
+def test_the_stream_goes_on_exactly_where_its_state_was_taken(cfg, seen, shuffle_rows, aligned, tmp_path):
+    """Through the file of a checkpoint; also where rows end with documents, and nothing is left over from the one before."""
+    if aligned:
+        (tmp_path / 'rows').mkdir()
+        for i in range(20):
+            (tmp_path / 'rows' / f'{i}.txt').write_text(chr(97 + i) * 31)
+        cfg = cfg.model_copy(update={'data': with_data(cfg, source=f'text:{tmp_path}/rows/*.txt')})
     tokenizer, _ = pipeline.tokenizer_for(cfg)
-    dataset = pipeline.train_dataset(cfg.data, 0, tokenizer)
-    first = iter(dataset)
+    stream = lambda: iter(pipeline.train_dataset(with_data(cfg, shuffle_rows=shuffle_rows), 0, tokenizer))
+    first = stream()
     for _ in range(seen):
         next(first)
-    state = first.get_state()
+    (tmp_path / 'config.json').touch()
+    checkpoints = Checkpoints(tmp_path / 'checkpoints')
+    checkpoints.save(seen, {'x': jnp.zeros(1)}, first.get_state())
+    checkpoints.close()
     expected = [next(first) for _ in range(10)]
-    second = iter(pipeline.train_dataset(cfg.data, 0, tokenizer))
-    second.set_state(state)
+    second = stream()
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {'x': jax.ShapeDtypeStruct((1,), jnp.float32, sharding=here)}
+    second.set_state(Checkpoints(tmp_path / 'checkpoints').restore(seen, abstract)[1])
     assert same(expected, [next(second) for _ in range(10)])
     first.close()
     second.close()

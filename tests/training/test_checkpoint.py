@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from spark.errors import CheckpointError, DamagedError
 from spark.training.checkpoint import ASIDE, Checkpoints, checksums
 
-PLACE = {'data': {'document': 3, 'carried': [1, 2]}, 'evaluated': True}
+PLACE = {'data': {'document': 3, 'rest': {'slices': [(-1, -1), (0, [5, ()])]}}, 'evaluated': True}
 
 
 def tree(seed=0):
@@ -38,6 +38,7 @@ def assert_same(a, b):
 def saved(tmp_path_factory):
     """A run directory with the checkpoints 1 and 2."""
     workdir = tmp_path_factory.mktemp('run')
+    (workdir / 'config.json').touch()
     checkpoints = Checkpoints(workdir / 'checkpoints')
     for step in (1, 2):
         checkpoints.save(step, tree(step), PLACE | {'step': step})
@@ -119,6 +120,8 @@ def test_a_bit_of_an_array_is_named(copy):
     changed = tree(2)
     changed['params']['w'] = changed['params']['w'].at[3, 4].multiply(-1)
     other = copy.parent / 'other'
+    other.mkdir()
+    (other / 'config.json').touch()
     checkpoints = Checkpoints(other / 'checkpoints')
     checkpoints.save(2, changed, PLACE)
     checkpoints.close()

@@ -1,0 +1,335 @@
+"""Faults in real processes of scripts/train.py: killed, stopped, frozen, starved. docs/reliability.md says what must hold."""
+
+import json
+import os
+import random
+import re
+import selectors
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from tests.helpers import records
+from tests.processes import assert_same_run, end, error, run, saved, start, write_config
+
+STEPS = 24
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A config file; runs are made beside it by `straight`."""
+    tmp = tmp_path_factory.mktemp('faults')
+    return write_config(tmp, **{
+        'train.steps': STEPS, 'train.save_every': 4, 'train.eval_every': 3, 'sample.tokens': 0, 'train.stall_seconds': 120.0,
+    })  # fmt: skip
+
+
+def straight(config, processes=1):
+    """The directory of a run that nothing happened to."""
+    workdir = config.parent / f'straight_{processes}'
+    if not workdir.exists():
+        run(config, workdir, processes=processes, devices=processes)
+    return workdir
+
+
+def until(process, words, seconds=120):
+    """Reads what a process prints, to either stream, until the words come; False if it ends before."""
+    seen, deadline = {}, time.monotonic() + seconds
+    with selectors.DefaultSelector() as selector:
+        for stream in (process.stdout, process.stderr):
+            os.set_blocking(stream.fileno(), False)
+            selector.register(stream, selectors.EVENT_READ)
+        while time.monotonic() < deadline and selector.get_map():
+            for key, _ in selector.select(1):
+                more = os.read(key.fd, 1 << 16).decode(errors='replace')
+                seen[key.fd] = seen.get(key.fd, '') + more
+                if words in seen[key.fd]:
+                    return True
+                if not more:
+                    selector.unregister(key.fileobj)
+    assert time.monotonic() < deadline, f'{words!r} did not come'
+    return False
+
+
+def saving(process, workdir):
+    """Waits until a checkpoint is being written; False if the process ends before."""
+    while process.poll() is None:
+        if list((workdir / 'checkpoints').glob('*tmp*')):
+            return True
+        time.sleep(0.001)
+    return False
+
+
+MOMENTS = {
+    'starting': lambda process, workdir, rng: time.sleep(rng.uniform(0, 3)) or True,
+    'compiling': lambda process, workdir, rng: until(process, 'Compiling'),
+    'evaluating': lambda process, workdir, rng: until(process, 'validation: '),
+    'saving': lambda process, workdir, rng: saving(process, workdir),
+    'any': lambda process, workdir, rng: time.sleep(rng.uniform(3, 12)) or True,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_killed_at_any_moment(place, processes):
+    """kill -9 at 20 random moments, of all processes or of one; the run that comes out is the one that nothing happened to."""
+    rng, kills, runs = random.Random(processes), dict.fromkeys(MOMENTS, 0), 0
+    workdir = place.parent / f'killed_{processes}_{runs}'
+    while sum(kills.values()) < 20:
+        moment = rng.choice(list(MOMENTS))
+        started = start(place, workdir, processes=processes, devices=processes)
+        reached = MOMENTS[moment](started[0], workdir, rng)
+        time.sleep(rng.choice([0, rng.expovariate(20)]))
+        alive = [p for p in started if p.poll() is None]
+        if reached and alive:
+            kills[moment] += 1
+            rng.choice(alive).kill()
+            if rng.random() < 0.5:  # the others notice by themselves
+                for p in started:
+                    p.communicate(timeout=120)
+        for p in started:
+            p.kill()
+            p.communicate()
+        if (workdir / 'summary.json').exists():  # it came to its end
+            assert_same_run(workdir, straight(place, processes), STEPS)
+            runs += 1
+            workdir = place.parent / f'killed_{processes}_{runs}'
+    run(place, workdir, processes=processes, devices=processes)
+    assert_same_run(workdir, straight(place, processes), STEPS)
+    assert min(kills.values()) > 0, kills
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('moment', ['starting', 'compiling', 'evaluating', 'saving', 'any', 'the end'])
+def test_stopped_at_any_moment(place, moment, number):
+    """Exit 75 well within half a minute, whatever it was doing; and the same command goes on as if nothing had been."""
+    workdir, rng = place.parent / f'stopped_{moment}_{number}', random.Random(f'{moment}{number}')
+    for _ in range(3):
+        (process,) = start(place, workdir)
+        at_end = lambda process, workdir, rng: until(process, 'test: ')
+        if MOMENTS.get(moment, at_end)(process, workdir, rng) and process.poll() is None:
+            stopped = time.monotonic()
+            process.send_signal(number)
+            _, said = process.communicate(timeout=60)
+            assert time.monotonic() - stopped < 30
+            assert process.returncode in ((0, 75) if moment in ('any', 'the end') else (75,)), said
+            assert 'Traceback' not in said and 'Error' not in said, said
+    run(place, workdir)
+    assert_same_run(workdir, straight(place), STEPS)
+
+
+def test_a_second_ctrl_c_does_not_wait(place):
+    workdir = place.parent / 'interrupted'
+    (process,) = start(place, workdir, '--config.train.save_every=1000', '--config.train.steps=2000')
+    assert until(process, 'step 3: validation')
+    os.kill(process.pid, signal.SIGSTOP)  # so that both come before it can have saved
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGCONT)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (75, 130) and 'Traceback' not in said
+
+
+@pytest.mark.slow
+def test_two_processes_are_stopped_while_they_start_and_evaluate(place):
+    """A SIGTERM to one is meant for both, and both save the same step."""
+    workdir = place.parent / 'stopped_both'
+    for words in ('Compiling', 'validation: '):
+        started = start(place, workdir, processes=2, devices=2)
+        assert until(started[0], words)
+        started[1].send_signal(signal.SIGTERM)
+        lines = [error(said) for _, said in end(started, 75)]
+        assert len({re.search(r'stopped at step (\d+) of', line)[1] for line in lines}) == 1
+    run(place, workdir, processes=2, devices=2)
+    assert_same_run(workdir, straight(place, 2), STEPS)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_freezes(place):
+    """The other one does not wait for ever: it tells where it hangs, and ends."""
+    started = start(place, place.parent / 'frozen', '--config.train.stall_seconds=5', '--config.train.steps=2000',
+                    processes=2, devices=2)  # fmt: skip
+    try:
+        assert until(started[0], 'step 3: validation')
+        started[1].send_signal(signal.SIGSTOP)
+        _, said = started[0].communicate(timeout=120)
+        assert started[0].returncode == 124, said
+        assert 'StalledError: nothing has moved for ' in said.splitlines()[-1] and 'most recent call first' in said
+        assert 'in train' in said and 'in flush' in said
+    finally:
+        for p in started:
+            p.kill()
+            p.communicate()
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_dies(place):
+    started = start(place, place.parent / 'widowed', '--config.train.steps=2000', processes=2, devices=2)
+    assert until(started[0], 'step 9: validation')
+    started[1].kill()
+    _, said = started[0].communicate(timeout=120)
+    assert started[0].returncode == 124 and 'when another process has ended' in error(said)
+    started[1].communicate()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(place):
+    """One device, then four in two processes, then two: the batches are those of the global stream, none twice, none missing."""
+    workdir, crc = place.parent / 'elastic', lambda workdir: [r['batch_crc'] for r in records(workdir) if r['split'] == 'train']
+    layouts = [('--config.mesh.fsdp=1', 1, 1), ('--config.mesh.fsdp=4', 2, 4), ('--config.mesh.model=2', 1, 2)]
+    for i, (mesh, processes, devices) in enumerate(layouts):
+        started = start(place, workdir, mesh, processes=processes, devices=devices)
+        if i < 2:
+            assert until(started[0], f'step {9 * i + 3}: validation')
+            started[-1].send_signal(signal.SIGTERM)
+        said = end(started, 75 if i < 2 else 0)
+    assert 'This run had mesh.fsdp = 4, now 1; mesh.model = 1, now 2' in said[0][0]
+    assert crc(workdir) == crc(straight(place)) and len(crc(workdir)) == STEPS
+    losses = lambda workdir: [r['loss'] for r in records(workdir) if r['split'] == 'train']
+    np.testing.assert_allclose(losses(workdir)[:8], losses(straight(place))[:8], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_costs_what_came_after_the_one_before(place):
+    workdir = place.parent / 'damaged'
+    shutil.copytree(straight(place), workdir)
+    (workdir / 'summary.json').unlink()
+    newest = workdir / 'checkpoints' / str(STEPS) / 'state'
+    for path in (newest / 'd').iterdir():
+        path.write_bytes(path.read_bytes()[:-5])
+    ((out, said),) = run(place, workdir)
+    assert f'Warning: {workdir}/checkpoints/{STEPS}: ' in out + said and '4 steps are lost and trained again' in out + said
+    assert f'Going on from step {STEPS - 4}' in out
+    assert_same_run(workdir, straight(place), STEPS)
+    assert [p.name for p in (workdir / 'damaged').iterdir()] == [str(STEPS)]
+    for path in (workdir / 'checkpoints').rglob('*'):
+        if path.is_file():
+            path.write_bytes(b'')
+    ((_, said),) = run(place, workdir, code=5)
+    assert 'no checkpoint is left' in error(said)
+    shutil.rmtree(workdir / 'checkpoints')
+    ((_, said),) = run(place, workdir, code=5)
+    assert 'none is left, and damaged ones lie in damaged/' in error(said)
+    shutil.rmtree(workdir / 'damaged')
+    ((_, said),) = run(place, workdir, code=5)
+    assert f'there is none, but metrics.jsonl goes to step {STEPS}' in error(said)
+
+
+@pytest.mark.slow
+def test_a_new_run_from_old_weights(place):
+    """The same parameters, nothing else: step, optimizer and data are new; what is no run, or of another model, is told."""
+    old, fresh = straight(place), ('--config.optimizer.lr=1e-9', '--config.train.steps=3', '--config.optimizer.warmup_steps=0')
+    workdir = place.parent / 'tuned'
+    ((out, _),) = run(place, workdir, f'--restore_from={old}', *fresh)
+    assert f'Starting from the parameters of {old}/checkpoints/{STEPS}' in out
+    ours, theirs = saved(workdir, 3)[0], saved(old, STEPS)[0]
+    for path in (p for p in ours if p.startswith("['params']")):
+        np.testing.assert_allclose(ours[path], theirs[path], atol=1e-7, err_msg=path)
+    assert int(ours["['step']"]) == 3
+    assert [r['step'] for r in records(workdir) if r['split'] == 'train'] == [1, 2, 3]
+    before, after = json.loads((old / 'summary.json').read_text()), json.loads((workdir / 'summary.json').read_text())
+    assert after['test']['loss'] == pytest.approx(before['test']['loss'], abs=1e-5)
+    for source, words in [
+        (place.parent, 'want a run directory, or a checkpoints/STEP of one'),
+        (old / 'checkpoints' / '3', 'want a run directory, or a checkpoints/STEP of one'),
+    ]:
+        ((_, said),) = run(place, place.parent / 'none', f'--restore_from={source}', *fresh, code=5)
+        assert words in error(said)
+        shutil.rmtree(place.parent / 'none')
+    wider = '--config.model.ffn.d_ff=128'
+    ((_, said),) = run(place, place.parent / 'none', f'--restore_from={old}/checkpoints/{STEPS - 4}', wider, *fresh, code=5)
+    assert f'checkpoints/{STEPS - 4} is of another model: params.params.groups.ffn_0.K1 is ' in error(said)
+
+
+DIVERGES = '--config.optimizer.lr=1e30', '--config.optimizer.clip=0', '--config.optimizer.warmup_steps=0'
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(place):
+    workdir = place.parent / 'diverged'
+    ((_, said),) = run(place, workdir, *DIVERGES, '--config.train.save_every=1', '--config.train.eval_every=0', code=3)
+    where = r'.*(the output of|the gradient of|the loss).*; nothing was saved since the last good checkpoint'
+    assert re.search(rf'NotFiniteError: step \d+: loss .*, gradient norm .*, batch [0-9a-f]{{8}}; {where}', error(said))
+    steps = [int(p.name) for p in (workdir / 'checkpoints').iterdir()]
+    assert steps and max(steps) == int(re.search(r'step (\d+): loss', said)[1]) - 1
+
+
+@pytest.mark.slow
+def test_bad_updates_are_left_out_counted_and_capped(place):
+    workdir = place.parent / 'skipped'
+    ((out, said),) = run(place, workdir, *DIVERGES, '--config.train.max_skips=3', '--config.train.save_every=100', code=3)
+    first = int(re.search(r'step (\d+): loss .* update left out, 1 of 3 in a row', out)[1])
+    assert f'NotFiniteError: step {first + 3}: loss' in error(said) and out.count('update left out') == 3
+    counted = [r['updates_left_out'] for r in records(workdir) if r['split'] == 'train']
+    assert counted == [0] * (first - 1) + [1, 2, 3]
+    spiky = place.parent / 'spiky'
+    fields = ('train.max_skips=50', 'train.spike=1.01', 'train.steps=60', 'optimizer.lr=0.3')
+    run(place, spiky, *(f'--config.{field}' for field in fields))
+    rows = [r for r in records(spiky) if r['split'] == 'train']
+    assert rows[31]['updates_left_out'] == 0 < rows[-1]['updates_left_out'] < 28
+    assert all(np.isfinite(r['loss']) for r in rows)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up(place):
+    """What is there stays, the run says so; with room again it goes on as if nothing had been."""
+    workdir = place.parent / 'full'
+    (process,) = start(place, workdir)
+    assert until(process, 'step 9: validation')
+    process.send_signal(signal.SIGTERM)
+    end([process], 75)
+    before = max(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+    assert before < STEPS
+    full = 'File too large'
+    for kilobytes, what in [(1, f'metrics.jsonl: {full}'), (60, f'checkpoints: .*{full}.*; earlier checkpoints are')]:
+        small = 'bash', '-c', f'ulimit -f {kilobytes}; exec "$@"', 'bash'
+        ((_, said),) = run(place, workdir, wrap=small, code=5)
+        assert re.search(f'CheckpointError: {workdir}/{what}', error(said))
+    run(place, workdir)
+    assert_same_run(workdir, straight(place), STEPS)
+
+
+def namespace():
+    """Can this machine mount for one process only?"""
+    return shutil.which('unshare') and subprocess.run(['unshare', '-rm', 'true'], capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not namespace(), reason='wants unshare -rm')
+def test_a_directory_that_cannot_be_written(place):
+    workdir = place.parent / 'readonly'
+    shutil.copytree(straight(place), workdir)
+    shutil.rmtree(workdir / 'checkpoints' / str(STEPS))
+    words = f'mount --bind {place.parent} {place.parent} && mount -o remount,bind,ro {place.parent} && exec "$@"'
+    for directory, code in [(workdir, 5), (place.parent / 'new', 2)]:
+        ((_, said),) = run(place, directory, wrap=('unshare', '-rm', 'bash', '-c', words, 'bash'), code=code,
+                           SPARK_CACHE='/tmp/none')  # fmt: skip
+        assert 'Read-only file system' in error(said)
+
+
+@pytest.mark.slow
+def test_a_directory_that_vanishes(place):
+    workdir = place.parent / 'vanished'
+    (process,) = start(place, workdir, '--config.train.steps=2000')
+    assert until(process, 'step 9: validation')
+    while not (workdir / 'checkpoints' / '8').exists():
+        time.sleep(0.01)
+    workdir.rename(place.parent / 'elsewhere')
+    ((_, said),) = end([process], 5)
+    assert 'the run directory has vanished' in error(said)
+    assert (place.parent / 'elsewhere' / 'checkpoints' / '8').exists()
+
+
+@pytest.mark.slow
+def test_fifty_steps_twice(place):
+    """Bitwise the same; and the order of the data does not depend on who reads it, or how far ahead."""
+    crc = lambda workdir: [r['batch_crc'] for r in records(workdir) if r['split'] == 'train']
+    for name, more in [('a', ()), ('b', ()), ('c', ('--config.data.threads=1', '--config.data.prefetch=1'))]:
+        run(place, place.parent / f'fifty_{name}', '--config.train.steps=50', *more)
+    for name in 'bc':
+        assert_same_run(place.parent / f'fifty_{name}', place.parent / 'fifty_a', 50)
+    assert len(set(crc(place.parent / 'fifty_a'))) == 50
