@@ -88,7 +88,7 @@ def test_killed_at_any_moment(place, processes):
         if reached and alive:
             kills[moment] += 1
             rng.choice(alive).kill()
-            if rng.random() < 0.5:  # the others notice by themselves
+            if moment == 'evaluating':  # in a step or an evaluation the others notice by themselves
                 for p in started:
                     p.communicate(timeout=120)
         for p in started:
