@@ -342,6 +342,8 @@ def _want(condition, name, value, allowed):
 
 def _check(cfg):
     """What no single field can know."""
+    for name, value in fields(cfg).items():
+        _want(not isinstance(value, int) or abs(value) < 2**31, name, value, 'less than 2³¹')
     m, f, a = cfg.model, cfg.model.ffn, cfg.model.attention
     _, has_topk, has_predictor = FFN_KINDS[f.kind]
     kind = f'kind {f.kind!r}'
@@ -400,6 +402,8 @@ def _one_line(validation_error):
     else:
         message = first['msg']
         message = message[0].lower() + message[1:]
-        line = f'{name} = {first["input"]!r}: {message.replace("input should be", "want")}'
+        given = repr(first['input'])
+        given = given if len(given) < 200 else f'{given[:200]} …'
+        line = (f'{name} = {given}: ' if name else '') + message.replace('input should be', 'want')
     more = len(errors) - 1
     return line + (f' (and {more} more)' if more else '')

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 
 from absl import flags
@@ -91,17 +92,26 @@ def _one_line_each():
 
     logging.getLogger('absl').addFilter(without_traceback)
     before = sys.unraisablehook
-    # TensorStore's threads say this of every write that was under way when one failed.
-    sys.unraisablehook = lambda told: None if str(told.exc_value) == 'Event loop is closed' else before(told)
+    # Said of every other array that was being written or read when one failed.
+    known = 'Event loop is closed', 'Encountered error while reading array index'
+    sys.unraisablehook = lambda told: None if str(told.exc_value).startswith(known) else before(told)
 
 
 def _parse_flags():
     try:
         rest = flags.FLAGS(sys.argv)
-    except Exception as e:  # whatever a config file or a flag raises while it is read, the user can mend
-        raise ConfigError(f'{e if isinstance(e, flags.Error | SparkError) else f"--config: {type(e).__name__}: {e}"}') from e
+    except (Exception, SystemExit) as e:  # whatever a config file or a flag raises while it is read, the user can mend
+        raise ConfigError(_about(e)) from e
     if len(rest) > 1:
         raise ConfigError(f'unexpected argument {rest[1]!r}: flags look like --name=value; see --help')
+
+
+def _about(error):
+    said = str(error) if isinstance(error, flags.Error | SparkError) else f'--config: {type(error).__name__}: {error}'
+    # A config file that raises is told with a traceback as part of the message: its last place and last line say it.
+    head, traceback, frames = said.partition('Traceback (most recent call last)')
+    places = re.findall(r'File "(.+)", line (\d+)', frames)
+    return f'{head}{":".join(places[-1])}: {frames.strip().splitlines()[-1]}' if places else head + traceback + frames
 
 
 def leave(error):

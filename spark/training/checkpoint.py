@@ -102,7 +102,7 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as e:
-            error = DamagedError(f'{self.directory}/{step}: cannot be restored: {e}')
+            error = DamagedError(f'{self.directory}/{step}: cannot be restored: {_cause(e)}')
         # All processes go on with the same checkpoint, or none does.
         fine = error is None
         if jax.process_count() > 1:
@@ -127,7 +127,7 @@ class Checkpoints:
         try:
             restored = ocp.PyTreeCheckpointHandler().restore(self._path(step) / 'state', args=args)
         except Exception as e:
-            raise DamagedError(f'{self.directory}/{step}: cannot be restored: {e}') from e
+            raise DamagedError(f'{self.directory}/{step}: cannot be restored: {_cause(e)}') from e
         same = {name: x for name, x in _by_path(restored).items() if x.dtype == stored[name][1]}
         self._verify(step, same, sums)
         return restored[under]
@@ -151,9 +151,7 @@ class Checkpoints:
         return not (self.directory.parent / 'config.json').exists()
 
     def _failed(self, what, error):
-        error = str(error) or type(error).__name__
-        if self._vanished():
-            error = 'the run directory has vanished'
+        error = 'the run directory has vanished' if self._vanished() else _cause(error)
         return CheckpointError(f'{self.directory}: {what}: {error}; earlier checkpoints are as they were')
 
     def _read_beside(self, step):
@@ -176,7 +174,7 @@ class Checkpoints:
             metadata = ocp.PyTreeCheckpointHandler().metadata(self._path(step) / 'state')
             return {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in _by_path(metadata.tree).items()}
         except Exception as e:
-            raise DamagedError(f'{self.directory}/{step}: cannot be restored: {e}') from e
+            raise DamagedError(f'{self.directory}/{step}: cannot be restored: {_cause(e)}') from e
 
     def _compare(self, step, tree, partly=False):
         """{path: (shape, dtype)} of what is saved; a CheckpointError with the paths in which a tree, or a part, differs."""
@@ -244,6 +242,14 @@ def _checksums(arrays):
 def _by_path(tree):
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator='.'): x for path, x in leaves}
+
+
+def _cause(error):
+    """What an error began with: libraries wrap it in pages."""
+    while error.__cause__:
+        error = error.__cause__
+    said = f'{type(error).__name__}: {error}'.strip(': ')
+    return said if len(said) < 600 else f'{said[:600]} …'
 
 
 def _with_tuples(x):
