@@ -1,13 +1,14 @@
 """Measure what this project claims, both sides in one run, medians of interleaved repeats.
 
-    python scripts/benchmark.py topk|ffn|attention|train_step|compile|ffn_decode|decode|prefill [--repeats=N] [--topology=v5e:2x2]
-        [--json=FILE]
+    python scripts/benchmark.py topk|ffn|attention|train_step|faults|compile|ffn_decode|decode|prefill [--repeats=N]
+        [--topology=v5e:2x2] [--json=FILE]
 
 topk        statistical top-k against exact, approximate and GELU, forward + backward, [4096, 13824], k 1106
 ffn         a Spark FFN against the gated FFN of equal parameters, forward + backward, D 2304, 1024 tokens
             with --topology: the compiler's own estimate of cycles on a TPU that need not be there, 8192 tokens, bfloat16
 attention   Spark attention in blocks against dense attention in blocks, forward + backward, 2k and 8k tokens; and the memory
 train_step  a training step of configs/tiny.py, Spark against dense; fails if a step after the first compiles anything
+faults      what surviving them costs: steps of configs/tiny.py with and without a checkpoint, the watchdog, the guard's select
 compile     compiling the step of a 26-layer model against that of 4 layers, at small widths
 ffn_decode  the FFN of a few tokens, bfloat16, Spark against dense at the paper's 2B shape; the dense product against the memory
 decode      whole 2B models of random weights, token by token: Spark against dense, int8 against bfloat16. Takes 16 GB
@@ -17,9 +18,14 @@ JSON: a list of rows {name, backend, ours_ms, baseline_ms, speedup = baseline / 
 """
 
 import functools
+import itertools
 import pathlib
 import re
+import statistics
 import sys
+import tempfile
+import time
+from unittest import mock
 
 if __name__ == '__main__':
     from spark.runtime import use_huge_pages
@@ -152,26 +158,32 @@ def attention(repeats):
     return rows
 
 
-def train_step(repeats):
-    """The tiny config's step on one device, on a batch of its corpus; the state goes round, as in training."""
+def _tiny_step(variant):
+    """(a step of configs/tiny.py on one device and a batch of its corpus, its Trainer, [state]); the state goes round."""
     from spark.data import pipeline
     from spark.training.trainer import Trainer
 
+    tokenizer, cfg = pipeline.tokenizer_for(config.validate(config.from_file(CONFIGS / 'tiny.py', variant)))
+    trainer = Trainer(cfg, jax.devices()[:1])
+    batches = iter(pipeline.train_dataset(cfg.data, cfg.seed, tokenizer))
+    with trainer.context():
+        state, batch = [trainer.init_state(cfg.seed)], trainer.put(next(batches))
+    batches.close()
+
+    def step():
+        with trainer.context():
+            state[0], sums = trainer.train_step(state[0], batch)
+        return sums
+
+    return step, trainer, state
+
+
+def train_step(repeats):
+    """The tiny config's step, Spark against dense."""
     steps, cfgs = {}, {}
     for variant in ('spark', 'dense'):
-        tokenizer, cfg = pipeline.tokenizer_for(config.validate(config.from_file(CONFIGS / 'tiny.py', variant)))
-        trainer = Trainer(cfg, jax.devices()[:1])
-        batches = iter(pipeline.train_dataset(cfg.data, cfg.seed, tokenizer))
-        with trainer.context():
-            state, batch = [trainer.init_state(cfg.seed)], trainer.put(next(batches))
-        batches.close()
-
-        def step(trainer=trainer, state=state, batch=batch):
-            with trainer.context():
-                state[0], sums = trainer.train_step(state[0], batch)
-            return sums
-
-        steps[variant], cfgs[variant] = (step, trainer), cfg
+        step, trainer, _ = _tiny_step(variant)
+        steps[variant], cfgs[variant] = (step, trainer), trainer.cfg
     ms = interleaved({name: step for name, (step, _) in steps.items()}, repeats or 11)
     compiled = {name: trainer.train_step._cache_size() for name, (_, trainer) in steps.items()}
     assert set(compiled.values()) == {1}, f'a step after the first was compiled again: {compiled}'
@@ -179,6 +191,53 @@ def train_step(repeats):
     details = {f'{name}_tokens_per_second': 1e3 * tokens / t for name, t in ms.items()}
     details |= {'time_ratio': ms['spark'] / ms['dense'], 'compilations': compiled}
     return [row('train_step: Spark against dense', ms['spark'], ms['dense'], **details)]
+
+
+def faults(repeats):
+    """Ten steps with a checkpoint, to its end, against ten without; steps under the watchdog, and without the guard's select."""
+    from spark.training import trainer as module
+    from spark.training.checkpoint import Checkpoints
+    from spark.training.watchdog import Watchdog
+
+    step, _, state = _tiny_step('spark')
+    with mock.patch.object(module, 'judge', lambda cfg, guard, *_: (True, guard)):
+        unguarded = _tiny_step('spark')[0]
+        unguarded()  # compiled here
+    saved, blocked = itertools.count(), []
+
+    def steps(n=10):
+        for _ in range(n):
+            sums = step()
+        return sums
+
+    with tempfile.TemporaryDirectory() as directory, Watchdog(300) as dog:
+        (pathlib.Path(directory) / 'config.json').touch()
+        checkpoints = Checkpoints(pathlib.Path(directory) / 'checkpoints', keep=1)
+
+        def saving():
+            jax.block_until_ready(steps(1))
+            start = time.perf_counter()
+            checkpoints.save(next(saved), state[0], {})
+            blocked.append(1e3 * (time.perf_counter() - start))
+            sums = steps(9)
+            checkpoints.wait()
+            return sums
+
+        def watched():
+            dog.alive()
+            return step()
+
+        ms = interleaved({'plain': steps, 'saving': saving}, repeats or 11)
+        ms |= interleaved({'step': step, 'watched': watched, 'unguarded': unguarded}, repeats or 11)
+        checkpoints.close()
+    cost = ms['saving'] - ms['plain']
+    size = sum(x.nbytes for x in jax.tree.leaves(state[0])) / 1e6
+    details = {'state_mb': size, 'blocked_ms': statistics.median(blocked), 'cost_ms': cost, 'share_at_one_in_300_s': cost / 300e3}
+    return [
+        row('ten steps: one checkpoint against none', ms['saving'], ms['plain'], **details),
+        row('a step: watchdog against none', ms['watched'], ms['step']),
+        row('a step: an update that can be left out against one that cannot', ms['step'], ms['unguarded']),
+    ]
 
 
 def compile_time(repeats):
@@ -215,8 +274,8 @@ def _gemma2_2b(run):
     return measure
 
 
-BENCHMARKS = {'topk': topk, 'ffn': ffn, 'attention': attention, 'train_step': train_step, 'compile': compile_time}
-BENCHMARKS |= {name: _gemma2_2b(name) for name in ('ffn_decode', 'decode', 'prefill')}
+BENCHMARKS = {'topk': topk, 'ffn': ffn, 'attention': attention, 'train_step': train_step, 'faults': faults}
+BENCHMARKS |= {'compile': compile_time} | {name: _gemma2_2b(name) for name in ('ffn_decode', 'decode', 'prefill')}
 
 
 def table(rows):

@@ -28,7 +28,9 @@ class Forks:
         env = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'GLIBC_TUNABLES')}
         env |= {'PYTHONPATH': str(ROOT), 'SPARK_CACHE': str(directory / 'cache'), 'GLIBC_TUNABLES': '', 'HF_HUB_OFFLINE': '1'}
         command = [sys.executable, '-m', 'tests.forks']
-        self._server = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # Relative paths that a case makes up lie in the directory, too.
+        pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
+        self._server = subprocess.Popen(command, env=env, cwd=directory, **pipes)
         self._output = directory / 'output'
 
     def run(self, *argv, stops=(), seconds=60):

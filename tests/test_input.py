@@ -72,7 +72,6 @@ values = st.one_of(
 @given(st.dictionaries(st.sampled_from(LEAVES), values, min_size=1, max_size=3), st.sampled_from([None, 'delete', 'add']))
 def test_mutated_configs(place, changes, more):
     tmp, _ = place
-    write_config(tmp)
     text = (tmp / 'config.py').read_text()
     literal = repr(changes).replace('nan', "float('nan')").replace('inf', "float('inf')")
     lines = [

@@ -47,7 +47,7 @@ class Checkpoints:
         """
         sums = {name: int(x) for name, x in jax.device_get(checksums(state)).items()}
         data = _with_tuples(data)
-        beside = {'data': data, 'checksums': sums, 'crc': _crc(data)}
+        beside = {'step': step, 'data': data, 'checksums': sums, 'crc': _crc(data)}
         try:
             if self._vanished():
                 raise FileNotFoundError
@@ -61,7 +61,7 @@ class Checkpoints:
         """Raises the error of a save that failed in the background; waits for nothing."""
         if self._saving and not self._manager.is_saving_in_progress():
             self._saving = False
-            self._wait()
+            self.wait()
 
     def restore_newest(self, state):
         """(step, state, data) of the newest checkpoint that reads as it was saved; None if there is none, damaged or not.
@@ -133,11 +133,12 @@ class Checkpoints:
         return restored[under]
 
     def close(self):
-        """Waits for a save under way and raises its error."""
-        self._wait()
+        """`wait`, and ends the threads."""
+        self.wait()
         self._manager.close()
 
-    def _wait(self):
+    def wait(self):
+        """Waits for a save under way and raises its error."""
         try:
             self._manager.wait_until_finished()  # unlike its check_for_errors this raises what the thread met that ends a save
         except Exception as e:
@@ -161,9 +162,11 @@ class Checkpoints:
             raise CheckpointError(f'{self._path(step)}: no such checkpoint; there are {self.steps()}')
         try:
             beside = json.loads(path.read_text())
-            data, sums, crc = (beside[name] for name in ('data', 'checksums', 'crc'))
+            of_step, data, sums, crc = (beside[name] for name in ('step', 'data', 'checksums', 'crc'))
         except Exception as e:
             raise DamagedError(f'{self.directory}/{step}: {path.name} cannot be read: {type(e).__name__}: {e}') from e
+        if of_step != step:
+            raise DamagedError(f'{self.directory}/{step}: is the checkpoint of step {of_step} under another name')
         if crc != _crc(data):
             raise DamagedError(f'{self.directory}/{step}: the place in the data has checksum {_crc(data)}, saved was {crc}')
         return {'data': _without_tuples(data), 'checksums': sums}

@@ -138,7 +138,10 @@ def last_step(workdir):
 
 def _records(path):
     """The whole lines of a metrics.jsonl, but for the torn last one of a killed process."""
-    lines = path.read_bytes().decode(errors='replace').splitlines() if path.exists() else []
+    try:
+        lines = path.read_bytes().decode(errors='replace').splitlines() if path.exists() else []
+    except OSError as e:
+        raise CheckpointError(f'{path}: cannot be read: {e.strerror or e}') from e
     records = [r for line in lines if isinstance(r := _parse(line), dict) and isinstance(r.get('step'), int) and 'split' in r]
     if len(records) < len(lines) - 1:
         tqdm.write(f'Warning: {path}: {len(lines) - len(records)} of {len(lines)} lines are not records, and are left out')

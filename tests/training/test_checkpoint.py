@@ -107,6 +107,15 @@ def test_any_damage_is_found_or_does_no_harm(saved, tmp_path, capfd):
     assert len(fell_back) >= 4, fell_back
 
 
+def test_another_name_does_not_make_it_another_step(copy):
+    (copy / 'checkpoints' / '2').rename(copy / 'checkpoints' / '30')
+    checkpoints = Checkpoints(copy / 'checkpoints')
+    with pytest.raises(DamagedError, match='30: is the checkpoint of step 2 under another name'):
+        checkpoints.restore(30, abstract(tree()))
+    assert checkpoints.restore_newest(abstract(tree()))[0] == 1
+    checkpoints.close()
+
+
 def test_none_is_left(copy):
     for step in ('1', '2'):
         shutil.rmtree(copy / 'checkpoints' / step / 'state')
