@@ -45,6 +45,7 @@ setup(
         'flax>=0.12',
         'optax>=0.2.5',
         'orbax-checkpoint>=0.12',
+        'tensorstore>=0.1.78',  # Orbax's format, read piece by piece
         'grain>=0.2.15',
         'array_record>=0.8',
         'tensorflow-datasets>=4.9.9',

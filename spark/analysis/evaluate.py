@@ -19,6 +19,7 @@ from spark.data import pipeline
 from spark.errors import CheckpointError, ConfigError, DataError
 from spark.inference.layout import Serving, lay_out, serving_for
 from spark.nn.transformer import Transformer, compute_dtype
+from spark.runtime import freed_at_once
 from spark.training.checkpoint import Checkpoints
 from spark.training.loss import cross_entropy
 from spark.training.trainer import Trainer
@@ -77,14 +78,14 @@ def load(workdir, step=None, source='', batch_size=0):
     return Model(cfg, step, tokenizer, trainer, params)
 
 
-def load_to_serve(workdir, step=None, dtype='auto', serve=None, tick=lambda: None):
-    """The `Served` model of a run directory, its parameters read one by one straight into the layout that decoding wants.
+def load_to_serve(workdir, step=None, dtype='auto', serve=None, tick=lambda n: None):
+    """The `Served` model of a run directory, its parameters read layer by layer straight into the layout that decoding wants.
 
     Args:
       workdir, step: as of `load`.
       dtype: of the weights, one of `inference.layout.DTYPES`, or 'auto': float32 on CPUs, else bfloat16.
       serve: changes to the run's ServeConfig, a dict.
-      tick: called with the number of parameters of each array that was read.
+      tick: called with the number of parameters of each piece that was read.
 
     Raises:
       ConfigError, CheckpointError: as of `load`; and ConfigError: the kernels asked for are not here.
@@ -108,18 +109,12 @@ def load_to_serve(workdir, step=None, dtype='auto', serve=None, tick=lambda: Non
 
     token = jnp.zeros((1, 1), jnp.int32)
     shapes = meta.unbox(jax.eval_shape(Transformer(cfg.model).init, jax.random.key(0), token, token, token))
-    source = jnp.float32 if dtype == 'int8' else jnp.dtype(dtype)
-
-    def leaf(*path):
-        of = lambda tree: functools.reduce(lambda node, name: node[name], ('params', *path), tree)
-        matrix = of(shapes).ndim > 1 and path[-1] != 'scale'
-        wanted = jax.ShapeDtypeStruct(of(shapes).shape, source if matrix else jnp.float32, sharding=split(of(shapes), -1))
-        nested = functools.reduce(lambda tree, name: {name: tree}, reversed(('params', *path)), wanted)
-        found = of(checkpoints.restore_params(step, nested))
-        tick(found.size)
-        return found
-
-    weights = lay_out(serving, leaf, lambda x: jax.device_put(x, split(x, 0)))
+    narrow = jnp.float32 if dtype == 'int8' else jnp.dtype(dtype)
+    as_read = lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype if path[-1].key == 'scale' else narrow)
+    stored = checkpoints.stored(step, jax.tree_util.tree_map_with_path(as_read, shapes), tick=tick)
+    leaf = lambda *path: functools.reduce(lambda node, name: node[name], ('params', *path), stored)
+    with freed_at_once():
+        weights = lay_out(serving, leaf, lambda x: jax.device_put(x, split(x, 0)))
     checkpoints.close()
     return Served(cfg, step, tokenizer, serving, weights, mesh)
 

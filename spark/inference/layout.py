@@ -9,6 +9,7 @@ Dense attention is the same table with r = d. Other FFNs have no predictor and a
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -99,11 +100,11 @@ def records(K2_xR, V_xD, dtype, tiles=False):
 
 
 def lay_out(serving, leaf, place=lambda x: x):
-    """The weights of a model for serving. Leaves are asked for once, up to three at a time, and let go when they are laid out.
+    """The weights of a model for serving. Leaves are asked for once, and read layer by layer, so they may lie on a disk.
 
     Args:
       serving: a `Serving`.
-      leaf: a function of a parameter's path, such as ('groups', 'ffn_0', 'K1'), to the array.
+      leaf: a function of a parameter's path, such as ('groups', 'ffn_0', 'K1'), to the array, or to what gives its rows: x[i:j].
       place: puts an array that is made of them where it is to stay.
 
     Returns:
@@ -137,8 +138,22 @@ def lay_out(serving, leaf, place=lambda x: x):
             fill('VT', jax.jit(lambda V: as_rows(V.T)), (f'ffn_{i}', 'V'))
         for norm in ('pre_attention', 'post_attention', 'pre_ffn', 'post_ffn'):
             fill(norm, lambda scale: scale, (f'{norm}_{i}', 'scale'))
-    embedding = jax.tree.map(place, jax.jit(lambda E: rows(E, dtype))(leaf('embedding')))
-    return {'embedding': embedding, 'final_norm': leaf('final_norm', 'scale'), 'layers': layers}
+    embedding = jax.tree.map(place, _some_at_a_time(lambda E: rows(E, dtype), leaf('embedding')))
+    return {'embedding': embedding, 'final_norm': place(jnp.asarray(leaf('final_norm', 'scale')[:])), 'layers': layers}
+
+
+def _some_at_a_time(make, table, size=64 << 20):
+    """make(table), which is a tree of rows, from pieces of about `size` bytes."""
+    shapes = jax.eval_shape(make, jax.ShapeDtypeStruct(table.shape, table.dtype))
+    whole = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    put = lambda whole, piece, at: jax.tree.map(
+        lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, at, 0), whole, make(piece)
+    )
+    put = jax.jit(put, donate_argnums=0)
+    n = max(1, size // (table.dtype.itemsize * math.prod(table.shape[1:])))
+    for at in range(0, table.shape[0], n):
+        whole = put(whole, table[at : at + n], at)
+    return whole
 
 
 def from_params(serving, params):

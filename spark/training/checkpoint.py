@@ -2,17 +2,20 @@
 
 import functools
 import json
+import math
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from spark.errors import CheckpointError, DamagedError
 
+CHUNK = 64 << 20  # bytes of a larger array that lie together; of layers that are stacked, none share a chunk
 ASIDE = 'damaged'  # WORKDIR/damaged holds the checkpoints that do not read as they were saved
 
 
@@ -51,7 +54,8 @@ class Checkpoints:
         try:
             if self._vanished():
                 raise FileNotFoundError
-            items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(beside))
+            chunked = ocp.args.StandardSave(state, save_args=jax.tree.map(_chunks, state))
+            items = ocp.args.Composite(state=chunked, data=ocp.args.JsonSave(beside))
             self._manager.save(step, args=items, force=True)
         except Exception as e:
             raise self._failed(f'step {step} cannot be saved', e) from e
@@ -131,6 +135,17 @@ class Checkpoints:
         same = {name: x for name, x in _by_path(restored).items() if x.dtype == stored[name][1]}
         self._verify(step, same, sums)
         return restored[under]
+
+    def stored(self, step, params, under='params', tick=lambda n: None):
+        """`params`, a tree of shapes and dtypes, as `Stored` arrays, cast to those: so a model is read piece by piece.
+
+        Raises:
+          DamagedError, CheckpointError: as of `restore`.
+        """
+        sums, item = self._beside(step)['checksums'], {under: params}
+        self._compare(step, item, partly=True)
+        stored = [Stored(self._path(step) / 'state', name, x.dtype, sums[name], tick) for name, x in _by_path(item).items()]
+        return jax.tree.unflatten(jax.tree.structure(item), stored)[under]
 
     def close(self):
         """`wait`, and ends the threads."""
@@ -217,6 +232,47 @@ class Checkpoints:
         self._manager.reload()
 
 
+class Stored:
+    """A saved array, read along its first axis: x[i] or x[i:j], numpy. `tick` is called with the number of elements.
+
+    Raises a DamagedError if it cannot be read, or, once every row was, if its checksum is not the one that was saved.
+    """
+
+    def __init__(self, where, name, dtype, checksum, tick):
+        self._where, self._name, self._left, self._tick = where, name, checksum, tick
+        self._store = self._told(lambda: ts.open({
+            'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': str(where if '://' in str(where) else f'file://{where}/'),
+            'path': f'{name}/'}, 'context': {'file_io_concurrency': {'limit': 1}, 'data_copy_concurrency': {'limit': 1}},
+        }).result())  # fmt: skip
+        self.shape, self.dtype = tuple(self._store.shape), np.dtype(dtype)
+        self._unread = np.ones(self.shape[:1], bool)
+
+    def __getitem__(self, index):
+        rows = np.atleast_1d(np.arange(self.shape[0])[index])
+        some = slice(rows[0], rows[-1] + 1) if isinstance(index, slice) else index  # TensorStore minds a slice that goes too far
+        x = self._told(lambda: self._store[some].read().result())
+        if self._unread[rows].all():
+            self._unread[rows] = False
+            self._left = (self._left - _checksum_of_rows(x, int(rows[0]) * math.prod(self.shape[1:]))) % 2**32
+        if not self._unread.any() and self._left:
+            raise DamagedError(f'{self._where.parent}: {self._name} does not have the checksum that was saved')
+        self._tick(x.size)
+        return x.astype(self.dtype, copy=False)
+
+    def _told(self, read):
+        try:
+            return read()
+        except Exception as e:
+            raise DamagedError(f'{self._where.parent}: {self._name} cannot be read: {_cause(e)}') from e
+
+
+def _chunks(x):
+    """How an array is cut in the file: what is stacked by layer so that a layer can be read alone."""
+    if x.nbytes <= CHUNK:
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if x.ndim > 2 else ())
+
+
 def checksums(tree):
     """{path: () uint32} of a tree of arrays; computed where they lie, the same however they are sharded.
 
@@ -225,21 +281,31 @@ def checksums(tree):
     return _checksums(_by_path(tree))
 
 
+def _checksum_of_rows(x, first, size=16 << 20):
+    """`_checksum` of a numpy array, of pieces of about `size` bytes."""
+    rest = math.prod(x.shape[1:])
+    n = max(1, size // (x.itemsize * rest))
+    return sum(int(_checksum(x[i : i + n], (first + i * rest) % 2**32)) for i in range(0, len(x), n)) % 2**32
+
+
 @jax.jit
 def _checksums(arrays):
-    def one(x):
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        bits = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}').astype(jnp.uint32)
-        place = jnp.zeros(bits.shape, jnp.uint32)
-        for axis, n in enumerate(bits.shape):
-            place = place * np.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        h = bits ^ (place * np.uint32(0x9E3779B9) + np.uint32(0x7F4A7C15))
-        h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
-        h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
-        return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+    return {name: _checksum(x, 0) for name, x in arrays.items()}
 
-    return {name: one(x) for name, x in arrays.items()}
+
+@jax.jit
+def _checksum(x, first):
+    """Of an array, or of the part of one that begins with its element number `first`; those of parts add up."""
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}').astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, n in enumerate(bits.shape):
+        place = place * np.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    h = bits ^ ((place + jnp.uint32(first)) * np.uint32(0x9E3779B9) + np.uint32(0x7F4A7C15))
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
 
 def _by_path(tree):

@@ -8,6 +8,7 @@ import pytest
 
 from spark.analysis import evaluate, plots
 from spark.errors import CheckpointError, ConfigError, DataError
+from spark.inference.layout import DTYPES, from_params
 
 
 @pytest.fixture(scope='module')
@@ -49,6 +50,16 @@ def test_rows_at_a_time_change_nothing_and_one_step_is_compiled(run, evaluated, 
         other, _ = evaluate.evaluate(evaluate.load(workdir, batch_size=8), 'train')
     assert sum('Finished XLA compilation of jit(step)' in r.message for r in caplog.records) == 1 and other['tokens'] > 2000
     assert evaluate.evaluate(evaluate.load(workdir, batch_size=24), 'test')[0]['loss'] == pytest.approx(report['loss'], rel=1e-6)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_the_weights_to_serve_are_those_that_were_trained(run, dtype):
+    """Read layer by layer and laid out on the way, to the bit what parameters that are in memory give."""
+    workdir, _ = run
+    read, model = [], evaluate.load(workdir)
+    served = evaluate.load_to_serve(workdir, dtype=dtype, serve={'kernels': 'masked'}, tick=read.append)
+    jax.tree.map(np.testing.assert_array_equal, served.weights, from_params(served.serving, model.params))
+    assert sum(read) == model.trainer.n_params
 
 
 def test_sums_outlive_the_int32_they_are_made_in(run, monkeypatch):

@@ -206,3 +206,34 @@ def test_any_bit_changes_the_checksum(place, bit, dtype):
     swapped = x.copy()
     swapped[[place, (place + 1) % 7]] = swapped[[(place + 1) % 7, place]]
     assert int(checksums([x])['0']) != int(checksums([swapped])['0'])
+
+
+@pytest.mark.parametrize('name', ['w', 'stacked'])
+def test_an_array_is_read_piece_by_piece(tmp_path, monkeypatch, name):
+    """In chunks that no two layers share; the checksums of the pieces add up to the saved one, and a changed bit is found."""
+    monkeypatch.setattr('spark.training.checkpoint.CHUNK', 512)
+    (tmp_path / 'config.json').touch()
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=size), jnp.float32) for name, size in [('w', (60, 6)), ('stacked', (5, 8, 9))]}
+    checkpoints = Checkpoints(tmp_path / 'checkpoints')
+    for step, changed in [(1, params), (2, jax.tree.map(lambda x: x.at[-1, 0].add(1), params))]:
+        checkpoints.save(step, {'params': changed}, {})
+    checkpoints.close()
+    state = tmp_path / 'checkpoints' / '2' / 'state'
+    seen = []
+    whole = checkpoints.stored(1, abstract(params), tick=seen.append)[name]
+    assert whole.shape == params[name].shape and whole.dtype == params[name].dtype
+    assert (whole._store.chunk_layout.read_chunk.shape[0] == 1) == (name == 'stacked')
+    pieces = [whole[:2], whole[2][None], whole[3:99]]
+    np.testing.assert_array_equal(np.concatenate(pieces), params[name])
+    assert sum(seen) == params[name].size
+    cast = checkpoints.stored(1, abstract(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)))[name]
+    np.testing.assert_array_equal(cast[:], params[name].astype(jnp.bfloat16))
+    shutil.rmtree(tmp_path / 'checkpoints' / '1' / 'state')
+    state.rename(tmp_path / 'checkpoints' / '1' / 'state')
+    wrong = Checkpoints(tmp_path / 'checkpoints').stored(1, abstract(params))[name]
+    wrong[:3]
+    with pytest.raises(DamagedError, match=f'params.{name} does not have the checksum that was saved'):
+        wrong[3:]
+    with pytest.raises(CheckpointError, match=r'params\.w is float32'):
+        Checkpoints(tmp_path / 'checkpoints').stored(1, abstract({'w': jnp.zeros(3)}))
