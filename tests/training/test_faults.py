@@ -153,7 +153,7 @@ def test_two_processes_are_stopped_while_they_start_and_evaluate(place):
 @pytest.mark.slow
 def test_one_of_two_processes_freezes(place):
     """The other one does not wait for ever: it tells where it hangs, and ends."""
-    started = start(place, place.parent / 'frozen', '--config.train.stall_seconds=5', '--config.train.steps=2000',
+    started = start(place, place.parent / 'frozen', '--config.train.stall_seconds=15', '--config.train.steps=2000',
                     processes=2, devices=2)  # fmt: skip
     try:
         assert until(started[0], 'step 3: validation')
@@ -257,6 +257,16 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(place):
     assert re.search(rf'NotFiniteError: step \d+: loss .*, gradient norm .*, batch [0-9a-f]{{8}}; {where}', error(said))
     steps = [int(p.name) for p in (workdir / 'checkpoints').iterdir()]
     assert steps and max(steps) == int(re.search(r'step (\d+): loss', said)[1]) - 1
+
+
+@pytest.mark.slow
+def test_so_it_does_on_several_slices(place):
+    """Where the update is not held back, but its state must not be saved either."""
+    workdir, mesh = place.parent / 'diverged_slices', ('--config.mesh.slices=2', '--config.mesh.data=2')
+    more = '--config.train.save_every=1', '--config.train.eval_every=0'
+    ((_, said),) = run(place, workdir, *DIVERGES, *mesh, *more, devices=2, code=3)
+    steps = [int(p.name) for p in (workdir / 'checkpoints').iterdir()]
+    assert steps and max(steps) == int(re.search(r'NotFiniteError: step (\d+): loss', error(said))[1]) - 1
 
 
 @pytest.mark.slow
