@@ -116,36 +116,35 @@ class Checkpoints:
         self._verify(step, restored, beside['checksums'])
         return restored, beside['data']
 
-    def restore_params(self, step, params, under='params'):
-        """The parameters of a step alone, or some of them; `params` gives shapes, dtypes and shardings. They may be cast.
+    def restore_params(self, step, params):
+        """The parameters of a step alone, or some of them; `params` gives shapes, dtypes and shardings.
 
         Raises:
-          DamagedError, CheckpointError: as of `restore`; checksums are compared for what is not cast.
+          DamagedError, CheckpointError: as of `restore`.
         """
-        item = {under: params}
+        item = {'params': params}
         args = ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
         sums = self._beside(step)['checksums']
-        stored = self._compare(step, item, partly=True)
+        self._compare(step, item, partly=True)
         try:
             restored = ocp.PyTreeCheckpointHandler().restore(self._path(step) / 'state', args=args)
         except Exception as e:
             raise DamagedError(f'{self.directory}/{step}: cannot be restored: {_cause(e)}') from e
-        same = {name: x for name, x in _by_path(restored).items() if x.dtype == stored[name][1]}
-        self._verify(step, same, sums)
-        return restored[under]
+        self._verify(step, restored, sums)
+        return restored['params']
 
-    def stored(self, step, params, under='params', tick=lambda n: None):
+    def stored(self, step, params, tick=lambda n: None):
         """`params`, a tree of shapes and dtypes, as `Stored` arrays, cast to those: so a model is read piece by piece.
 
         Raises:
           DamagedError, CheckpointError: as of `restore`.
         """
-        sums, item = self._beside(step)['checksums'], {under: params}
+        sums, item = self._beside(step)['checksums'], {'params': params}
         self._compare(step, item, partly=True)
         stored = [Stored(self._path(step) / 'state', name, x.dtype, sums[name], tick) for name, x in _by_path(item).items()]
-        return jax.tree.unflatten(jax.tree.structure(item), stored)[under]
+        return jax.tree.unflatten(jax.tree.structure(item), stored)['params']
 
     def close(self):
         """`wait`, and ends the threads."""
@@ -195,7 +194,7 @@ class Checkpoints:
             raise DamagedError(f'{self.directory}/{step}: cannot be restored: {_cause(e)}') from e
 
     def _compare(self, step, tree, partly=False):
-        """{path: (shape, dtype)} of what is saved; a CheckpointError with the paths in which a tree, or a part, differs."""
+        """Raises a CheckpointError with the paths in which a tree, or a part with other dtypes maybe, is not what is saved."""
         saved = self._tree(step)
         wanted = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in _by_path(tree).items()}
         show = lambda shape, dtype: f'{dtype}{list(shape)}'
@@ -209,7 +208,6 @@ class Checkpoints:
         if differences:
             more = f' and {len(differences) - 4} more' if len(differences) > 4 else ''
             raise CheckpointError(f'{self.directory}/{step} is of another model: {"; ".join(differences[:4])}{more}')
-        return saved
 
     def _verify(self, step, tree, sums):
         """A DamagedError that names the first array whose checksum is another."""
