@@ -10,7 +10,7 @@ again), 124 stalled.
 import os
 import signal
 
-for _number in (signal.SIGTERM, signal.SIGINT):  # before anything has begun, nothing is lost; train() has its own
+for _number in (signal.SIGINT, signal.SIGTERM):  # before anything has begun, nothing is lost; train() has its own
     signal.signal(_number, lambda *_: os._exit(75))
 
 from absl import flags

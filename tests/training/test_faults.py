@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,8 +66,19 @@ def saving(process, workdir):
     return False
 
 
+def begun(process, rng):
+    """Up to 3 s after the script's first line, which catches SIGTERM; before that the process is Python's, not yet ours."""
+    while process.poll() is None:
+        caught = re.search(r'SigCgt:\s*(\w+)', Path(f'/proc/{process.pid}/status').read_text())
+        if caught and int(caught[1], 16) & 1 << signal.SIGTERM - 1:
+            break
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 3))
+    return True
+
+
 MOMENTS = {
-    'starting': lambda process, workdir, rng: time.sleep(rng.uniform(0, 3)) or True,
+    'starting': lambda process, workdir, rng: begun(process, rng),
     'compiling': lambda process, workdir, rng: until(process, 'Compiling'),
     'evaluating': lambda process, workdir, rng: until(process, 'validation: '),
     'saving': lambda process, workdir, rng: saving(process, workdir),
