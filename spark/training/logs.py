@@ -51,12 +51,12 @@ class Profiler:
 class Log:
     """Turns device sums into metrics one step late, so that reading them never holds up the next step.
 
-    params_of: a function from nothing to the parameters as they are, to look for what is not finite.
+    params_before: a function from nothing to (parameters before the bad update, words), to look for what is not finite.
     """
 
-    def __init__(self, trainer, writer, bar, step, clock, params_of):
+    def __init__(self, trainer, writer, bar, step, clock, params_before):
         self._trainer, self._writer, self._bar, self._pending, self._clock = trainer, writer, bar, None, clock
-        self._params_of = params_of
+        self._params_before = params_before
         self._since_step, self._mark = step, time.perf_counter()
         self.seconds, self.tokens, self.last_loss = 0.0, 0, None
         cfg = trainer.cfg
@@ -121,6 +121,7 @@ class Log:
         if np.isfinite([report['loss'], report['grad_norm']]).all():
             return f'a spike, more than train.spike = {self._trainer.cfg.train.spike} times the mean of gradient norms'
         try:
-            return guard.origin(self._trainer, self._params_of(), batch)
+            params, said = self._params_before()
+            return said + guard.origin(self._trainer, params, batch)
         except Exception as e:  # as when memory is short: what is known is said all the same
             return f'where it came from could not be found ({type(e).__name__})'

@@ -61,9 +61,7 @@ def train(cfg, workdir):
             print(f'Going on from step {step} in {workdir}', flush=True)
         else:
             _nothing_lost(workdir, cfg.train.save_every)
-            state, step, evaluated = trainer.init_state(cfg.seed), 0, True
-            if cfg.train.restore_from:
-                state = state.replace(params=old_weights(cfg.train.restore_from, trainer.abstract_state.params))
+            state, step, evaluated = new_state(trainer), 0, True
         writer = metrics.MetricsWriter(workdir, step) if first else None
         if writer:
             stack.callback(writer.close)
@@ -82,7 +80,7 @@ def train(cfg, workdir):
                 raise left
         bar = tqdm(total=cfg.train.steps, initial=step, desc='train', unit='step', disable=not first)
         stack.callback(bar.close)
-        log = Log(trainer, writer, bar, step, clock, lambda: state.params)
+        log = Log(trainer, writer, bar, step, clock, lambda: params_before(trainer, checkpoints, state))
 
         def save():
             nonlocal saved
@@ -142,26 +140,47 @@ def train(cfg, workdir):
                 save()
             raise _preempted(step, cfg, workdir)
         bar.close()
-        summary = {
-            'steps': step,
-            'parameters': trainer.n_params,
-            'devices': f'{trainer.mesh.size} × {_kind()}',
-            'train_seconds': round(log.seconds, 2),
-            'tokens_per_second': round(log.tokens / log.seconds, 1) if log.tokens else None,
-            'train_loss': log.last_loss,
-        }
+        reports = {}
         for split, split_dataset in held_out.items():
             with clock.during('evaluate'):
-                summary[split] = evaluate(trainer, state.params, split_dataset, split, stop=told_in_evaluation)
-            if summary[split] is None:
+                reports[split] = evaluate(trainer, state.params, split_dataset, split, stop=told_in_evaluation)
+            if reports[split] is None:
                 raise _preempted(step, cfg, workdir)
             if writer:
-                writer.write(step, split, summary[split])
-        size = summary['test']['bytes']
+                writer.write(step, split, reports[split])
         # The yardstick that everyone has; on a large split it would take longer than it says.
-        summary['test']['gzip_bits_per_byte'] = 8 * pipeline.gzip_size(cfg.data, 'test') / size if size <= 64 << 20 else None
-        summary |= clock.report()
+        size = reports['test']['bytes']
+        reports['test']['gzip_bits_per_byte'] = 8 * pipeline.gzip_size(cfg.data, 'test') / size if size <= 64 << 20 else None
+        summary = _summary(step, trainer, log) | reports | clock.report()
     return summary, trainer, state
+
+
+def _summary(step, trainer, log):
+    """What a person wants to know of the training itself."""
+    return {
+        'steps': step,
+        'parameters': trainer.n_params,
+        'devices': f'{trainer.mesh.size} × {_kind()}',
+        'train_seconds': round(log.seconds, 2),
+        'tokens_per_second': round(log.tokens / log.seconds, 1) if log.tokens else None,
+        'train_loss': log.last_loss,
+    }
+
+
+def new_state(trainer):
+    """The state at step 0: random, or with the weights of train.restore_from."""
+    state, old = trainer.init_state(trainer.cfg.seed), trainer.cfg.train.restore_from
+    return state.replace(params=old_weights(old, trainer.abstract_state.params)) if old else state
+
+
+def params_before(trainer, checkpoints, state):
+    """(parameters before a bad update, words): the state's, if that was left out, or the newest checkpoint's, or the first."""
+    if trainer.guarded:
+        return state.params, ''
+    checkpoints.wait()
+    step = max(checkpoints.steps(), default=0)
+    params = checkpoints.restore_params(step, trainer.abstract_state.params) if step else new_state(trainer).params
+    return params, f'with the parameters of step {step}, '
 
 
 def old_weights(directory, params):

@@ -49,6 +49,9 @@ class Trainer:
         )
         self.n_params = sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
         self._rows = sharding.batch_sharding(self.mesh)
+        # Are bad updates left out? That makes XLA sum gradients over slices in float32, a quarter more bytes on the slow network,
+        # so there it is spared if none may be: the run stops all the same, before a bad state is saved.
+        self.guarded = cfg.train.max_skips > 0 or cfg.mesh.slices == 1
         self.train_step = jax.jit(
             self._train_step,
             in_shardings=(self.state_shardings, self._rows),
@@ -111,9 +114,8 @@ class Trainer:
         good, guard = judge(cfg.train, state.guard, sums['nll'] + cfg.optimizer.z_loss * sums['log_z2'], norm)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         before, after = (state.params, state.opt_state), (optax.apply_updates(state.params, updates), opt_state)
-        # A select, since 0 · NaN is NaN. It makes XLA sum gradients over slices in float32, a quarter more bytes on the slow
-        # network, so there it is spared if no update may be left out: the run stops all the same, and says less about why.
-        if cfg.train.max_skips or cfg.mesh.slices == 1:
+        # A select, since 0 · NaN is NaN.
+        if self.guarded:
             after = jax.tree.map(lambda old, new: jnp.where(good, new, old), before, after)
         params, opt_state = after
         sums |= {'grad_norm': norm, 'left_out': guard.left_out, 'in_a_row': guard.in_a_row}
