@@ -23,11 +23,14 @@ def use_huge_pages():
     XLA:CPU allocates its temporaries for every execution, and the kernel hands them out page by page: with 2 MB pages a
     training step of the tiny model takes about two thirds of the time. The results are the same.
     """
-    tunables = os.environ.get('GLIBC_TUNABLES')
+    tunables, ours, stops = os.environ.get('GLIBC_TUNABLES'), 'glibc.malloc.hugetlb=1', (signal.SIGTERM, signal.SIGINT)
+    if tunables == ours:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
     chip = os.path.exists('/dev/nvidiactl') or _chips()
     if sys.platform != 'linux' or tunables is not None or (chip and os.environ.get('JAX_PLATFORMS') != 'cpu'):
         return
-    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
+    os.environ['GLIBC_TUNABLES'] = ours
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # what comes meanwhile waits for the new program's handlers
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
