@@ -84,35 +84,34 @@ def attention(q, k, v, starts_BxL, spec, offset=0, passes=None):
 
 
 def thresholds(q, k, starts_BxL, spec, offset=0):
-    """θ(q·k over the keys that a query sees, spec.k) of predictor queries (B, N, G, L, r) and keys (B, N, S, r): (B, N, G, L).
+    """θ(q·k over the keys that a query sees, spec.k) of the first spec.r columns of q (B, N, G, L, d) and k (B, N, S, d).
 
-    −inf where spec.k or fewer keys are visible; see `ops.statistical_threshold`. L and S are multiples of the block.
+    (B, N, G, L) float32; −inf where spec.k or fewer keys are visible. See `ops.statistical_threshold`. L and S are multiples of
+    the block.
     """
-    B, N, _, L, r = q.shape
-    b = spec.block
+    L, b, r = q.shape[3], spec.block, spec.r
     own = offset // b
     lows, wholes = _bounds(starts_BxL, own, b)
     q, k = jax.lax.stop_gradient((q, k))
     # About the mean of all keys, so that E[s²] − E[s]² does not cancel; it shifts a query's scores and its threshold alike.
-    centre = jnp.mean(k, axis=2, keepdims=True, dtype=jnp.float32)
-    centred = lambda k: k.astype(jnp.float32) - centre
-    k_blocks = centred(k).reshape(B, N, k.shape[2] // b, b, r)
-    before = lambda x: jnp.pad(jnp.cumsum(x, axis=2), [(0, 0), (0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 3))
-    first = before(jnp.sum(k_blocks, axis=3))
-    second = before(_dot('BNjkr,BNjks->BNjrs', k_blocks, k_blocks))
+    centre = jnp.mean(k[..., :r], axis=2, keepdims=True, dtype=jnp.float32)
+    keys = lambda j: _cut(k, j, b, 2)[..., :r].astype(jnp.float32) - centre  # never all of them: they would be a copy of k
+    moments = lambda k_j: (jnp.sum(k_j, axis=2), _dot('BNkr,BNks->BNrs', k_j, k_j))
+    before = lambda x: jnp.pad(jnp.cumsum(x, axis=0), [(1, 0)] + [(0, 0)] * (x.ndim - 1))
+    first, second = map(before, jax.lax.map(lambda j: moments(keys(j)), jnp.arange(k.shape[2] // b)))
 
     def block(i):
-        q_i, starts_i = _cut(q, i, b, 3).astype(jnp.float32), _cut(starts_BxL, i, b, 1)
+        q_i, starts_i = _cut(q, i, b, 3)[..., :r].astype(jnp.float32), _cut(starts_BxL, i, b, 1)
         places = (own + i) * b + jnp.arange(b)
         # Blocks whole … i − 1 are summed in closed form; those before, and block i, are scored.
         low, whole = lows[i], wholes[i]
-        between = lambda x: _at(x, own + i, 2) - _at(x, whole, 2)
+        between = lambda x: x[own + i] - x[whole]
         s = _dot('BNGqr,BNr->BNGq', q_i, between(first))
         s2 = jnp.sum(_dot('BNGqr,BNrs->BNGqs', q_i, between(second)) * q_i, axis=-1)
 
         def scored(j, sums):
             j = jnp.where(j == whole, own + i, j)
-            scores = _dot('BNGqr,BNkr->BNGqk', q_i, centred(_cut(k, j, b, 2)))
+            scores = _dot('BNGqr,BNkr->BNGqk', q_i, keys(j))
             scores = jnp.where(_visible(starts_i, places, j, b), scores, 0)
             return sums[0] + jnp.sum(scores, axis=-1), sums[1] + jnp.sum(scores * scores, axis=-1)
 
@@ -134,7 +133,7 @@ def _attention(q, k, v, starts, offset, spec, passes):
 
 def _forward(q, k, v, starts, offset, spec, passes):
     arguments = q, k, v, starts, offset
-    theta = thresholds(q[..., : spec.r], k[..., : spec.r], starts, spec, offset) if spec.k else None
+    theta = thresholds(q, k, starts, spec, offset) if spec.k else None
     y, log_z, attended, largest = passes.look_up(*arguments, theta, spec)
     if spec.k:
         # Where no key reaches its threshold, the largest one stays; it is rare.
@@ -283,10 +282,6 @@ def _weigh(equation, weights, x):
 
 def _cut(x, i, b, axis):
     return jax.lax.dynamic_slice_in_dim(x, i * b, b, axis)
-
-
-def _at(x, i, axis):
-    return jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
 
 
 def _add_at(x, new, j, b):
