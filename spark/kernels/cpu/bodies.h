@@ -32,6 +32,39 @@ INLINE Int widen(const int8_t* p) { return __builtin_convertvector(raw<Byte>(p),
 #endif
 INLINE Float load(const bf16* p) { return (Float)(widen(p) << 16); }
 INLINE Float load(const int8_t* p) { return __builtin_convertvector(widen(p), Float); }
+
+// Vectors of weights come in twos: of bf16 the even and the odd columns of 2 W, which is one operation each instead of two; of others
+// the first and the second half. `arrange` brings what they meet into that order, but for the last n % (2 W), and `restore` back.
+INLINE Float half(const bf16* p, int h) {
+  Unsigned v = raw<Unsigned>(p);
+  return (Float)(h ? v & 0xffff0000u : v << 16);
+}
+template <class T>
+INLINE Float half(const T* p, int h) { return load(p + h * W); }
+
+template <class T>
+void arrange(const float* from, int n, float* to) {
+  int i = 0;
+  if constexpr (std::is_same_v<T, bf16>)
+    for (; i + 2 * W <= n; i += 2 * W)
+      for (int j = 0; j < W; ++j) {
+        to[i + j] = from[i + 2 * j];
+        to[i + W + j] = from[i + 2 * j + 1];
+      }
+  std::memcpy(to + i, from + i, sizeof(float) * (n - i));
+}
+template <class T>
+void restore(const float* from, int n, float* to) {
+  int i = 0;
+  if constexpr (std::is_same_v<T, bf16>)
+    for (; i + 2 * W <= n; i += 2 * W)
+      for (int j = 0; j < W; ++j) {
+        to[i + 2 * j] = from[i + j];
+        to[i + 2 * j + 1] = from[i + W + j];
+      }
+  std::memcpy(to + i, from + i, sizeof(float) * (n - i));
+}
+
 INLINE void store(float* p, Float v) { __builtin_memcpy(p, &v, sizeof v); }
 INLINE float scalar(float x) { return x; }
 INLINE float scalar(int8_t x) { return x; }
@@ -126,32 +159,36 @@ void parallel(Pool& pool, int n, F f, size_t work = 1 << 20) {
 INLINE int least(int a, int b) { return a < b ? a : b; }
 INLINE int most(int a, int b) { return a > b ? a : b; }
 constexpr int LINE = 64;
-INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into the second-level cache, which takes more at a time
 
-// out[r][c] = w[r] . x[c], n long: R + C loads for R C products. With Fetch, what lies `ahead` of w is on its way meanwhile.
+// out[r][c] = w[r] . x[c], n long, x arranged: R + C loads for R C products. With Fetch, what lies `ahead` of w is on its way meanwhile.
 template <int R, int C, bool Fetch = false, class T>
 INLINE void dots(const T* const* w, const float* const* x, int n, float (*out)[C], [[maybe_unused]] ptrdiff_t ahead = 0) {
   constexpr int U = R * C >= 6 ? 1 : R * C >= 3 ? 2 : 4;  // sums side by side, so that additions need not wait for each other
+  constexpr int S = U > 2 ? U : 2;
   Float acc[U][R][C] = {};
-  auto step = [&](int i, int u) __attribute__((always_inline)) {
+  auto step = [&](int i, int h, int u) __attribute__((always_inline)) {
     Float a[R];
     if constexpr (Fetch)
+      if (h == 0 || sizeof(T) * W >= LINE)
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) prefetch(w[r] + i + ahead);
+        for (int r = 0; r < R; ++r) prefetch(w[r] + i + h * W + ahead);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) a[r] = load(w[r] + i);
+    for (int r = 0; r < R; ++r) a[r] = half(w[r] + i, h);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      Float b = load(x[c] + i);
+      Float b = load(x[c] + i + h * W);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[u][r][c] += a[r] * b;
     }
   };
   int i = 0;
-  for (; i + U * W <= n; i += U * W)
+  for (; i + S * W <= n; i += S * W)
 #pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) step(i + u * W, u);
-  for (; i + W <= n; i += W) step(i, 0);
+    for (int s = 0; s < S; ++s) step(i + s / 2 * 2 * W, s % 2, s % U);
+  for (; i + 2 * W <= n; i += 2 * W)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) step(i, h, 0);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -187,9 +224,12 @@ INLINE void block(const T* w, size_t w_stride, const float* scales, const float*
 template <int C, class T>
 INLINE void some_tokens(int rows, const T* w, size_t w_stride, const float* scales, const float* x, size_t x_stride, int n, float* y,
                         size_t y_stride, bool fetch) {
+  // One token takes no time, and one row after another is read fastest.
+  constexpr int R = C == 1 ? 1 : C == 2 ? 3 : ROWS;
   int o = 0;
-  for (; o + ROWS <= rows; o += ROWS)
-    block<ROWS, C>(w + o * w_stride, w_stride, scales ? scales + o : scales, x, x_stride, n, y + o, y_stride, fetch ? ROWS * w_stride : 0);
+  if constexpr (R > 1)
+    for (; o + R <= rows; o += R)
+      block<R, C>(w + o * w_stride, w_stride, scales ? scales + o : scales, x, x_stride, n, y + o, y_stride, fetch ? 6 * w_stride : 0);
   for (; o < rows; ++o) block<1, C>(w + o * w_stride, w_stride, scales ? scales + o : scales, x, x_stride, n, y + o, y_stride, 0);
 }
 
@@ -285,16 +325,19 @@ INLINE int compact(const float* s, int n, float theta, int* list, float* kept) {
   return count;
 }
 
-// y[c][0..n) += a[c] * v, for tokens that share a row.
+// y[c][0..n) += a[c] * v, y arranged, for tokens that share a row.
 template <int C, bool Fetch = false, class T>
 INLINE void spread(const T* v, const float* a, float* const* y, int n, [[maybe_unused]] ptrdiff_t ahead = 0) {
   int i = 0;
-  for (; i + W <= n; i += W) {
-    if constexpr (Fetch) prefetch(v + i + ahead);
-    Float b = load(v + i);
+  for (; i + 2 * W <= n; i += 2 * W)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      if constexpr (Fetch)
+        if (h == 0 || sizeof(T) * W >= LINE) prefetch(v + i + h * W + ahead);
+      Float b = half(v + i, h);
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) store(y[c] + i, load(y[c] + i) + a[c] * b);
-  }
+      for (int c = 0; c < C; ++c) store(y[c] + i + h * W, load(y[c] + i + h * W) + a[c] * b);
+    }
   for (; i < n; ++i)
     for (int c = 0; c < C; ++c) y[c][i] += a[c] * scalar(v[i]);
 }
@@ -315,8 +358,10 @@ INLINE void by_fours(int n, F f) {
 
 template <class T>
 void matmul(const Matmul<T>& m, Pool& pool) {
+  Scratch<float> x(size_t(m.tokens) * m.in);
+  parallel(pool, m.tokens, [&](int t) { arrange<T>(m.x + size_t(t) * m.in, m.in, x + size_t(t) * m.in); }, size_t(m.tokens) * m.in);
   ranges(pool, m.out, 16, [&](int lo, int hi) {
-    product(hi - lo, m.tokens, m.w.values + size_t(lo) * m.in, m.in, m.w.scales ? m.w.scales + lo : nullptr, m.x, m.in, m.in, m.y + lo, m.out);
+    product(hi - lo, m.tokens, m.w.values + size_t(lo) * m.in, m.in, m.w.scales ? m.w.scales + lo : nullptr, x, m.in, m.in, m.y + lo, m.out);
   });
 }
 
@@ -346,9 +391,13 @@ template <class T>
 void ffn_tile(const FFN<T>& m, Pool& pool) {
   const int D = m.d_model, F = m.d_ff, r = m.r, rest = D - r, width = rest + D, tokens = m.tokens;
   const bool everything = m.quantile == -INFINITY;
-  Scratch<float> scores(size_t(tokens) * F), thresholds(tokens);
+  Scratch<float> scores(size_t(tokens) * F), thresholds(tokens), x(size_t(tokens) * D);
+  parallel(pool, tokens, [&](int t) {
+    arrange<T>(m.x + size_t(t) * D, r, x + size_t(t) * D);
+    arrange<T>(m.x + size_t(t) * D + r, rest, x + size_t(t) * D + r);
+  }, size_t(tokens) * D);
   ranges(pool, F, 64, [&](int lo, int hi) {
-    product(hi - lo, tokens, m.k1.values + size_t(lo) * r, r, m.k1.scales ? m.k1.scales + lo : nullptr, m.x, D, r, scores + lo, F);
+    product(hi - lo, tokens, m.k1.values + size_t(lo) * r, r, m.k1.scales ? m.k1.scales + lo : nullptr, x, D, r, scores + lo, F);
   });
   parallel(pool, tokens, [&](int t) {
     const float* s = scores + size_t(t) * F;
@@ -409,7 +458,7 @@ void ffn_tile(const FFN<T>& m, Pool& pool) {
           constexpr int C = decltype(size)::value;
           const float* q2[C];
           float out[1][C];
-          for (int c = 0; c < C; ++c) q2[c] = m.x + size_t(token[starts[j] + i + c]) * D + r;
+          for (int c = 0; c < C; ++c) q2[c] = x + size_t(token[starts[j] + i + c]) * D + r;
           dots<1, C, decltype(first)::value>(&k2, q2, rest, out, ahead);
           for (int c = 0; c < C; ++c) weight[starts[j] + i + c] *= out[0][c] * scale;
         });
@@ -443,7 +492,7 @@ void ffn_tile(const FFN<T>& m, Pool& pool) {
       for (int t = 0, p = 0; t < tokens; p = from[t++]) {
         for (int j = j0 + (j1 - j0) * t / tokens; j < j0 + (j1 - j0) * (t + 1) / tokens; ++j)
           for (int i = 0; i < C * W; i += LINES) prefetch(record(j) + rest + i);
-        const float* q2 = m.x + size_t(t) * D + r;
+        const float* q2 = x + size_t(t) * D + r;
         by_fours(from[t] - p, [&](auto size, auto, int i) {
           constexpr int R = decltype(size)::value;
           float out[R][1];
@@ -466,7 +515,7 @@ void ffn_tile(const FFN<T>& m, Pool& pool) {
             for (int c = 0; c < C; ++c) acc[c] = load(to + c * W);
             for (int i = p; i < from[t]; ++i)
 #pragma GCC unroll 8
-              for (int c = 0; c < C; ++c) acc[c] += a[i] * load(row[i] + rest + begin + c * W);
+              for (int c = 0; c < C; ++c) acc[c] += a[i] * half(row[i] + rest + begin + c / 2 * 2 * W, c % 2);
 #pragma GCC unroll 8
             for (int c = 0; c < C; ++c) store(to + c * W, acc[c]);
           } else {
@@ -476,11 +525,12 @@ void ffn_tile(const FFN<T>& m, Pool& pool) {
     }
   });
   parallel(pool, tokens, [&](int t) {
-    float* y = m.y + size_t(t) * D;
-    for (int piece = 0; piece < pieces; ++piece) {
+    float* y = sums + size_t(t) * D;
+    for (int piece = 1; piece < pieces; ++piece) {
       const float* from = sums + (size_t(piece) * tokens + t) * D;
-      for (int i = 0; i < D; ++i) y[i] = (piece ? y[i] : 0) + from[i];
+      for (int i = 0; i < D; ++i) y[i] += from[i];
     }
+    restore<T>(y, D, m.y + size_t(t) * D);
   }, size_t(pieces) * tokens * D);
 }
 
@@ -496,19 +546,19 @@ void ffn(const FFN<T>& m, Pool& pool) {
   }
 }
 
-// y[r] += sum over p of a[r][p] v[p], for R rows of weights: the values of p are converted once for all rows.
+// y[r] += sum over p of a[r][p] v[p], y arranged, for R rows of weights: the values of p are converted once for all rows.
 template <int R, class T>
 INLINE void mix(const float* a, size_t a_stride, const T* v, size_t v_stride, int n, float* y, size_t y_stride, int width) {
-  constexpr int C = W == 16 ? 4 : 2;
   int i = 0;
-  for (; i + C * W <= width; i += C * W) {
+  auto columns = [&](auto count) __attribute__((always_inline)) {
+    constexpr int C = decltype(count)::value;
     Float acc[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) acc[r][c] = load(y + r * y_stride + i + c * W);
     for (int p = 0; p < n; ++p) {
       Float b[C];
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) b[c] = load(v + p * v_stride + i + c * W);
+      for (int c = 0; c < C; ++c) b[c] = half(v + p * v_stride + i + c / 2 * 2 * W, c % 2);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -516,7 +566,11 @@ INLINE void mix(const float* a, size_t a_stride, const T* v, size_t v_stride, in
     }
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) store(y + r * y_stride + i + c * W, acc[r][c]);
-  }
+    i += C * W;
+  };
+  if constexpr (W == 16)
+    while (i + 4 * W <= width) columns(std::integral_constant<int, 4>{});
+  while (i + 2 * W <= width) columns(std::integral_constant<int, 2>{});
   for (; i < width; ++i)
     for (int r = 0; r < R; ++r)
       for (int p = 0; p < n; ++p) y[r * y_stride + i] += a[r * a_stride + p] * scalar(v[p * v_stride + i]);
@@ -544,8 +598,12 @@ void attention(const Attention<T>& m, Pool& pool) {
     Scratch<float> q(size_t(n) * d), scores(size_t(n) * span), y(size_t(n) * d), weights(span + W), gate(span);
     Scratch<int> list(span + W);
     for (int g = 0; g < G; ++g)
-      for (int l = l0; l < l1; ++l)
-        std::memcpy(q + size_t(g * (l1 - l0) + l - l0) * d, m.q + ((size_t(head) * G + g) * L + l) * d, sizeof(float) * d);
+      for (int l = l0; l < l1; ++l) {
+        const float* query = m.q + ((size_t(head) * G + g) * L + l) * d;
+        float* to = q + size_t(g * (l1 - l0) + l - l0) * d;
+        arrange<T>(query, r, to);
+        arrange<T>(query + r, rest, to + r);
+      }
     std::memset(y, 0, sizeof(float) * n * d);
     // Places are contiguous in the ring but for where it wraps.
     auto runs = [&](auto f) {
@@ -605,7 +663,7 @@ void attention(const Attention<T>& m, Pool& pool) {
           for (int j = 0; j < count; ++j) {
             const T* v = at(j) + rest + column;
 #pragma GCC unroll 8
-            for (int c = 0; c < C; ++c) acc[c] += weights[j] * load(v + c * W);
+            for (int c = 0; c < C; ++c) acc[c] += weights[j] * half(v + c / 2 * 2 * W, c % 2);
           }
           for (int c = 0; c < C; ++c) store(to + column + c * W, acc[c]);
         }
@@ -636,7 +694,7 @@ void attention(const Attention<T>& m, Pool& pool) {
       });
     for (int i = 0; i < n; ++i) {
       const int g = i / (l1 - l0), l = l0 + i % (l1 - l0);
-      std::memcpy(m.y + ((size_t(head) * G + g) * L + l) * d, y + size_t(i) * d, sizeof(float) * d);
+      restore<T>(y + size_t(i) * d, d, m.y + ((size_t(head) * G + g) * L + l) * d);
     }
   });
 }
