@@ -8,7 +8,6 @@ constexpr int W = SPARK_WIDTH;
 typedef float Float __attribute__((vector_size(4 * W)));
 typedef int32_t Int __attribute__((vector_size(4 * W)));
 typedef uint32_t Unsigned __attribute__((vector_size(4 * W)));
-typedef uint16_t Half __attribute__((vector_size(2 * W)));
 typedef int8_t Byte __attribute__((vector_size(W)));
 
 #define INLINE inline __attribute__((always_inline))
@@ -21,16 +20,12 @@ INLINE V raw(const T* p) {
 }
 INLINE Float load(const float* p) { return raw<Float>(p); }
 #if SPARK_WIDTH == 16  // what the compilers make of convertvector takes twice the instructions
-INLINE Unsigned widen(const bf16* p) { return (Unsigned)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE Int widen(const int8_t* p) { return (Int)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 #elif SPARK_WIDTH == 8
-INLINE Unsigned widen(const bf16* p) { return (Unsigned)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE Int widen(const int8_t* p) { return (Int)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 #else
-INLINE Unsigned widen(const bf16* p) { return __builtin_convertvector(raw<Half>(p), Unsigned); }
 INLINE Int widen(const int8_t* p) { return __builtin_convertvector(raw<Byte>(p), Int); }
 #endif
-INLINE Float load(const bf16* p) { return (Float)(widen(p) << 16); }
 INLINE Float load(const int8_t* p) { return __builtin_convertvector(widen(p), Float); }
 
 // Vectors of weights come in twos: of bf16 the even and the odd columns of 2 W, which is one operation each instead of two; of others
@@ -224,7 +219,7 @@ INLINE void block(const T* w, size_t w_stride, const float* scales, const float*
 template <int C, class T>
 INLINE void some_tokens(int rows, const T* w, size_t w_stride, const float* scales, const float* x, size_t x_stride, int n, float* y,
                         size_t y_stride, bool fetch) {
-  // One token takes no time, and one row after another is read fastest.
+  // A single token's arithmetic hides behind its reads, and row after row is what the processor fetches ahead best.
   constexpr int R = C == 1 ? 1 : C == 2 ? 3 : ROWS;
   int o = 0;
   if constexpr (R > 1)
