@@ -110,7 +110,9 @@ def test_commands_say_what_differs_from_the_file(tmp_path):
 
 
 FAKE = {
-    'sbatch': '#!/bin/sh\nid=$(date +%N)\n(SLURM_JOB_ID=$id sh "$1") >/dev/null 2>&1 &\necho "Submitted batch job $id"\n',
+    # The script is read at once, as Slurm does: submitit renames it as soon as it has the job's number.
+    'sbatch': '#!/bin/sh\nid=$(date +%N)\nscript=$(cat "$1")\n'
+              '(SLURM_JOB_ID=$id sh -c "$script") >/dev/null 2>&1 &\necho "Submitted batch job $id"\n',
     'srun': '#!/bin/sh\nwhile [ "${1#-}" != "$1" ]; do case "$1" in --output|--error) shift;; esac; shift; done\n'
             'export SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=here\n'
             'eval "exec $*"\n',
