@@ -78,9 +78,14 @@ def train(cfg, workdir):
                 left = _preempted(step, cfg, workdir)
                 left.at_once = True
                 raise left
+
+        def to_blame():
+            dog.alive('looking for what is not finite', rare=True)  # it reads a checkpoint maybe, and compiles
+            return params_before(trainer, checkpoints, state)
+
         bar = tqdm(total=cfg.train.steps, initial=step, desc='train', unit='step', disable=not first)
         stack.callback(bar.close)
-        log = Log(trainer, writer, bar, step, clock, lambda: params_before(trainer, checkpoints, state))
+        log = Log(trainer, writer, bar, step, clock, to_blame)
 
         def save():
             nonlocal saved
