@@ -7,11 +7,15 @@ Leaves DIR/config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json.
 again), 124 stalled.
 """
 
+import atexit
 import os
 import signal
 
-for _number in (signal.SIGINT, signal.SIGTERM):  # before anything has begun, nothing is lost; train() has its own
+for _number in (signal.SIGINT, signal.SIGTERM):
+    # Before anything has begun, nothing is lost; train() has its own handlers.
     signal.signal(_number, lambda *_: os._exit(75))
+    # Registered first, so called last: Python then drops its handlers, and a signal would kill what has ended already.
+    atexit.register(signal.signal, _number, signal.SIG_IGN)
 
 from absl import flags
 from ml_collections import config_flags

@@ -1,8 +1,11 @@
 """What every script does before it begins."""
 
 import os
+import signal
 import subprocess
 import sys
+
+import pytest
 
 from tests.helpers import ROOT
 
@@ -24,3 +27,18 @@ runtime.use_huge_pages()
     env = {name: value for name, value in os.environ.items() if name != 'GLIBC_TUNABLES'}
     env |= {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
     assert subprocess.run([sys.executable, '-c', code], env=env, timeout=60).returncode == (75 if sys.platform == 'linux' else 0)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_while_python_takes_itself_down_changes_no_exit_code(tmp_path, number):
+    """By then Python has dropped the handlers: only what it does not handle at all stays as it was set."""
+    (tmp_path / 'sitecustomize.py').write_text(f"""
+import builtins, os
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, {number.value})
+builtins.late = Late()
+""")
+    env = os.environ | {'PYTHONPATH': f'{tmp_path}:{ROOT}', 'JAX_PLATFORMS': 'cpu'}
+    ended = subprocess.run([sys.executable, ROOT / 'scripts/train.py'], env=env, timeout=60, capture_output=True, text=True)
+    assert ended.returncode == 2 and '--config is missing' in ended.stderr, ended
