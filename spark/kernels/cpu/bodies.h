@@ -36,6 +36,16 @@ INLINE Float half(const bf16* p, int h) {
 }
 template <class T>
 INLINE Float half(const T* p, int h) { return load(p + h * W); }
+struct Two { Float first, second; };
+INLINE Two two(const bf16* p) {  // both halves by one load, where loads are what there are too few of
+  Unsigned v = raw<Unsigned>(p);
+#if defined(__x86_64__)
+  asm("" : "+v"(v));  // or the compiler makes two of it
+#endif
+  return {(Float)(v << 16), (Float)(v & 0xffff0000u)};
+}
+template <class T>
+INLINE Two two(const T* p) { return {load(p), load(p + W)}; }
 
 template <class T>
 void arrange(const float* from, int n, float* to) {
@@ -79,18 +89,42 @@ INLINE Float all(float x) { return x - Float{}; }
 INLINE Float select(Int mask, Float a, Float b) { return (Float)((mask & (Int)a) | (~mask & (Int)b)); }
 INLINE Float max(Float a, Float b) { return select(a > b, a, b); }
 
-INLINE float sum(Float v) {
+typedef float Four __attribute__((vector_size(16)));
+INLINE Four fold(Float v) {  // the sum of its runs of four
 #if SPARK_WIDTH == 16
   auto w = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
 #else
   auto w = v;
 #endif
 #if SPARK_WIDTH >= 8
-  auto x = __builtin_shufflevector(w, w, 0, 1, 2, 3) + __builtin_shufflevector(w, w, 4, 5, 6, 7);
+  return __builtin_shufflevector(w, w, 0, 1, 2, 3) + __builtin_shufflevector(w, w, 4, 5, 6, 7);
 #else
-  auto x = w;
+  return w;
 #endif
+}
+INLINE float sum(Float v) {
+  Four x = fold(v);
   return (x[0] + x[2]) + (x[1] + x[3]);
+}
+// The sums of N vectors, four at a time: halves of each run of four are added and laid side by side, twice, until a run holds four
+// vectors' sums. A third of the operations that `sum` takes for each, and short rows are mostly sums.
+template <int A, int B, size_t... I>  // from run to run a[0 and A], b[0 and A], beside each other by B, plus the two after
+INLINE Float halved(Float a, Float b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + I % 4 / A % 2 + I % 4 / B % 2 * W)...) +
+         __builtin_shufflevector(a, b, (I / 4 * 4 + I % 4 / A % 2 + I % 4 / B % 2 * W + 2)...);
+}
+template <int N>
+INLINE void sums(const Float* v, float* out) {
+  constexpr auto places = std::make_index_sequence<W>{};
+  int i = 0;
+#pragma GCC unroll 8
+  for (; i + 4 <= N; i += 4) {
+    const Float ab = halved<2, 1>(v[i], v[i + 1], places), cd = halved<2, 1>(v[i + 2], v[i + 3], places);
+    const Four four = fold(halved<1, 2>(ab, cd, places));
+    __builtin_memcpy(out + i, &four, sizeof four);
+  }
+#pragma GCC unroll 4
+  for (; i < N; ++i) out[i] = sum(v[i]);
 }
 
 // e^x to 2 units in the last place; 0 below -87.
@@ -131,10 +165,8 @@ INLINE void each(float* x, int n, F f) {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(size_t n) : p_(static_cast<T*>(std::malloc((n ? n : 1) * sizeof(T)))) {
-    if (!p_) std::abort();
-  }
-  ~Scratch() { std::free(p_); }
+  explicit Scratch(size_t n) : p_(static_cast<T*>(take(n * sizeof(T)))) {}
+  ~Scratch() { give_back(p_); }
   Scratch(const Scratch&) = delete;
   operator T*() const { return p_; }
 
@@ -178,6 +210,16 @@ INLINE void dots(const T* const* w, const float* const* x, int n, float (*out)[C
     }
   };
   int i = 0;
+  if constexpr (C == 1 && U == 2)  // many rows for one token: loads are what it waits for
+    for (; i + 2 * W <= n; i += 2 * W) {
+      const Float first = load(x[0] + i), second = load(x[0] + i + W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Two a = two(w[r] + i);
+        acc[0][r][0] += a.first * first;
+        acc[1][r][0] += a.second * second;
+      }
+    }
   for (; i + S * W <= n; i += S * W)
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) step(i + s / 2 * 2 * W, s % 2, s % U);
@@ -190,8 +232,8 @@ INLINE void dots(const T* const* w, const float* const* x, int n, float (*out)[C
     for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 4
       for (int u = 1; u < U; ++u) acc[0][r][c] += acc[u][r][c];
-      out[r][c] = sum(acc[0][r][c]);
     }
+  sums<R * C>(&acc[0][0][0], &out[0][0]);
   for (; i < n; ++i)
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) out[r][c] += scalar(w[r][i]) * x[c][i];
@@ -219,13 +261,15 @@ INLINE void block(const T* w, size_t w_stride, const float* scales, const float*
 template <int C, class T>
 INLINE void some_tokens(int rows, const T* w, size_t w_stride, const float* scales, const float* x, size_t x_stride, int n, float* y,
                         size_t y_stride, bool fetch) {
-  // A single token's arithmetic hides behind its reads, and row after row is what the processor fetches ahead best.
+  // A single token's arithmetic hides behind its reads, and row after row is what the processor fetches ahead best; but for bytes,
+  // of which it works on too few lines at a time.
   constexpr int R = C == 1 ? 1 : C == 2 ? 3 : ROWS;
+  const size_t ahead = fetch && C == 1 && sizeof(T) == 1 ? 2 * w_stride : 0;
   int o = 0;
   if constexpr (R > 1)
     for (; o + R <= rows; o += R)
       block<R, C>(w + o * w_stride, w_stride, scales ? scales + o : scales, x, x_stride, n, y + o, y_stride, fetch ? 6 * w_stride : 0);
-  for (; o < rows; ++o) block<1, C>(w + o * w_stride, w_stride, scales ? scales + o : scales, x, x_stride, n, y + o, y_stride, 0);
+  for (; o < rows; ++o) block<1, C>(w + o * w_stride, w_stride, scales ? scales + o : scales, x, x_stride, n, y + o, y_stride, ahead);
 }
 
 template <class T>
@@ -381,142 +425,104 @@ void read(const Read& m, Pool& pool) {
   for (int64_t i = 0; i < pieces; ++i) *m.y += sums[i];
 }
 
-// At most 64 tokens at a time: which of them activate a neuron are the bits of a word, and its record is read once for all.
+// What both ways of looking up some tokens begin with: arranged tokens, scores (tokens, F), and what is active.
 template <class T>
-void ffn_tile(const FFN<T>& m, Pool& pool) {
-  const int D = m.d_model, F = m.d_ff, r = m.r, rest = D - r, width = rest + D, tokens = m.tokens;
-  const bool everything = m.quantile == -INFINITY;
-  Scratch<float> scores(size_t(tokens) * F), thresholds(tokens), x(size_t(tokens) * D);
-  parallel(pool, tokens, [&](int t) {
-    arrange<T>(m.x + size_t(t) * D, r, x + size_t(t) * D);
-    arrange<T>(m.x + size_t(t) * D + r, rest, x + size_t(t) * D + r);
-  }, size_t(tokens) * D);
-  ranges(pool, F, 64, [&](int lo, int hi) {
-    product(hi - lo, tokens, m.k1.values + size_t(lo) * r, r, m.k1.scales ? m.k1.scales + lo : nullptr, x, D, r, scores + lo, F);
-  });
-  parallel(pool, tokens, [&](int t) {
-    const float* s = scores + size_t(t) * F;
-    int n = F;
-    thresholds[t] = m.quantile;
-    if (!everything) {
-      Moments found = moments(s, F);
-      thresholds[t] = found.mean + found.std * m.quantile;
-      n = 0;
-      for (int f = 0; f < F; ++f) n += s[f] > thresholds[t];
-    }
-    m.active[t] = n;
-  });
+struct Predicted {
+  const FFN<T>& m;
+  Scratch<float> x, scores, thresholds;
 
+  Predicted(const FFN<T>& m, Pool& pool)
+      : m(m), x(size_t(m.tokens) * m.d_model), scores(size_t(m.tokens) * m.d_ff), thresholds(m.tokens) {
+    const int D = m.d_model, F = m.d_ff, r = m.r;
+    parallel(pool, m.tokens, [&](int t) {
+      arrange<T>(m.x + size_t(t) * D, r, x + size_t(t) * D);
+      arrange<T>(m.x + size_t(t) * D + r, D - r, x + size_t(t) * D + r);
+    }, size_t(m.tokens) * D);
+    ranges(pool, F, 64, [&](int lo, int hi) {
+      product(hi - lo, m.tokens, m.k1.values + size_t(lo) * r, r, m.k1.scales ? m.k1.scales + lo : nullptr, x, D, r, scores + lo, F);
+    });
+    parallel(pool, m.tokens, [&](int t) {
+      const float* s = of(t);
+      int n = F;
+      thresholds[t] = m.quantile;
+      if (m.quantile != -INFINITY) {
+        Moments found = moments(s, F);
+        thresholds[t] = found.mean + found.std * m.quantile;
+        n = 0;
+        for (int f = 0; f < F; ++f) n += s[f] > thresholds[t];
+      }
+      m.active[t] = n;
+    });
+  }
+
+  const float* of(int t) const { return scores + size_t(t) * m.d_ff; }
+  const T* record(size_t f) const { return m.records.values + f * (2 * m.d_model - m.r); }
+  float scale(size_t f) const { return m.records.scales ? m.records.scales[2 * f] * m.records.scales[2 * f + 1] : 1.0f; }
+  // GELU of what n scores of a token are above its threshold, in place.
+  void activate(int t, float* s, int n) const {
+    if (m.quantile != -INFINITY)
+      for (int i = 0; i < n; ++i) {
+        s[i] -= thresholds[t];
+        if (m.huber > 0) s[i] = s[i] < m.huber ? s[i] * s[i] / (2 * m.huber) : s[i] - m.huber / 2;
+      }
+    each(s, n, [](Float x) { return gelu(x); });
+  }
+};
+
+// Up to FEW tokens: record by record, each one run of memory, while the one after the next is on its way.
+constexpr int FEW = 4;
+
+template <class T>
+void look_up_few(const FFN<T>& m, Pool& pool) {
+  const int D = m.d_model, F = m.d_ff, r = m.r, rest = D - r, tokens = m.tokens;
+  const Predicted<T> of(m, pool);
   // Each piece adds up its own y, so that sums do not depend on who runs what.
-  const int pieces = least(F, pool.threads() * (tokens <= 16 ? 4 : 1));
+  const int pieces = least(F, pool.threads() * 4);
   Scratch<float> sums(size_t(pieces) * tokens * D);
   parallel(pool, pieces, [&](int piece) {
-    const int lo = int64_t(F) * piece / pieces, hi = int64_t(F) * (piece + 1) / pieces;
+    const int lo = int64_t(F) * piece / pieces, hi = int64_t(F) * (piece + 1) / pieces, all = hi - lo;
     float* y = sums + size_t(piece) * tokens * D;
     std::memset(y, 0, sizeof(float) * tokens * D);
-    Scratch<uint64_t> who(hi - lo);
-    std::memset(who, 0, sizeof(uint64_t) * (hi - lo));
-    int pairs = 0;
+    Scratch<uint8_t> who(all);  // the bits of a neuron say whom it is active for
+    Scratch<int> list(all + 1);
+    Scratch<float> weights(size_t(tokens) * all);
+    std::memset(who, 0, all);
     for (int t = 0; t < tokens; ++t) {
-      const float *s = scores + size_t(t) * F + lo, theta = thresholds[t];
-      for (int f = 0; f < hi - lo; ++f) who[f] |= uint64_t(s[f] > theta) << t;
+      const float *s = of.of(t) + lo, theta = of.thresholds[t];
+      for (int f = 0; f < all; ++f) who[f] |= (s[f] > theta) << t;
     }
-    Scratch<int> list(hi - lo + 1), starts(hi - lo + 1);
     int n = 0;
-    for (int f = 0; f < hi - lo; ++f) {
-      list[n] = lo + f;
-      starts[n] = pairs;
+    for (int f = 0; f < all; ++f) {
+      list[n] = f;
       n += who[f] != 0;
-      pairs += __builtin_popcountll(who[f]);
     }
-    starts[n] = pairs;
-    // One entry per pair of an active neuron and a token, neuron after neuron.
-    Scratch<int> token(pairs);
-    Scratch<float> weight(pairs);
-    for (int j = 0, p = 0; j < n; ++j)
-      for (uint64_t bits = who[list[j] - lo]; bits; bits &= bits - 1, ++p) {
-        token[p] = __builtin_ctzll(bits);
-        float s = scores[size_t(token[p]) * F + list[j]];
-        float above = everything ? s : s - thresholds[token[p]];
-        if (m.huber > 0 && !everything) above = above < m.huber ? above * above / (2 * m.huber) : above - m.huber / 2;
-        weight[p] = above;
-      }
-    each(weight, pairs, [&](Float x) { return gelu(x); });
-
-    auto record = [&](int j) { return m.records.values + size_t(list[least(j, n - 1)]) * width; };
-    if (tokens <= 4) {  // record by record, each one run of memory, while the one after the next is on its way
-      for (int j = 0; j < n; ++j) {
-        const T* k2 = record(j);
-        const ptrdiff_t ahead = record(j + 2) - k2;
-        const float scale = m.records.scales ? m.records.scales[2 * size_t(list[j])] * m.records.scales[2 * size_t(list[j]) + 1] : 1.0f;
-        by_fours(starts[j + 1] - starts[j], [&](auto size, auto first, int i) {
-          constexpr int C = decltype(size)::value;
-          const float* q2[C];
-          float out[1][C];
-          for (int c = 0; c < C; ++c) q2[c] = x + size_t(token[starts[j] + i + c]) * D + r;
-          dots<1, C, decltype(first)::value>(&k2, q2, rest, out, ahead);
-          for (int c = 0; c < C; ++c) weight[starts[j] + i + c] *= out[0][c] * scale;
-        });
-        by_fours(starts[j + 1] - starts[j], [&](auto size, auto first, int i) {
-          constexpr int C = decltype(size)::value;
-          float* to[C];
-          for (int c = 0; c < C; ++c) to[c] = y + size_t(token[starts[j] + i + c]) * D;
-          spread<C, decltype(first)::value>(k2 + rest, weight + starts[j] + i, to, D, ahead);
-        });
-      }
-      return;
+    for (int t = 0; t < tokens; ++t) {
+      for (int j = 0; j < n; ++j) weights[t * all + j] = of.of(t)[lo + list[j]];
+      of.activate(t, weights + t * all, n);
     }
-    // Some records, and token by token what they add: a token's query, or some columns of its y, stay in the nearest cache or in
-    // registers while the records that it activates come from the next one. Meanwhile the next records are on their way.
-    constexpr int SOME = 96, C = 8, LINES = LINE / int(sizeof(T));
-    Scratch<int> from(tokens + 1);
-    Scratch<const T*> row(size_t(SOME) * tokens);
-    Scratch<float> a(size_t(SOME) * tokens), scales(size_t(SOME) * tokens);
-    for (int j0 = 0; j0 < n; j0 += SOME) {
-      const int j1 = least(n, j0 + SOME), next = least(n, j1 + SOME) - j1;
-      std::memset(from, 0, sizeof(int) * (tokens + 1));
-      for (int p = starts[j0]; p < starts[j1]; ++p) ++from[token[p] + 1];
-      for (int t = 0; t < tokens; ++t) from[t + 1] += from[t];
-      for (int j = j0; j < j1; ++j)
-        for (int p = starts[j]; p < starts[j + 1]; ++p) {
-          const int place = from[token[p]]++;
-          row[place] = record(j);
-          a[place] = weight[p];
-          if (m.records.scales) scales[place] = m.records.scales[2 * size_t(list[j])] * m.records.scales[2 * size_t(list[j]) + 1];
+    auto record = [&](int j) { return of.record(lo + list[least(j, n - 1)]); };
+    for (int j = 0; j < n; ++j) {
+      const T* k2 = record(j);
+      const ptrdiff_t ahead = record(j + 2) - k2;
+      const float scale = of.scale(lo + list[j]);
+      int token[FEW], sharing = 0;
+      for (unsigned bits = who[list[j]]; bits; bits &= bits - 1) token[sharing++] = __builtin_ctz(bits);
+      auto share = [&](auto size) {
+        constexpr int C = decltype(size)::value;
+        const float* q2[C];
+        float *to[C], out[1][C];
+        for (int c = 0; c < C; ++c) {
+          q2[c] = of.x + size_t(token[c]) * D + r;
+          to[c] = y + size_t(token[c]) * D;
         }
-      for (int t = 0, p = 0; t < tokens; p = from[t++]) {
-        for (int j = j0 + (j1 - j0) * t / tokens; j < j0 + (j1 - j0) * (t + 1) / tokens; ++j)
-          for (int i = 0; i < C * W; i += LINES) prefetch(record(j) + rest + i);
-        const float* q2 = x + size_t(t) * D + r;
-        by_fours(from[t] - p, [&](auto size, auto, int i) {
-          constexpr int R = decltype(size)::value;
-          float out[R][1];
-          dots<R, 1>(row + p + i, &q2, rest, out);
-          for (int c = 0; c < R; ++c) a[p + i + c] *= m.records.scales ? out[c][0] * scales[p + i + c] : out[c][0];
-        });
-      }
-      const int tiles = (D + C * W - 1) / (C * W), lines = (rest + LINES - 1) / LINES;
-      for (int tile = 0; tile < tiles; ++tile)
-        for (int t = 0, p = 0; t < tokens; p = from[t++]) {
-          const int begin = tile * C * W;
-          for (int j = j0 + (j1 - j0) * t / tokens; j < j0 + (j1 - j0) * (t + 1) / tokens; ++j)
-            for (int i = 0; i < C * W; i += LINES) prefetch(record(j) + rest + begin + C * W + i);
-          const int64_t turn = int64_t(tile) * tokens + t, turns = int64_t(tiles) * tokens, all = int64_t(next) * lines;
-          for (int64_t i = all * turn / turns; i < all * (turn + 1) / turns; ++i) prefetch(record(j1 + i / lines) + i % lines * LINES);
-          float* to = y + size_t(t) * D + begin;
-          if (begin + C * W <= D) {
-            Float acc[C];
-#pragma GCC unroll 8
-            for (int c = 0; c < C; ++c) acc[c] = load(to + c * W);
-            for (int i = p; i < from[t]; ++i)
-#pragma GCC unroll 8
-              for (int c = 0; c < C; ++c) acc[c] += a[i] * half(row[i] + rest + begin + c / 2 * 2 * W, c % 2);
-#pragma GCC unroll 8
-            for (int c = 0; c < C; ++c) store(to + c * W, acc[c]);
-          } else {
-            for (int i = p; i < from[t]; ++i) spread<1>(row[i] + rest + begin, a + i, &to, D - begin);
-          }
-        }
+        dots<1, C, true>(&k2, q2, rest, out, ahead);
+        for (int c = 0; c < C; ++c) out[0][c] *= weights[token[c] * all + j] * scale;
+        spread<C, true>(k2 + rest, out[0], to, D, ahead);
+      };
+      if (sharing == 1) share(std::integral_constant<int, 1>{});
+      if (sharing == 2) share(std::integral_constant<int, 2>{});
+      if (sharing == 3) share(std::integral_constant<int, 3>{});
+      if (sharing == 4) share(std::integral_constant<int, 4>{});
     }
   });
   parallel(pool, tokens, [&](int t) {
@@ -529,6 +535,109 @@ void ffn_tile(const FFN<T>& m, Pool& pool) {
   }, size_t(pieces) * tokens * D);
 }
 
+// More tokens: blocks of records in the second-level cache, token by token. First the dots with K2, block by block; then y, in which
+// each task adds up columns of its own, so that they stay in its cache and sums do not depend on who runs what.
+constexpr int BLOCK = 128, LANES = 8, COLUMNS = LANES * W;
+
+template <class T>
+class Many {
+ public:
+  Many(const FFN<T>& m, Pool& pool)
+      : m(m), of(m, pool), blocks((m.d_ff + BLOCK - 1) / BLOCK), room(size_t(BLOCK) * m.tokens + W), used(size_t(blocks) * BLOCK),
+        starts(size_t(blocks) * (m.tokens + 1)), rows(blocks * room), weights(blocks * room) {
+    parallel(pool, blocks, [&](int b) { choose(b); });
+    const int pieces = least(blocks, 4 * pool.threads());
+    parallel(pool, pieces, [&](int i) {
+      for (int b = blocks * i / pieces, end = blocks * (i + 1) / pieces; b < end; ++b) dot(b, b + 1 < end);
+    });
+    const int tiles = (m.d_model + COLUMNS - 1) / COLUMNS, parts = least(tiles, pool.threads());
+    parallel(pool, parts, [&](int i) { sum_up(tiles * i / parts * COLUMNS, least(m.d_model, tiles * (i + 1) / parts * COLUMNS)); });
+  }
+
+ private:
+  const FFN<T>& m;
+  const Predicted<T> of;
+  const int blocks;
+  const size_t room;       // for a block's entries: one per token and record that it activates, token by token
+  Scratch<uint8_t> used;   // (blocks, BLOCK) is a record active for any token?
+  Scratch<int> starts;     // (blocks, tokens + 1) of each token's entries
+  Scratch<int> rows;       // (blocks, room) of an entry: the record in its block
+  Scratch<float> weights;  // (blocks, room)
+
+  void choose(int b) {
+    const int lo = b * BLOCK, n = least(BLOCK, m.d_ff - lo);
+    int *start = starts + size_t(b) * (m.tokens + 1), *row = rows + b * room;
+    float* weight = weights + b * room;
+    std::memset(used + lo, 0, BLOCK);
+    start[0] = 0;
+    for (int t = 0, p = 0; t < m.tokens; start[++t] = p) {
+      const int found = compact(of.of(t) + lo, n, of.thresholds[t], row + p, weight + p);
+      of.activate(t, weight + p, found);
+      for (const int end = p + found; p < end; ++p) used[lo + row[p]] = 1;
+    }
+  }
+
+  // Some columns of a token's share of a block's records, on their way to the second-level cache.
+  INLINE void fetch(int b, int t, int begin, int columns) const {
+    for (int i = BLOCK * t / m.tokens; i < BLOCK * (t + 1) / m.tokens; ++i)
+      if (used[b * BLOCK + i]) {
+        const char* from = reinterpret_cast<const char*>(of.record(size_t(b) * BLOCK + i) + begin);
+        for (size_t byte = 0; byte < sizeof(T) * columns; byte += LINE) prefetch(from + byte);
+      }
+  }
+
+  void dot(int b, bool more) {
+    const int D = m.d_model, rest = D - m.r, *start = starts + size_t(b) * (m.tokens + 1), *row = rows + b * room;
+    float* weight = weights + b * room;
+    for (int t = 0; t < m.tokens; ++t) {
+      if (more) fetch(b + 1, t, 0, rest);
+      const float* q2 = of.x + size_t(t) * D + m.r;
+      by_fours(start[t + 1] - start[t], [&](auto size, auto, int i) {
+        constexpr int R = decltype(size)::value;
+        const T* k2[R];
+        float out[R][1];
+        const int p = start[t] + i;
+        for (int c = 0; c < R; ++c) k2[c] = of.record(size_t(b) * BLOCK + row[p + c]);
+        dots<R, 1>(k2, &q2, rest, out);
+        for (int c = 0; c < R; ++c) weight[p + c] *= out[c][0] * of.scale(size_t(b) * BLOCK + row[p + c]);
+      });
+    }
+  }
+
+  void sum_up(int lo, int hi) {
+    const int D = m.d_model, rest = D - m.r, width = hi - lo;
+    Scratch<float> y(size_t(m.tokens) * width);
+    std::memset(y, 0, sizeof(float) * m.tokens * width);
+    for (int b = 0; b < blocks; ++b) {
+      const int *start = starts + size_t(b) * (m.tokens + 1), *row = rows + b * room;
+      const float* weight = weights + b * room;
+      for (int begin = lo; begin < hi; begin += COLUMNS)
+        for (int t = 0; t < m.tokens; ++t) {
+          if (b + 1 < blocks) fetch(b + 1, t, rest + begin, least(COLUMNS, hi - begin));
+          float* to = y + size_t(t) * width + (begin - lo);
+          auto v = [&](int p) { return of.record(size_t(b) * BLOCK + row[p]) + rest + begin; };
+          if (begin + COLUMNS <= hi) {
+            Float acc[LANES];
+#pragma GCC unroll 8
+            for (int c = 0; c < LANES; ++c) acc[c] = load(to + c * W);
+            for (int p = start[t]; p < start[t + 1]; ++p)
+#pragma GCC unroll 8
+              for (int c = 0; c < LANES; c += 2) {
+                const Two b = two(v(p) + c * W);
+                acc[c] += weight[p] * b.first;
+                acc[c + 1] += weight[p] * b.second;
+              }
+#pragma GCC unroll 8
+            for (int c = 0; c < LANES; ++c) store(to + c * W, acc[c]);
+          } else {
+            for (int p = start[t]; p < start[t + 1]; ++p) spread<1>(v(p), weight + p, &to, hi - begin);
+          }
+        }
+    }
+    for (int t = 0; t < m.tokens; ++t) restore<T>(y + size_t(t) * width, width, m.y + size_t(t) * D + lo);
+  }
+};
+
 template <class T>
 void ffn(const FFN<T>& m, Pool& pool) {
   for (int t = 0; t < m.tokens; t += 64) {
@@ -537,7 +646,10 @@ void ffn(const FFN<T>& m, Pool& pool) {
     part.x += size_t(t) * m.d_model;
     part.y += size_t(t) * m.d_model;
     part.active += t;
-    ffn_tile(part, pool);
+    if (part.tokens <= FEW)
+      look_up_few(part, pool);
+    else
+      Many<T>(part, pool);
   }
 }
 
@@ -658,7 +770,11 @@ void attention(const Attention<T>& m, Pool& pool) {
           for (int j = 0; j < count; ++j) {
             const T* v = at(j) + rest + column;
 #pragma GCC unroll 8
-            for (int c = 0; c < C; ++c) acc[c] += weights[j] * half(v + c / 2 * 2 * W, c % 2);
+            for (int c = 0; c < C; c += 2) {
+              const Two b = two(v + c * W);
+              acc[c] += weights[j] * b.first;
+              acc[c + 1] += weights[j] * b.second;
+            }
           }
           for (int c = 0; c < C; ++c) store(to + column + c * W, acc[c]);
         }

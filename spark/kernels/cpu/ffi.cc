@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <initializer_list>
 #include <memory>
 #include <string>
 #include <thread>
 #include <type_traits>
+#include <vector>
 
 #include "lookups.h"
 #include "xla/ffi/api/ffi.h"
@@ -82,6 +84,17 @@ class XlaPool final : public Pool {
   int threads_, asked_ = 0, loops_ = 0;
   std::shared_ptr<State> state_;
 };
+
+// What a thread has taken, innermost last, and what it took before at each depth.
+struct Taken {
+  struct Buffer { void* at; size_t bytes; };
+  std::vector<Buffer> buffers;
+  size_t depth = 0;
+  ~Taken() {
+    for (Buffer& b : buffers) std::free(b.at);
+  }
+};
+thread_local Taken taken;
 
 enum Set { kBest = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3 };
 
@@ -239,6 +252,24 @@ ffi::Error ReadImpl(ffi::ThreadPool threads, int64_t set, Floats x, ffi::Result<
 }
 
 }  // namespace
+
+#if defined(__SANITIZE_ADDRESS__)  // which knows the system's memory only
+void* take(size_t bytes) { return std::malloc(bytes ? bytes : 1); }
+void give_back(void* last) { std::free(last); }
+#else
+void* take(size_t bytes) {
+  if (taken.depth == taken.buffers.size()) taken.buffers.push_back({nullptr, 0});
+  Taken::Buffer& b = taken.buffers[taken.depth++];
+  if (b.bytes < bytes || !b.at) {
+    std::free(b.at);
+    b.bytes = (bytes + 127) / 64 * 64;
+    b.at = std::aligned_alloc(64, b.bytes);
+    if (!b.at) std::abort();
+  }
+  return b.at;
+}
+void give_back(void*) { --taken.depth; }
+#endif
 }  // namespace spark
 
 extern "C" int spark_best_set() { return spark::best(); }
