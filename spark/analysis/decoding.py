@@ -67,7 +67,7 @@ class Decoder:
         key = jax.random.key(1, impl='rbg')
         fill = lambda x: jax.random.uniform(key, x.shape, jnp.float32, -1.7, 1.7).astype(x.dtype)
         empty = jax.jit(lambda: model.init_cache(self.serving, batch, size, chunk))()
-        self.cache = model.Cache(jax.tree.map(jax.jit(fill), empty.layers), jnp.asarray(context, jnp.int32))
+        self.cache = empty.replace(layers=jax.tree.map(jax.jit(fill), empty.layers), length=jnp.asarray(context, jnp.int32))
         self.first, self.counts, self._batch = jnp.zeros(batch, jnp.int32), None, batch
 
     def _run(self, f, tokens):

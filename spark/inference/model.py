@@ -16,10 +16,15 @@ from spark.nn.layers import rms_norm, softcap
 
 @flax.struct.dataclass
 class Cache:
-    """What decoding remembers: per layer {'keys', 'records'}, rings with place p in slot p mod S; and int32 () places so far."""
+    """What decoding remembers.
+
+    layers: of each {'keys', 'records'}, rings with place p in slot p mod S. length: int32 (), places so far.
+    rotations: `nn.attention.rotations` by every place, since XLA:CPU evaluates sines anew for each head that uses them.
+    """
 
     layers: list
     length: jax.Array
+    rotations: list
 
 
 def slots(cfg, span, size, chunk):
@@ -39,7 +44,7 @@ def init_cache(serving, batch, size, chunk):
         r = a.r or a.head_dim
         table = {'keys': (*shape, r), 'records': (*shape, 2 * a.head_dim - r)}
         layers.append({name: jnp.zeros(shape, serving.stored) for name, shape in table.items()})
-    return Cache(layers, jnp.zeros((), jnp.int32))
+    return Cache(layers, jnp.zeros((), jnp.int32), nn_attention.rotations(a, jnp.arange(size)))
 
 
 def forward(serving, weights, cache, tokens_BxL, first_B):
@@ -73,10 +78,11 @@ def hidden(serving, weights, cache, tokens_BxL, first_B):
         x_BxLxD = x_BxLxD * E.scales[tokens_BxL][..., None]
     x_BxLxD = x_BxLxD.astype(serving.compute) * jnp.asarray(D**0.5, serving.compute)
     positions_BxL = jnp.maximum(cache.length + jnp.arange(L) - first_B[:, None], 0)
+    rotations = jax.tree.map(lambda table: table[positions_BxL], cache.rotations)
     layers, counts = [], []
     for i, w in enumerate(weights['layers']):
         window = cfg.attention.window if cfg.pattern[i % len(cfg.pattern)] == 'local' else 0
-        y, layer, count = _attention(serving, w, window, rms_norm(x_BxLxD, w['pre_attention']), positions_BxL, cache, i, first_B)
+        y, layer, count = _attention(serving, w, window, rms_norm(x_BxLxD, w['pre_attention']), rotations, cache, i, first_B)
         x_BxLxD = x_BxLxD + rms_norm(y, w['post_attention'])
         y_TxD, count_ffn = ffn(serving, w, rms_norm(x_BxLxD, w['pre_ffn']).reshape(B * L, D))
         x_BxLxD = x_BxLxD + rms_norm(y_TxD.reshape(B, L, D), w['post_ffn'])
@@ -84,7 +90,7 @@ def hidden(serving, weights, cache, tokens_BxL, first_B):
         count |= {name: x.reshape(B, L) if x.ndim else x + count.get(name, 0) for name, x in count_ffn.items()}
         counts.append(count)
     counts = {name: jnp.stack([count[name] for count in counts]) for name in counts[0]}
-    return Cache(layers, cache.length + L), rms_norm(x_BxLxD[:, -1], weights['final_norm']), counts
+    return cache.replace(layers=layers, length=cache.length + L), rms_norm(x_BxLxD[:, -1], weights['final_norm']), counts
 
 
 def product(serving, x_TxI, W):
@@ -95,14 +101,14 @@ def product(serving, x_TxI, W):
     return y if W.scales is None else y * W.scales
 
 
-def _attention(serving, w, window, x_BxLxD, positions_BxL, cache, i, first_B):
+def _attention(serving, w, window, x_BxLxD, rotations, cache, i, first_B):
     """(y (B, L, D), the layer's cache, counts)."""
     a = serving.cfg.attention
     (B, L, D), H, N, d = x_BxLxD.shape, a.n_heads, a.n_kv_heads, a.head_dim
     qkv = product(serving, x_BxLxD.reshape(B * L, D), w['qkv']).astype(serving.compute).reshape(B, L, H + 2 * N, d)
     q, k, v = qkv[:, :, :H], qkv[:, :, H : H + N], qkv[:, :, H + N :]
-    q_BxNxGxLxd = nn_attention.rotate(a, q, positions_BxL, scale=True).reshape(B, L, N, H // N, d).transpose(0, 2, 3, 1, 4)
-    k_BxNxLxd, v_BxNxLxd = (x.transpose(0, 2, 1, 3) for x in (nn_attention.rotate(a, k, positions_BxL), v))
+    q_BxNxGxLxd = nn_attention.rotate(a, q, rotations, scale=True).reshape(B, L, N, H // N, d).transpose(0, 2, 3, 1, 4)
+    k_BxNxLxd, v_BxNxLxd = (x.transpose(0, 2, 1, 3) for x in (nn_attention.rotate(a, k, rotations), v))
     new = jnp.concatenate([k_BxNxLxd, v_BxNxLxd], axis=-1)
     layer, r = cache.layers[i], a.r or d
     S = layer['keys'].shape[2]

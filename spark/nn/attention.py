@@ -97,8 +97,9 @@ class Attention(nn.Module):
             W_DxHxd = matrix(self, name, (D, heads, d), ('embed', axis, 'head_dim'), D, self.dtype)
             return (x @ W_DxHxd.reshape(D, heads * d)).reshape(B, L, heads, d)
 
-        q_BxLxHxd = rotate(cfg, project('q', H, 'heads'), positions_BxL, scale=True)
-        k_BxSxNxd = rotate(cfg, project('k', N, 'kv_heads'), positions_BxL)
+        by = rotations(cfg, positions_BxL)
+        q_BxLxHxd = rotate(cfg, project('q', H, 'heads'), by, scale=True)
+        k_BxSxNxd = rotate(cfg, project('k', N, 'kv_heads'), by)
         v_BxSxNxd = project('v', N, 'kv_heads')
 
         # H/N query heads share a key-value head.
@@ -139,11 +140,17 @@ def sigma1(cfg, s, visible):
     return jax.nn.softmax(jnp.where(keep, softcap(s, cfg.logit_cap), -jnp.inf), axis=-1), keep
 
 
-def rotate(cfg, x_BxLxHxd, positions_BxL, scale=False):
+def rotations(cfg, positions):
+    """`ops.rotation` by the positions, for each part of a head."""
+    widths = [cfg.r, cfg.head_dim - cfg.r] if cfg.r else [cfg.head_dim]
+    return [ops.rotation(positions, width, cfg.rope_base) for width in widths]
+
+
+def rotate(cfg, x_BxLxHxd, rotations, scale=False):
     """Rotary embedding of each part of a head; a query's parts are also scaled for their scores."""
     parts = []
-    for part in jnp.split(x_BxLxHxd, [cfg.r] if cfg.r else [], axis=-1):
+    for part, rotation in zip(jnp.split(x_BxLxHxd, [cfg.r] if cfg.r else [], axis=-1), rotations, strict=True):
         width = part.shape[-1] * (cfg.query_dim or cfg.head_dim) / cfg.head_dim
-        part = ops.rope(part, positions_BxL, cfg.rope_base)
+        part = ops.rope(part, rotation)
         parts.append(part * width**-0.5 if scale else part)
     return jnp.concatenate(parts, axis=-1)

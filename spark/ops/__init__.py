@@ -1,7 +1,7 @@
 """The maths of Spark Transformers: pure functions on arrays, and the oracle for every faster kernel."""
 
 from spark.ops.lookup import dense_lookup, spark_lookup
-from spark.ops.rope import rope
+from spark.ops.rope import rope, rotation
 from spark.ops.topk import approx_topk, exact_topk, statistical_keep, statistical_threshold, statistical_topk
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     'dense_lookup',
     'exact_topk',
     'rope',
+    'rotation',
     'spark_lookup',
     'statistical_keep',
     'statistical_threshold',

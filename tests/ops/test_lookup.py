@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spark.ops import dense_lookup, rope, spark_lookup
+from spark.ops import dense_lookup, rope, rotation, spark_lookup
 
 
 def test_lookups_are_the_equation():
@@ -30,7 +30,7 @@ def test_scores_in_float32_for_bfloat16_inputs():
 def test_rope_scores_depend_on_distance_alone_and_keep_length():
     rng = np.random.default_rng(0)
     q, k = rng.standard_normal((2, 1, 1, 1, 8)).astype(np.float32)
-    at = lambda x, p: rope(x, jnp.array([[p]]))[0, 0, 0]
+    at = lambda x, p: rope(x, rotation(jnp.array([[p]]), 8))[0, 0, 0]
     np.testing.assert_allclose(at(q, 7) @ at(k, 3), at(q, 104) @ at(k, 100), rtol=1e-4)
     np.testing.assert_allclose(jnp.linalg.norm(at(q, 50)), np.linalg.norm(q), rtol=1e-5)
     np.testing.assert_allclose(at(q, 0), q[0, 0, 0], rtol=1e-6)
