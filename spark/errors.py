@@ -91,9 +91,9 @@ def _one_line_each():
         return True
 
     logging.getLogger('absl').addFilter(without_traceback)
-    before = sys.unraisablehook
-    # Said of every other array that was being written or read when one failed.
-    known = 'Event loop is closed', 'Encountered error while reading array index'
+    # Said of every other array that was being written or read when one failed, some of it only if the collector comes by.
+    logging.getLogger('asyncio').addFilter(lambda record: 'exception was never retrieved' not in record.getMessage())
+    before, known = sys.unraisablehook, ('Event loop is closed', 'Encountered error while reading array index')
     sys.unraisablehook = lambda told: None if str(told.exc_value).startswith(known) else before(told)
 
 

@@ -1,4 +1,4 @@
-"""What every script does before it begins."""
+"""What every script does before it begins, and as it ends."""
 
 import os
 import signal
@@ -42,3 +42,23 @@ builtins.late = Late()
     env = os.environ | {'PYTHONPATH': f'{tmp_path}:{ROOT}', 'JAX_PLATFORMS': 'cpu'}
     ended = subprocess.run([sys.executable, ROOT / 'scripts/train.py'], env=env, timeout=60, capture_output=True, text=True)
     assert ended.returncode == 2 and '--config is missing' in ended.stderr, ended
+
+
+def test_what_other_arrays_met_is_not_told_when_one_failed():
+    """A write that fails takes others with it, whose exceptions nobody asks for: asyncio would print each, with its traceback."""
+    code = """
+import asyncio
+from spark import errors
+async def write():
+    raise ValueError('File too large')
+async def save():
+    writes = asyncio.gather(write(), write())
+    await asyncio.sleep(0.01)
+def main():
+    asyncio.run(save())
+    raise errors.CheckpointError('step 1 cannot be saved')
+errors.run(main)
+"""
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    ended = subprocess.run([sys.executable, '-c', code], env=env, timeout=60, capture_output=True, text=True)
+    assert ended.returncode == 5 and ended.stderr == 'CheckpointError: step 1 cannot be saved\n', ended
