@@ -40,18 +40,14 @@ def freed_at_once():
 
     While a model is read, what its many threads leave free would otherwise stay with the process: a third of the weights.
     """
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
-    trim, apart = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    mallopt, threshold = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None, -3
     if mallopt:
-        mallopt(apart, 1 << 20)
+        mallopt(threshold, 1 << 20)
     try:
         yield
     finally:
-        # Where glibc's own adjustment, which ends with the first mallopt, would have come to. Without the second every step of
-        # decoding gives its temporaries back, and takes a fifth longer to have them cleared anew.
         if mallopt:
-            mallopt(apart, 32 << 20)
-            mallopt(trim, 64 << 20)
+            mallopt(threshold, 32 << 20)
 
 
 def write_text(path, text, error=ConfigError):
