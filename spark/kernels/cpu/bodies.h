@@ -210,7 +210,7 @@ INLINE void dots(const T* const* w, const float* const* x, int n, float (*out)[C
     }
   };
   int i = 0;
-  if constexpr (C == 1 && U == 2)  // many rows for one token: loads are what it waits for
+  if constexpr (C == 1 && U == 2 && !Fetch)  // many rows for one token: loads are what it waits for
     for (; i + 2 * W <= n; i += 2 * W) {
       const Float first = load(x[0] + i), second = load(x[0] + i + W);
 #pragma GCC unroll 8
@@ -381,18 +381,12 @@ INLINE void spread(const T* v, const float* a, float* const* y, int n, [[maybe_u
     for (int c = 0; c < C; ++c) y[c][i] += a[c] * scalar(v[i]);
 }
 
-// f(size, is it the first, start) for groups of four, and then of one.
+// f(size, start) for groups of four, and then of one.
 template <class F>
 INLINE void by_fours(int n, F f) {
-  using std::integral_constant;
-  if (n <= 0) return;
-  int i = n >= 4 ? 4 : 1;
-  if (i == 4)
-    f(integral_constant<int, 4>{}, std::true_type{}, 0);
-  else
-    f(integral_constant<int, 1>{}, std::true_type{}, 0);
-  for (; i + 4 <= n; i += 4) f(integral_constant<int, 4>{}, std::false_type{}, i);
-  for (; i < n; ++i) f(integral_constant<int, 1>{}, std::false_type{}, i);
+  int i = 0;
+  for (; i + 4 <= n; i += 4) f(std::integral_constant<int, 4>{}, i);
+  for (; i < n; ++i) f(std::integral_constant<int, 1>{}, i);
 }
 
 template <class T>
@@ -592,7 +586,7 @@ class Many {
     for (int t = 0; t < m.tokens; ++t) {
       if (more) fetch(b + 1, t, 0, rest);
       const float* q2 = of.x + size_t(t) * D + m.r;
-      by_fours(start[t + 1] - start[t], [&](auto size, auto, int i) {
+      by_fours(start[t + 1] - start[t], [&](auto size, int i) {
         constexpr int R = decltype(size)::value;
         const T* k2[R];
         float out[R][1];
@@ -748,7 +742,7 @@ void attention(const Attention<T>& m, Pool& pool) {
           return records + size_t(slot < S ? slot : slot - S) * width;
         };
         const float* q2 = q + size_t(i) * d + r;
-        by_fours(count, [&](auto size, auto, int j) {
+        by_fours(count, [&](auto size, int j) {
           constexpr int R = decltype(size)::value;
           const T* k2[R];
           float out[R][1];
@@ -798,7 +792,7 @@ void attention(const Attention<T>& m, Pool& pool) {
     }
     if (!m.k)
       runs([&](int at, int slot, int length) {
-        by_fours(n, [&](auto size, auto, int i) {
+        by_fours(n, [&](auto size, int i) {
           constexpr int R = decltype(size)::value;
           mix<R>(scores + size_t(i) * span + at, span, records + size_t(slot) * width + rest, width, length, y + size_t(i) * d, d, d);
         });
