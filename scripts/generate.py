@@ -9,7 +9,6 @@ rate at which decoding read weights and cache, counting of a lookup's table what
 such checkpoint.
 """
 
-import itertools
 import time
 
 from absl import flags
@@ -65,9 +64,14 @@ def main():
     from spark.kernels import cpu
 
     with tqdm(desc='weights', unit='', unit_scale=True, leave=False) as bar:
+
+        def tick(n, total):
+            bar.total = total
+            bar.update(n)
+
         chosen = {'kernels': KERNELS.value, 'capacity': CAPACITY.value, 'overflow': OVERFLOW.value}
         serve = {name: value for name, value in chosen.items() if value is not None}
-        run = evaluate.load_to_serve(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve, bar.update)
+        run = evaluate.load_to_serve(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve, tick)
     serving, weights, tokenizer = run.serving, run.weights, run.tokenizer
     if serving.platform == 'cpu' and not cpu.available():
         print('The CPU kernels were not built, for want of a C++ compiler; XLA does their work, more slowly.')
@@ -76,11 +80,7 @@ def main():
 
     with jax.set_mesh(run.mesh):
         stream = Stream(serving, weights, ids, N.value, CHUNK.value)
-        # So that what is timed compiles nothing.
-        warm = Stream(serving, weights, [row[:1] for row in ids], N.value + stream.length - CHUNK.value, CHUNK.value)
-        warm.prefill()
-        list(itertools.islice(warm.decode(jax.random.key(0), how), 3))
-        del warm
+        stream.warm_up(how)  # so that what is timed compiles nothing
         clock = time.perf_counter()
         bar = tqdm(total=stream.length, desc='prompts', unit='token', leave=False, disable=STREAM.value)
         stream.prefill(lambda: bar.update(CHUNK.value))

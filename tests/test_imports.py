@@ -13,7 +13,7 @@ ALLOWED = {
     'nn': {'ops', 'kernels', 'config'},
     'data': {'config', 'errors'},
     'training': {'nn', 'data', 'config', 'errors', 'runtime'},
-    'inference': {'nn', 'kernels', 'ops', 'data', 'config', 'errors'},
+    'inference': {'nn', 'kernels', 'ops', 'data', 'config', 'errors', 'runtime'},
     'analysis': {'training', 'inference', 'nn', 'kernels', 'data', 'ops', 'config', 'errors', 'runtime'},
 }
 

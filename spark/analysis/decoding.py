@@ -143,7 +143,7 @@ def ffn_decode(spark, dense, repeats, layers=8):
 
 def decode(spark, dense, repeats, contexts=(512, 8192)):
     """Whole models, token by token, batch 1: Spark against dense with and without the output head, and int8 against bfloat16."""
-    rows_, repeats, cfgs, before = [], repeats or 9, (('spark', spark), ('dense', dense)), _memory('VmRSS')
+    rows_, repeats, cfgs, before = [], repeats or 9, (('spark', spark), ('dense', dense)), memory('VmRSS')
     weights = {name: layout.lay_out(here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs}
 
     def compare(title, sides, head=True):
@@ -197,17 +197,25 @@ def prefill(spark, dense, repeats, length=4096, chunk=64):
 
 def peak_memory(sides):
     """The most bytes that this process held while each of some Decoders took a step; what Linux says, elsewhere 0."""
+    if not forget_peak():
+        return 0
+    for side in sides.values():
+        jax.block_until_ready(side.step())
+    return memory('VmHWM')
+
+
+def forget_peak():
+    """From here on `memory('VmHWM')` is of what comes; False where there is no such thing."""
     try:
         with open('/proc/self/clear_refs', 'w') as f:
             f.write('5')
     except OSError:
-        return 0
-    for side in sides.values():
-        jax.block_until_ready(side.step())
-    return _memory('VmHWM')
+        return False
+    return True
 
 
-def _memory(what):
+def memory(what):
+    """Bytes of this process: 'VmRSS' that it has, 'VmHWM' at its peak; what Linux says, elsewhere 0."""
     try:
         with open('/proc/self/status') as f:
             return next(int(line.split()[1]) for line in f if line.startswith(what)) * 1024

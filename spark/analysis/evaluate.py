@@ -78,14 +78,14 @@ def load(workdir, step=None, source='', batch_size=0):
     return Model(cfg, step, tokenizer, trainer, params)
 
 
-def load_to_serve(workdir, step=None, dtype='auto', serve=None, tick=lambda n: None):
+def load_to_serve(workdir, step=None, dtype='auto', serve=None, tick=lambda n, total: None):
     """The `Served` model of a run directory, its parameters read layer by layer straight into the layout that decoding wants.
 
     Args:
       workdir, step: as of `load`.
       dtype: of the weights, one of `inference.layout.DTYPES`, or 'auto': float32 on CPUs, else bfloat16.
       serve: changes to the run's ServeConfig, a dict.
-      tick: called with the number of parameters of each piece that was read.
+      tick: called with the number of parameters of each piece that was read, and of all.
 
     Raises:
       ConfigError, CheckpointError: as of `load`; and ConfigError: the kernels asked for are not here.
@@ -111,6 +111,7 @@ def load_to_serve(workdir, step=None, dtype='auto', serve=None, tick=lambda n: N
     shapes = meta.unbox(jax.eval_shape(Transformer(cfg.model).init, jax.random.key(0), token, token, token))
     narrow = jnp.float32 if dtype == 'int8' else jnp.dtype(dtype)
     as_read = lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype if path[-1].key == 'scale' else narrow)
+    tick = functools.partial(tick, total=sum(x.size for x in jax.tree.leaves(shapes)))
     stored = checkpoints.stored(step, jax.tree_util.tree_map_with_path(as_read, shapes), tick=tick)
     leaf = lambda *path: functools.reduce(lambda node, name: node[name], ('params', *path), stored)
     with freed_at_once():

@@ -10,7 +10,7 @@ kept entries and the k largest, min(n, k) are in both, and recall and precision 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from spark.config import FFN_KINDS
 from spark.nn.attention import Attention
@@ -94,7 +94,7 @@ def kolmogorov_smirnov(histogram):
     total = histogram.sum()
     if not total:
         return float('nan')
-    return float(np.max(np.abs(np.cumsum(histogram)[:-1] / total - norm.cdf(EDGES[1:-1]))))
+    return float(np.max(np.abs(np.cumsum(histogram)[:-1] / total - ndtr(EDGES[1:-1]))))
 
 
 def gini(counts):

@@ -1,6 +1,7 @@
 """Generation: the prompts in chunks, then token by token."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from spark.inference.model import forward, init_cache
 from spark.inference.sampling import GREEDY, sample
+from spark.runtime import trim
 
 extend = jax.jit(forward, static_argnames='serving', donate_argnames='cache')
 
@@ -73,6 +75,14 @@ class Stream:
 
     def _extend(self, tokens):
         self.cache, self._logits, self.counts = extend(self._serving, self._weights, self.cache, tokens, self._first)
+
+    def warm_up(self, how=GREEDY):
+        """Compiles what `prefill` and `decode` run, by a chunk and two tokens that are forgotten again."""
+        self._extend(jnp.asarray(self._tokens[:, : self._chunk]))
+        trim()
+        list(itertools.islice(self.decode(jax.random.key(0), how), 2))
+        trim()
+        self.cache, self._logits = self.cache.replace(length=self.cache.length * 0), None
 
     def prefill(self, tick=lambda: None):
         """Puts the prompts into the cache; `tick` is called after each chunk. Returns the float32 logits (B, V) behind them."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spark.config import FFN_KINDS, ModelConfig, ServeConfig
 from spark.errors import ConfigError
@@ -99,7 +100,7 @@ def records(K2_xR, V_xD, dtype, tiles=False):
     return Matrix(rows_tpu.tiled(table) if tiles and scales is None else table, scales)
 
 
-def lay_out(serving, leaf, place=lambda x: x):
+def lay_out(serving, leaf, place=jax.device_put):
     """The weights of a model for serving. Leaves are asked for once, and read layer by layer, so they may lie on a disk.
 
     Args:
@@ -138,22 +139,33 @@ def lay_out(serving, leaf, place=lambda x: x):
             fill('VT', jax.jit(lambda V: as_rows(V.T)), (f'ffn_{i}', 'V'))
         for norm in ('pre_attention', 'post_attention', 'pre_ffn', 'post_ffn'):
             fill(norm, lambda scale: scale, (f'{norm}_{i}', 'scale'))
-    embedding = jax.tree.map(place, _some_at_a_time(lambda E: rows(E, dtype), leaf('embedding')))
-    return {'embedding': embedding, 'final_norm': place(jnp.asarray(leaf('final_norm', 'scale')[:])), 'layers': layers}
+    E, make = leaf('embedding'), jax.jit(functools.partial(rows, dtype=dtype))
+    E = make(E) if isinstance(E, jax.Array) else _some_at_a_time(make, E)
+    final_norm = place(jnp.asarray(leaf('final_norm', 'scale')[:]))
+    return {'embedding': jax.tree.map(place, E), 'final_norm': final_norm, 'layers': layers}
 
 
-def _some_at_a_time(make, table, size=64 << 20):
-    """make(table), which is a tree of rows, from pieces of about `size` bytes."""
-    shapes = jax.eval_shape(make, jax.ShapeDtypeStruct(table.shape, table.dtype))
-    whole = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    put = lambda whole, piece, at: jax.tree.map(
-        lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, at, 0), whole, make(piece)
-    )
-    put = jax.jit(put, donate_argnums=0)
-    n = max(1, size // (table.dtype.itemsize * math.prod(table.shape[1:])))
+def _some_at_a_time(make, table, size=16 << 20):
+    """make(table), a tree of rows, from pieces of about `size` bytes, or of as many rows as the table keeps together; numpy.
+
+    Because `device_put` makes a CPU's array of numpy without a copy, and XLA:CPU copies all of a bfloat16 array to update a part.
+    """
+    aligned = getattr(table, 'aligned', 1)
+    n = max(1, size // (table.dtype.itemsize * math.prod(table.shape[1:])) // aligned) * aligned
+    whole = None
     for at in range(0, table.shape[0], n):
-        whole = put(whole, table[at : at + n], at)
+        piece = make(table[at : at + n])
+        whole = whole or jax.tree.map(lambda x: _empty((table.shape[0], *x.shape[1:]), x.dtype), piece)
+        for x, part in zip(jax.tree.leaves(whole), jax.tree.leaves(piece), strict=True):
+            x[at : at + n] = part
     return whole
+
+
+def _empty(shape, dtype, boundary=64):
+    """`np.empty` that begins at a multiple of so many bytes, as XLA wants it."""
+    raw = np.empty(math.prod(shape) * dtype.itemsize + boundary, np.uint8)
+    start = -raw.ctypes.data % boundary
+    return raw[start : raw.size - boundary + start].view(dtype).reshape(shape)
 
 
 def from_params(serving, params):

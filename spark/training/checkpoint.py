@@ -1,8 +1,8 @@
 """Checkpoints: the training state and the place in the data, saved together and asynchronously by Orbax, with their checksums."""
 
 import functools
+import itertools
 import json
-import math
 import zlib
 
 import jax
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from spark.errors import CheckpointError, DamagedError
 
-CHUNK = 64 << 20  # bytes of a larger array that lie together; of layers that are stacked, none share a chunk
+CHUNK = 16 << 20  # bytes of a larger array that lie together; of layers that are stacked, none share a chunk
 ASIDE = 'damaged'  # WORKDIR/damaged holds the checkpoints that do not read as they were saved
 
 
@@ -231,9 +231,11 @@ class Checkpoints:
 
 
 class Stored:
-    """A saved array, read along its first axis: x[i] or x[i:j], numpy. `tick` is called with the number of elements.
+    """A saved array, read along its first axis: x[i] or x[i:j], numpy. `tick` is called with numbers of elements.
 
-    Raises a DamagedError if it cannot be read, or, once every row was, if its checksum is not the one that was saved.
+    It is read by the chunks that it is stored in, so that little is in memory at a time besides the result; they begin at
+    multiples of `aligned` rows. Raises a DamagedError if it cannot be read, or, once every row was, if its checksum is not what
+    was saved.
     """
 
     def __init__(self, where, name, dtype, checksum, tick):
@@ -244,18 +246,34 @@ class Stored:
         }).result())  # fmt: skip
         self.shape, self.dtype = tuple(self._store.shape), np.dtype(dtype)
         self._unread = np.ones(self.shape[:1], bool)
+        self._chunk = self._store.chunk_layout.read_chunk.shape
+        self.aligned = self._chunk[0]
 
     def __getitem__(self, index):
         rows = np.atleast_1d(np.arange(self.shape[0])[index])
-        some = slice(rows[0], rows[-1] + 1) if isinstance(index, slice) else index  # TensorStore minds a slice that goes too far
-        x = self._told(lambda: self._store[some].read().result())
-        if self._unread[rows].all():
-            self._unread[rows] = False
-            self._left = (self._left - _checksum_of_rows(x, int(rows[0]) * math.prod(self.shape[1:]))) % 2**32
+        first, whole = int(rows[0]), np.empty((len(rows), *self.shape[1:]), self.dtype)
+        new = self._unread[rows].all()
+        self._unread[rows] = False
+        boxes = list(self._boxes(first, first + len(rows)))
+        read = lambda box: self._told(lambda: self._store[box].read())
+        ahead = read(boxes[0])
+        for box, after in zip(boxes, [*boxes[1:], None], strict=True):
+            x = self._told(ahead.result)
+            ahead = after and read(after)  # while this one is looked at
+            if new:
+                start, shape = (np.array(n, np.uint32) for n in ([s.start for s in box], self.shape))
+                self._left = (self._left - int(_checksum(x, start, shape))) % 2**32
+            whole[box[0].start - first : box[0].stop - first, *box[1:]] = x
+            self._tick(x.size)
         if not self._unread.any() and self._left:
             raise DamagedError(f'{self._where.parent}: {self._name} does not have the checksum that was saved')
-        self._tick(x.size)
-        return x.astype(self.dtype, copy=False)
+        return whole if isinstance(index, slice) else whole[0]
+
+    def _boxes(self, first, last):
+        """The parts of chunks that hold rows [first, last), each a tuple of slices."""
+        spans = zip([(first, last), *((0, n) for n in self.shape[1:])], self._chunk, strict=True)
+        cut = lambda lo, hi, n: [slice(max(i, lo), min(i + n, hi)) for i in range(lo - lo % n, hi, n)]
+        return itertools.product(*(cut(*span, n) for span, n in spans))
 
     def _told(self, read):
         try:
@@ -279,28 +297,21 @@ def checksums(tree):
     return _checksums(_by_path(tree))
 
 
-def _checksum_of_rows(x, first, size=16 << 20):
-    """`_checksum` of a numpy array, of pieces of about `size` bytes."""
-    rest = math.prod(x.shape[1:])
-    n = max(1, size // (x.itemsize * rest))
-    return sum(int(_checksum(x[i : i + n], (first + i * rest) % 2**32)) for i in range(0, len(x), n)) % 2**32
-
-
 @jax.jit
 def _checksums(arrays):
-    return {name: _checksum(x, 0) for name, x in arrays.items()}
+    return {name: _checksum(x, np.zeros(x.ndim, np.uint32), np.array(x.shape, np.uint32)) for name, x in arrays.items()}
 
 
 @jax.jit
-def _checksum(x, first):
-    """Of an array, or of the part of one that begins with its element number `first`; those of parts add up."""
+def _checksum(x, start, shape):
+    """Of the part of an array of a `shape` that begins at `start`, two uint32 vectors; those of parts add up."""
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}').astype(jnp.uint32)
     place = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, n in enumerate(bits.shape):
-        place = place * np.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    h = bits ^ ((place + jnp.uint32(first)) * np.uint32(0x9E3779B9) + np.uint32(0x7F4A7C15))
+    for axis in range(bits.ndim):
+        place = place * shape[axis] + start[axis] + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    h = bits ^ (place * np.uint32(0x9E3779B9) + np.uint32(0x7F4A7C15))
     h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
     return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)

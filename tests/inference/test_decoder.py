@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark.inference.decoder import Stream, generate
+from spark.inference.decoder import Stream, extend, generate
 from spark.inference.layout import Serving, from_params
 from spark.inference.sampling import Sampling, filtered, sample
 from tests.helpers import model_and_params, random_rows, small
@@ -52,12 +52,15 @@ def test_a_stream_is_what_is_generated_at_once(kind, chunk):
     model, params, serve = served(cfg)
     prompts = [list(map(int, row[:n])) for row, n in zip(random_rows(cfg, batch=3, length=12)[0], (12, 5, 9), strict=True)]
     stream = Stream(*serve, prompts, 6, chunk)
+    stream.warm_up()
+    programs = extend._cache_size()
     logits = stream.prefill()
     for i, prompt in enumerate(prompts):
         tokens = jnp.asarray([prompt])
         hidden = model.apply(params, tokens, jnp.arange(len(prompt))[None], jnp.ones_like(tokens))
         np.testing.assert_allclose(logits[i], model.apply(params, hidden, method='logits')[0, -1], atol=1e-3)
     found = np.stack(list(stream.decode(jax.random.key(0))), axis=1)
+    assert extend._cache_size() == programs
     for row, prompt in zip(found, prompts, strict=True):
         alone = generate(*serve, jnp.asarray([prompt]), jax.random.key(0), n=6)
         np.testing.assert_array_equal(row, alone[0])
