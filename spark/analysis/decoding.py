@@ -70,18 +70,18 @@ class Decoder:
         self.cache = empty.replace(layers=jax.tree.map(jax.jit(fill), empty.layers), length=jnp.asarray(context, jnp.int32))
         self.first, self.counts, self._batch = jnp.zeros(batch, jnp.int32), None, batch
 
-    def _run(self, f, tokens):
-        self.cache, y, self.counts = f(self.serving, self.weights, self.cache, tokens, self.first)
+    def _run(self, f, tokens, *wanted):
+        self.cache, y, self.counts = f(self.serving, self.weights, self.cache, tokens, self.first, *wanted)
         return y
 
     def step(self, head=True):
         """Decodes a token; the logits, or without `head` the hidden states."""
         return self._run(_whole if head else _headless, jnp.ones((self._batch, 1), jnp.int32))
 
-    def chunk(self, size):
-        """Prefills `size` tokens, different ones."""
+    def chunk(self, size, last):
+        """Prefills `size` tokens, different ones; the logits behind them, if they are the prompt's last."""
         tokens = (jnp.arange(size) * 7919 % self.serving.cfg.vocab_size)[None].repeat(self._batch, 0).astype(jnp.int32)
-        return self._run(_whole, tokens)
+        return self._run(_whole, tokens, np.bool_(last))
 
     def activity(self):
         """{'active', 'attended'}: means per token and layer of the last step."""
@@ -181,10 +181,11 @@ def prefill(spark, dense, repeats, length=4096, chunk=64):
     for i in tqdm(range(1 + (repeats or 1)), desc='prompts', leave=False):
         sides = {name: Decoder(cfg, 'bfloat16', 0, length, weights=weights[name], chunk=chunk) for name, cfg in cfgs}
         spent = dict.fromkeys(sides, 0.0)
-        for _ in tqdm(range(2 if i == 0 else length // chunk), desc='chunks', leave=False):  # the first compiles
+        chunks = 2 if i == 0 else length // chunk  # the first compiles
+        for j in tqdm(range(chunks), desc='chunks', leave=False):
             for name, side in sides.items():
                 start = time.perf_counter()
-                jax.block_until_ready(side.chunk(chunk))
+                jax.block_until_ready(side.chunk(chunk, j + 1 == chunks))
                 spent[name] += 1e3 * (time.perf_counter() - start)
         if i:
             for name, ms in spent.items():

@@ -73,12 +73,17 @@ class Stream:
         make = lambda: init_cache(serving, len(prompts), self.length + n, chunk)
         self.cache, self._logits, self.counts = jax.jit(make, out_shardings=where)(), None, None
 
-    def _extend(self, tokens):
-        self.cache, self._logits, self.counts = extend(self._serving, self._weights, self.cache, tokens, self._first)
+    def _extend(self, tokens, wanted=None):
+        self.cache, self._logits, self.counts = extend(self._serving, self._weights, self.cache, tokens, self._first, wanted)
+
+    def _put(self, start):
+        """The prompts' chunk that begins at `start` into the cache."""
+        end = start + self._chunk
+        self._extend(jnp.asarray(self._tokens[:, start:end]), np.bool_(end == self.length))
 
     def warm_up(self, how=GREEDY):
         """Compiles what `prefill` and `decode` run, by a chunk and two tokens that are forgotten again."""
-        self._extend(jnp.asarray(self._tokens[:, : self._chunk]))
+        self._put(0)
         trim()
         list(itertools.islice(self.decode(jax.random.key(0), how), 2))
         trim()
@@ -88,7 +93,7 @@ class Stream:
         """Puts the prompts into the cache; `tick` is called after each chunk. Returns the float32 logits (B, V) behind them."""
         for start in range(0, self.length, self._chunk):
             before = self._logits
-            self._extend(jnp.asarray(self._tokens[:, start : start + self._chunk]))
+            self._put(start)
             jax.block_until_ready(before)  # so that the device has the next chunk to do while this one is told
             tick()
         jax.block_until_ready(self._logits)

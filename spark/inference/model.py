@@ -47,14 +47,17 @@ def init_cache(serving, batch, size, chunk):
     return Cache(layers, jnp.zeros((), jnp.int32), nn_attention.rotations(a, jnp.arange(size)))
 
 
-def forward(serving, weights, cache, tokens_BxL, first_B):
+def forward(serving, weights, cache, tokens_BxL, first_B, wanted=None):
     """(the cache with L more places, float32 logits (B, V) behind the last, counts): `hidden` and the output head.
 
-    Equal to the training model's full forward pass over each row's own tokens.
+    Equal to the training model's full forward pass over each row's own tokens. Where `wanted`, bool (), is False, zeros take the
+    place of logits: only the last of a prompt's chunks needs the head, a twentieth of a 2B model's work on a chunk of 64.
     """
     cache, h_BxD, counts = hidden(serving, weights, cache, tokens_BxL, first_B)
-    logits_BxV = product(serving, h_BxD, weights['embedding']).astype(jnp.float32)
-    return cache, softcap(logits_BxV, serving.cfg.logit_cap), counts
+    E, cap = weights['embedding'], serving.cfg.logit_cap
+    head = lambda h_BxD: softcap(product(serving, h_BxD, E).astype(jnp.float32), cap)
+    none = lambda h_BxD: jnp.zeros((len(h_BxD), len(E.values)), jnp.float32)
+    return cache, head(h_BxD) if wanted is None else jax.lax.cond(wanted, head, none, h_BxD), counts
 
 
 def hidden(serving, weights, cache, tokens_BxL, first_B):

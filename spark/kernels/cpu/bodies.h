@@ -333,6 +333,15 @@ INLINE float largest(const float* s, int n) {
   return most;
 }
 
+#if SPARK_WIDTH == 8
+constexpr auto LANES_OF = [] {  // each mask's lanes, side by side
+  struct { uint8_t lanes[256][8]; } of{};
+  for (int mask = 0; mask < 256; ++mask)
+    for (int lane = 0, n = 0; lane < 8; ++lane)
+      if (mask >> lane & 1) of.lanes[mask][n++] = lane;
+  return of;
+}();
+#endif
 // The entries of s[0..n) that are at least theta, side by side in `kept`, their places in `list`; both with room for n + W. How many.
 INLINE int compact(const float* s, int n, float theta, int* list, float* kept) {
   int count = 0, i = 0;
@@ -348,12 +357,12 @@ INLINE int compact(const float* s, int n, float theta, int* list, float* kept) {
   }
 #elif SPARK_WIDTH == 8
   for (; i + W <= n; i += W) {
-    int mask = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(s + i), _mm256_set1_ps(theta), _CMP_GE_OQ));
-    for (; mask; mask &= mask - 1) {
-      list[count] = i + __builtin_ctz(mask);
-      kept[count] = s[list[count]];
-      ++count;
-    }
+    const __m256 v = _mm256_loadu_ps(s + i);
+    const int mask = _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(theta), _CMP_GE_OQ));
+    const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)LANES_OF.lanes[mask]));
+    _mm256_storeu_ps(kept + count, _mm256_permutevar8x32_ps(v, order));
+    _mm256_storeu_si256((__m256i*)(list + count), _mm256_add_epi32(order, _mm256_set1_epi32(i)));
+    count += __builtin_popcount(mask);
   }
 #endif
   for (; i < n; ++i) {
@@ -531,7 +540,7 @@ void look_up_few(const FFN<T>& m, Pool& pool) {
 
 // More tokens: blocks of records in the second-level cache, token by token. First the dots with K2, block by block; then y, in which
 // each task adds up columns of its own, so that they stay in its cache and sums do not depend on who runs what.
-constexpr int BLOCK = 128, LANES = 8, COLUMNS = LANES * W;
+constexpr int BLOCK = W == 16 ? 128 : 96, LANES = 8, COLUMNS = LANES * W;
 
 template <class T>
 class Many {
