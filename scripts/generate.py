@@ -57,24 +57,12 @@ def main():
     import numpy as np
     from tqdm import tqdm
 
-    from spark.analysis import evaluate
     from spark.inference.decoder import Stream
     from spark.inference.model import bytes_per_step
     from spark.inference.sampling import Sampling
-    from spark.kernels import cpu
 
-    with tqdm(desc='weights', unit='', unit_scale=True, leave=False) as bar:
-
-        def tick(n, total):
-            bar.total = total
-            bar.update(n)
-
-        chosen = {'kernels': KERNELS.value, 'capacity': CAPACITY.value, 'overflow': OVERFLOW.value}
-        serve = {name: value for name, value in chosen.items() if value is not None}
-        run = evaluate.load_to_serve(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve, tick)
+    run = load()
     serving, weights, tokenizer = run.serving, run.weights, run.tokenizer
-    if serving.platform == 'cpu' and not cpu.available():
-        print('The CPU kernels were not built, for want of a C++ compiler; XLA does their work, more slowly.')
     ids = [[tokenizer.bos, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
     how = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
 
@@ -86,29 +74,10 @@ def main():
         stream.prefill(lambda: bar.update(CHUNK.value))
         bar.close()
         prefill, clock = time.perf_counter() - clock, time.perf_counter()
-        rows, said = [[] for _ in ids], ''
         if STREAM.value:
             print(prompts[0], end='', flush=True)
-        shown = tqdm(total=N.value, desc='tokens', unit='token', leave=False, disable=STREAM.value)
-        steps, counts = 0, []
-        for tokens in stream.decode(jax.random.key(SEED.value), how, [tokenizer.eos]):
-            steps += 1
-            counts.append(stream.counts)  # on the device
-            for row, token in zip(rows, tokens, strict=True):
-                if token >= 0:
-                    row.append(int(token))
-            shown.update()
-            if STREAM.value:
-                # A character may need several tokens, so what ends in half of one waits.
-                text, ended = cut(tokenizer.decode(rows[0]), STOP.value)
-                whole = text if ended else held_back(text, STOP.value)
-                if whole.startswith(said):
-                    print(whole[len(said) :], end='', flush=True)
-                    said = whole
-            if STOP.value and all(cut(tokenizer.decode(row), STOP.value)[1] for row in rows):
-                break
-        decode = time.perf_counter() - clock
-        shown.close()
+        rows, said, counts = follow(stream, stream.decode(jax.random.key(SEED.value), how, [tokenizer.eos]), tokenizer, len(ids))
+        decode, steps = time.perf_counter() - clock, len(counts)
     texts = [cut(tokenizer.decode(row), STOP.value)[0] for row in rows]
     if STREAM.value:
         print(texts[0][len(said) :])
@@ -133,6 +102,52 @@ def main():
     print(', '.join(f'{did[name]:,.1f} {text}' for name, text in what.items() if did.get(name)) + ' per token and layer')
     if JSON.value:
         write_json(JSON.value, report | {'texts': texts})
+
+
+def load():
+    """The model of --workdir, laid out to serve."""
+    from tqdm import tqdm
+
+    from spark.analysis import evaluate
+    from spark.kernels import cpu
+
+    chosen = {'kernels': KERNELS.value, 'capacity': CAPACITY.value, 'overflow': OVERFLOW.value}
+    serve = {name: value for name, value in chosen.items() if value is not None}
+    with tqdm(desc='weights', unit='', unit_scale=True, leave=False) as bar:
+
+        def tick(n, total):
+            bar.total = total
+            bar.update(n)
+
+        run = evaluate.load_to_serve(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve, tick)
+    if run.serving.platform == 'cpu' and not cpu.available():
+        print('The CPU kernels were not built, for want of a C++ compiler; XLA does their work, more slowly.')
+    return run
+
+
+def follow(stream, steps, tokenizer, n_prompts):
+    """(ids of each prompt's continuation, what --stream has printed, counts of each step) of the steps of a stream."""
+    from tqdm import tqdm
+
+    rows, said, counts = [[] for _ in range(n_prompts)], '', []
+    bar = tqdm(total=N.value, desc='tokens', unit='token', leave=False, disable=STREAM.value)
+    for tokens in steps:
+        counts.append(stream.counts)  # on the device
+        for row, token in zip(rows, tokens, strict=True):
+            if token >= 0:
+                row.append(int(token))
+        bar.update()
+        if STREAM.value:
+            # A character may need several tokens, so what ends in half of one waits.
+            text, ended = cut(tokenizer.decode(rows[0]), STOP.value)
+            whole = text if ended else held_back(text, STOP.value)
+            if whole.startswith(said):
+                print(whole[len(said) :], end='', flush=True)
+                said = whole
+        if STOP.value and all(cut(tokenizer.decode(row), STOP.value)[1] for row in rows):
+            break
+    bar.close()
+    return rows, said, counts
 
 
 def lines(path):

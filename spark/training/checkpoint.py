@@ -253,7 +253,8 @@ class Stored:
         rows = np.atleast_1d(np.arange(self.shape[0])[index])
         first, whole = int(rows[0]), np.empty((len(rows), *self.shape[1:]), self.dtype)
         new = self._unread[rows].all()
-        self._unread[rows] = False
+        if new:
+            self._unread[rows] = False
         boxes = list(self._boxes(first, first + len(rows)))
         read = lambda box: self._told(lambda: self._store[box].read())
         ahead = read(boxes[0])

@@ -227,6 +227,8 @@ def test_an_array_is_read_piece_by_piece(tmp_path, monkeypatch, name):
     pieces = [whole[:2], whole[2][None], whole[3:99]]
     np.testing.assert_array_equal(np.concatenate(pieces), params[name])
     assert sum(seen) == params[name].size
+    again = checkpoints.stored(1, abstract(params))[name]
+    np.testing.assert_array_equal(np.concatenate([again[:2], again[1:]]), np.concatenate([params[name][:2], params[name][1:]]))
     cast = checkpoints.stored(1, abstract(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)))[name]
     np.testing.assert_array_equal(cast[:], params[name].astype(jnp.bfloat16))
     shutil.rmtree(tmp_path / 'checkpoints' / '1' / 'state')
