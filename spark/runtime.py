@@ -40,7 +40,7 @@ def freed_at_once():
 
     While a model is read, what its many threads leave free would otherwise stay with the process: a third of the weights.
     """
-    threshold = -3
+    threshold = -3  # M_MMAP_THRESHOLD
     _glibc('mallopt', threshold, 1 << 20)
     try:
         yield

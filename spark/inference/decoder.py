@@ -82,7 +82,7 @@ class Stream:
         self._extend(jnp.asarray(self._tokens[:, start:end]), np.bool_(end == self.length))
 
     def warm_up(self, how=GREEDY):
-        """Compiles what `prefill` and `decode` run, by a chunk and two tokens that are forgotten again."""
+        """Compiles what `prefill` and `decode` run, by a chunk and two tokens that are forgotten again; before `prefill`."""
         self._put(0)
         trim()
         list(itertools.islice(self.decode(jax.random.key(0), how), 2))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from spark.inference.decoder import Stream, extend, generate
 from spark.inference.layout import Serving, from_params
+from spark.inference.model import init_cache
 from spark.inference.sampling import Sampling, filtered, sample
 from tests.helpers import model_and_params, random_rows, small
 
@@ -64,6 +65,19 @@ def test_a_stream_is_what_is_generated_at_once(kind, chunk):
     for row, prompt in zip(found, prompts, strict=True):
         alone = generate(*serve, jnp.asarray([prompt]), jax.random.key(0), n=6)
         np.testing.assert_array_equal(row, alone[0])
+
+
+def test_logits_that_nobody_wants():
+    """Zeros, of the same program that computes them, and the same cache."""
+    cfg = small()
+    _, _, (serving, weights) = served(cfg)
+    tokens, first = random_rows(cfg, batch=2, length=8)[0], jnp.zeros(2, jnp.int32)
+    run = lambda wanted: extend(serving, weights, init_cache(serving, 2, 16, 8), tokens, first, wanted)
+    (cache, logits, _), programs = run(np.bool_(True)), extend._cache_size()
+    other, zeros, _ = run(np.bool_(False))
+    assert extend._cache_size() == programs and jnp.any(logits) and not jnp.any(zeros) and zeros.shape == logits.shape
+    np.testing.assert_array_equal(logits, run(None)[1])
+    jax.tree.map(np.testing.assert_array_equal, cache, other)
 
 
 def test_a_stream_stops_where_it_is_told():
