@@ -104,9 +104,9 @@ class Stream:
 
         Ends when all have stopped.
         """
-        live = np.ones(len(self._tokens), bool)
-        for i, step_key in enumerate(jax.random.split(key, self._n)):
-            token_B = _sample(self._logits, step_key, how)
+        live, keys = np.ones(len(self._tokens), bool), jax.random.split(key, self._n)
+        for i in range(self._n):
+            token_B = _sample(self._logits, keys, np.int32(i), how)
             if i + 1 < self._n:  # before anyone looks at the token, so that the device never waits
                 self._extend(token_B[:, None])
             tokens = np.asarray(token_B)
@@ -116,4 +116,6 @@ class Stream:
             yield np.where(live, tokens, -1)
 
 
-_sample = jax.jit(sample, static_argnames='how')
+@functools.partial(jax.jit, static_argnames='how')
+def _sample(logits_BxV, keys, i, how):  # taken here: iterating over keys compiles anew after every hundred
+    return sample(logits_BxV, keys[i], how)
