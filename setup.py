@@ -8,7 +8,7 @@ from setuptools import Extension, find_packages, setup
 AOT = ['jax[tpu]']  # libtpu, in the version that this jax wants: it compiles for TPUs that are not there
 EVAL = ['lm-eval>=0.4.9']
 SLURM = ['submitit>=1.5.2']
-TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'ruff>=0.6', 'selenium>=4.20', *AOT, *EVAL, *SLURM]
+TEST = ['pytest>=8', 'beartype>=0.21', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'ruff>=0.6', 'selenium>=4.20', *AOT, *EVAL, *SLURM]
 
 
 
@@ -39,7 +39,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['spark', 'spark.*']),
-    package_data={'spark.data': ['*.model'], 'spark.analysis': ['*.html'], 'spark.kernels': ['cpu/*.cc', 'cpu/*.h']},
+    package_data={'spark.data': ['*.model'], 'spark.evaluation': ['*.html'], 'spark.kernels': ['cpu/*.cc', 'cpu/*.h']},
     ext_modules=kernels(),
     install_requires=[
         'jax>=0.10',
@@ -56,6 +56,7 @@ setup(
         'etils[epath]',
         'pydantic>=2.7',
         'filelock',
+        'jaxtyping>=0.3',  # shapes in annotations; the tests check them
         'numpy',
         'scipy',
         'matplotlib>=3.8',

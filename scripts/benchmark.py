@@ -38,7 +38,7 @@ from absl import flags
 from flax.core import meta
 
 from spark import config, errors, ops
-from spark.analysis.timing import interleaved, row
+from spark.benchmarks.timing import interleaved, row
 from spark.config import FFNConfig
 from spark.nn.ffn import FFN
 from spark.runtime import write_json
@@ -101,7 +101,7 @@ def ffn_cycles(topology):
     """The sum of estimated_cycles over the operations that the compiler makes of both FFNs, forward + backward."""
     from jax.sharding import SingleDeviceSharding
 
-    from spark.analysis import aot
+    from spark.compiling import aot
 
     tokens, D, F = 8192, 2304, 9216
     device = aot.devices(topology)[0]
@@ -161,7 +161,7 @@ def attention(repeats):
 def _tiny_step(variant):
     """(a step of configs/tiny.py on one device and a batch of its corpus, its Trainer, [state]); the state goes round."""
     from spark.data import pipeline
-    from spark.training.trainer import Trainer
+    from spark.training.step import Trainer
 
     tokenizer, cfg = pipeline.tokenizer_for(config.validate(config.from_file(CONFIGS / 'tiny.py', variant)))
     trainer = Trainer(cfg, jax.devices()[:1])
@@ -195,8 +195,8 @@ def train_step(repeats):
 
 def faults(repeats):
     """Ten steps with a checkpoint, to its end, against ten without; steps under the watchdog, and without the guard's select."""
-    from spark.training import trainer as module
-    from spark.training.checkpoint import Checkpoints
+    from spark.checkpoints.manager import Checkpoints
+    from spark.training import step as module
     from spark.training.watchdog import Watchdog
 
     step, _, state = _tiny_step('spark')
@@ -242,7 +242,7 @@ def faults(repeats):
 
 def compile_time(repeats):
     """Lowering and compiling the training step anew, without any cache."""
-    from spark.training.trainer import Trainer
+    from spark.training.step import Trainer
 
     jax.config.update('jax_enable_compilation_cache', False)
 
@@ -263,10 +263,10 @@ def compile_time(repeats):
 
 
 def _gemma2_2b(run):
-    """run(spark, dense, repeats) of `analysis.decoding` on the ModelConfigs of the paper's 2B models."""
+    """run(spark, dense, repeats) of `benchmarks.decoding` on the ModelConfigs of the paper's 2B models."""
 
     def measure(repeats):
-        from spark.analysis import decoding
+        from spark.benchmarks import decoding
 
         cfgs = (config.validate(config.from_file(CONFIGS / 'gemma2_2b.py', variant)).model for variant in ('spark', 'dense'))
         return getattr(decoding, run)(*cfgs, repeats)

@@ -29,7 +29,7 @@ def main():
             raise errors.ConfigError(f'--{name} is missing; see --help')
     cfg = config.validate(CONFIG.value)
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-    from spark.analysis import aot
+    from spark.compiling import aot
 
     devices = aot.devices(TOPOLOGY.value, cfg.mesh.slices)
     if not cfg.model.vocab_size:

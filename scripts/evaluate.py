@@ -38,7 +38,7 @@ def main():
     if str(workdir).startswith('gs://') and (PLOTS.value or NEURONS.value is not None):
         raise errors.ConfigError('--plots, --neurons: want a --workdir on this machine; copy the run, or mount its bucket')
     # Imported here, so that usage errors are told before jax starts.
-    from spark.analysis import evaluate
+    from spark.evaluation import evaluate
 
     model = evaluate.load(workdir, STEP.value, SOURCE.value, BATCH.value)
     n_layers = model.cfg.model.n_layers
@@ -60,7 +60,7 @@ def main():
 
 def split_report(model, out):
     """Evaluates the split, prints its tables and leaves in `out` what was asked for."""
-    from spark.analysis import evaluate, neurons, plots
+    from spark.evaluation import evaluate, neurons, plots
 
     cfg = model.cfg.model
     report, sums = evaluate.evaluate(model, SPLIT.value)
@@ -76,9 +76,9 @@ def split_report(model, out):
 
 
 def harness():
-    """spark.analysis.tasks, if lm-eval is installed."""
+    """spark.evaluation.tasks, if lm-eval is installed."""
     try:
-        from spark.analysis import tasks
+        from spark.evaluation import tasks
     except ImportError as e:
         raise errors.ConfigError(f"--tasks needs lm-eval: pip install 'spark-transformer[eval]' ({e})") from None
     return tasks

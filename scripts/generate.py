@@ -108,7 +108,7 @@ def load():
     """The model of --workdir, laid out to serve."""
     from tqdm import tqdm
 
-    from spark.analysis import evaluate
+    from spark.inference.load import load as load_run
     from spark.kernels import cpu
 
     chosen = {'kernels': KERNELS.value, 'capacity': CAPACITY.value, 'overflow': OVERFLOW.value}
@@ -119,7 +119,7 @@ def load():
             bar.total = total
             bar.update(n)
 
-        run = evaluate.load_to_serve(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve, tick)
+        run = load_run(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve, tick)
     if run.serving.platform == 'cpu' and not cpu.available():
         print('The CPU kernels were not built, for want of a C++ compiler; XLA does their work, more slowly.')
     return run

@@ -35,7 +35,7 @@ def main():
         if not flag.value:
             raise errors.ConfigError(f'--{name} is missing; see --help')
     cfg = config.validate(CONFIG.value)
-    from spark.training import launch
+    from spark.launching import launch
 
     via = VIA.value
     elsewhere = via in ('gcloud', 'xpk')

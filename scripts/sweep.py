@@ -36,7 +36,8 @@ def main():
         if not flag.value:
             raise errors.ConfigError(f'--{name} is missing; see --help')
     base = config.validate(CONFIG.value)
-    from spark.analysis import results, sweep
+    from spark.sweeps import grid as sweep
+    from spark.sweeps import results
 
     axes = sweep.parse_axes(AXIS.value)
     runs = sweep.grid(base, axes)

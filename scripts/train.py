@@ -42,7 +42,7 @@ def main():
 
     join_processes()
 
-    from spark.training.train import train
+    from spark.training.run import train
 
     workdir = run_directory(WORKDIR.value)
     summary, trainer, state = train(cfg, workdir)

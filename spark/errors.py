@@ -124,3 +124,11 @@ def leave(error):
 
 def _say(error):
     print(' '.join(f'{type(error).__name__}: {error}'.split()), file=sys.stderr, flush=True)
+
+
+def root_cause(error):
+    """What an error began with: libraries wrap it in pages."""
+    while error._root_cause__:
+        error = error._root_cause__
+    said = f'{type(error).__name__}: {error}'.strip(': ')
+    return said if len(said) < 600 else f'{said[:600]} …'

@@ -1,7 +1,7 @@
 """Scripts in forks of a process that has imported everything: a case takes milliseconds instead of seconds.
 
 `python -m tests.forks` reads one JSON object per line, {argv, stops, output, seconds}, runs scripts/ARGV[0] with the rest of
-argv in a fork, where each of `stops`, such as 'spark.training.train:_compile', ends the process with 0, and answers with the
+argv in a fork, where each of `stops`, such as 'spark.training.run:_compile', ends the process with 0, and answers with the
 exit code.
 """
 
@@ -16,7 +16,7 @@ import sys
 from tests.helpers import ROOT
 
 MODULES = (
-    'spark.training.train', 'spark.analysis.evaluate', 'spark.analysis.sweep', 'spark.analysis.tasks', 'spark.inference.decoder',
+    'spark.training.run', 'spark.evaluation.evaluate', 'spark.sweeps.grid', 'spark.evaluation.tasks', 'spark.inference.decoder',
     'spark.data.stdlib_corpus.stdlib_corpus_dataset_builder', 'ml_collections.config_flags',
 )  # fmt: skip
 

@@ -44,7 +44,7 @@ def small(kind='spark', **overrides):
 
 def grid(*axes, base=None):
     """(base, parsed axes, runs) of a sweep from strings FIELD=v1,v2 over a small config."""
-    from spark.analysis import sweep
+    from spark.sweeps import grid as sweep
 
     base = base or small()
     parsed = sweep.parse_axes(axes)

@@ -4,17 +4,25 @@ import ast
 
 from tests.helpers import ROOT
 
+LEAVES = {'errors', 'runtime', 'config', 'flops'}  # what anyone may import
+RUNS = {'ops', 'kernels', 'nn', 'data', 'checkpoints', 'training', 'inference'}
 ALLOWED = {
     'errors': set(),
     'runtime': {'errors'},
-    'ops': set(),
     'config': {'errors'},
+    'flops': {'config'},
+    'ops': set(),
     'kernels': {'ops'},
     'nn': {'ops', 'kernels', 'config'},
     'data': {'config', 'errors'},
-    'training': {'nn', 'data', 'config', 'errors', 'runtime'},
-    'inference': {'nn', 'kernels', 'ops', 'data', 'config', 'errors', 'runtime'},
-    'analysis': {'training', 'inference', 'nn', 'kernels', 'data', 'ops', 'config', 'errors', 'runtime'},
+    'checkpoints': {'config', 'errors'},
+    'training': {'nn', 'ops', 'data', 'checkpoints', *LEAVES},
+    'inference': {'nn', 'ops', 'kernels', 'data', 'checkpoints', *LEAVES},
+    'evaluation': RUNS | LEAVES,
+    'sweeps': {*RUNS, *LEAVES, 'evaluation'},  # its plots
+    'compiling': RUNS | LEAVES,
+    'launching': LEAVES,
+    'benchmarks': RUNS | LEAVES,
 }
 
 

@@ -22,7 +22,7 @@ from tests.processes import run, write_config
 QUIET = {'deadline': None, 'derandomize': True, 'database': None, 'suppress_health_check': list(HealthCheck)}
 cases = lambda n: settings(max_examples=n, **QUIET)
 # Everything before the compiler starts, which no input can make fail any more.
-BEFORE_COMPILING = 'spark.training.trainer:Trainer.init_state', 'spark.training.train:_compile'
+BEFORE_COMPILING = 'spark.training.step:Trainer.init_state', 'spark.training.run:_compile'
 KNOWN = {0: None, 2: 'ConfigError: ', 4: 'DataError: ', 5: ('CheckpointError: ', 'DamagedError: ')}
 
 
@@ -182,7 +182,7 @@ def test_tokenizer_files(place, tokenizers, which, seed, other):
     (tmp / 'tokenizer').write_bytes(mutate(good, random.Random(seed)))
     kind = tokenizers[1 - which][0] if other and seed % 4 == 0 else kind
     train(place, f'--config={tmp}/config.py', f'--config.data.tokenizer={kind}:{tmp}/tokenizer', codes=(0, 2, 4),
-          stops=['spark.training.trainer:Trainer.__init__'])  # fmt: skip
+          stops=['spark.training.step:Trainer.__init__'])  # fmt: skip
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_run_directories(place, seed, script):
                 name.mkdir(exist_ok=True)
             case 'rename':
                 at.rename(at.with_name(rng.choice(['6', '8', '0', 'y']) + at.name))
-    stops = {'train.py': BEFORE_COMPILING, 'evaluate.py': ['spark.analysis.evaluate:evaluate'],
+    stops = {'train.py': BEFORE_COMPILING, 'evaluate.py': ['spark.evaluation.evaluate:evaluate'],
              'generate.py': ['spark.inference.decoder:Stream.__init__']}[script]  # fmt: skip
     more = {'train.py': [f'--config={tmp}/config.py'], 'generate.py': ['--prompt=spark'], 'evaluate.py': []}[script]
     there = any(p.name.isdigit() for p in workdir.glob('checkpoints/*'))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark.analysis import sweep
 from spark.errors import ConfigError
+from spark.sweeps import grid as sweep
 from tests.helpers import ROOT, small
 from tests.processes import environment, run, script, write_config
 

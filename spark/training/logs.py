@@ -9,7 +9,7 @@ import numpy as np
 
 from spark.data import pipeline
 from spark.errors import NotFiniteError
-from spark.training import guard, loss, metrics, optimizer
+from spark.training import guard, loss, optimizer, trackers
 
 
 class Profiler:
@@ -60,8 +60,8 @@ class Log:
         self._since_step, self._mark = step, time.perf_counter()
         self.seconds, self.tokens, self.last_loss = 0.0, 0, None
         cfg = trainer.cfg
-        per_token = metrics.training_flops_per_token(cfg.model, trainer.n_params, cfg.data.seq_len)
-        peak = metrics.peak_flops(trainer.mesh.devices.flat[0])
+        per_token = trackers.training_flops_per_token(cfg.model, trainer.n_params, cfg.data.seq_len)
+        peak = trackers.peak_flops(trainer.mesh.devices.flat[0])
         self._utilisation_per_speed = per_token / (peak * trainer.mesh.size) if peak else None
         self._schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spark.checkpoints.manager import Checkpoints
 from spark.data import pipeline
 from spark.errors import ConfigError, DataError
-from spark.training.checkpoint import Checkpoints
 from tests.helpers import small
 
 

@@ -82,7 +82,7 @@ COMPILE = """
 import sys
 import jax
 from jax.sharding import SingleDeviceSharding
-from spark.analysis import aot
+from spark.compiling import aot
 from spark.kernels import rows_tpu
 from tests.kernels.test_rows import shapes
 

@@ -93,7 +93,7 @@ def test_splash_attention_is_the_same_lookup(window, cap):
 COMPILE = '''
 import sys, jax, jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
-from spark.analysis import aot
+from spark.compiling import aot
 from spark.kernels import blockwise, tpu
 
 there = SingleDeviceSharding(aot.devices(sys.argv[1])[0])

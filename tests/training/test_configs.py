@@ -5,7 +5,7 @@ import pytest
 
 from spark.config import validate
 from spark.data import pipeline
-from spark.training.trainer import Trainer
+from spark.training.step import Trainer
 from tests.helpers import shipped
 from tests.test_config import CONFIGS
 

@@ -7,7 +7,7 @@ import pytest
 
 from spark.data import pipeline
 from spark.training.guard import WARM, Guard, judge, origin
-from spark.training.trainer import Trainer
+from spark.training.step import Trainer
 from tests.helpers import random_rows, small
 
 

@@ -1,0 +1,241 @@
+"""Checkpoints: what is restored is what was saved, or an error says what is not."""
+
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from spark.checkpoints.manager import ASIDE, Checkpoints, checksums
+from spark.errors import CheckpointError, DamagedError
+
+PLACE = {'data': {'document': 3, 'rest': {'slices': [(-1, -1), (0, [5, ()])]}}, 'evaluated': True}
+
+
+def tree(seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {'w': draw(64, 48), 'groups': {'b': draw(7)}}
+    return {'step': jnp.asarray(seed, jnp.int32), 'params': params, 'm': [draw(5), draw(64)]}
+
+
+def abstract(like):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    """A run directory with the checkpoints 1 and 2."""
+    workdir = tmp_path_factory.mktemp('run')
+    (workdir / 'config.json').touch()
+    checkpoints = Checkpoints(workdir / 'checkpoints')
+    for step in (1, 2):
+        checkpoints.save(step, tree(step), PLACE | {'step': step})
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / 'run')
+    return tmp_path / 'run'
+
+
+def restore(workdir, like=None):
+    checkpoints = Checkpoints(workdir / 'checkpoints')
+    try:
+        return checkpoints.restore_newest(abstract(tree() if like is None else like))
+    finally:
+        checkpoints.close()
+
+
+def test_the_newest_comes_back(saved):
+    step, state, place = restore(saved)
+    assert step == 2 and place == PLACE | {'step': 2}
+    assert_same(state, tree(2))
+
+
+def damages(path):
+    """(name, how) for what can happen to a file of a checkpoint."""
+    size = path.stat().st_size
+
+    def flip(at):
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+
+    yield 'deleted', path.unlink
+    if size:
+        yield 'emptied', lambda: path.write_bytes(b'')
+        yield 'cut', lambda: path.write_bytes(path.read_bytes()[: size // 2])
+        yield 'grown', lambda: path.write_bytes(path.read_bytes() + b'\0' * 7)
+        for at in sorted({0, size // 4, size // 2, 3 * size // 4, size - 1}):
+            yield f'flipped at {at} of {size}', lambda at=at: flip(at)
+
+
+def test_any_damage_is_found_or_does_no_harm(saved, tmp_path, capfd):
+    """Every file of the newest checkpoint: the one before is used, or what comes back is what was saved."""
+    files = [p.relative_to(saved) for p in (saved / 'checkpoints' / '2').rglob('*') if p.is_file()]
+    assert len(files) > 5
+    fell_back = set()
+    for file in files:
+        for i, (name, _) in enumerate(damages(saved / file)):
+            workdir = tmp_path / 'run'
+            shutil.copytree(saved, workdir)
+            list(damages(workdir / file))[i][1]()
+            step, state, place = restore(workdir)
+            assert_same(state, tree(step))
+            assert place == PLACE | {'step': step}, (file, name)
+            said = capfd.readouterr()
+            if step == 1:
+                fell_back.add(file)
+                assert f'Warning: {workdir}/checkpoints/2: ' in said.out + said.err and '1 steps are lost' in said.out + said.err
+                assert [p.name for p in (workdir / ASIDE).iterdir()] == ['2']
+                assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['1']
+            shutil.rmtree(workdir)
+    assert len(fell_back) >= 4, fell_back
+
+
+def test_another_name_does_not_make_it_another_step(copy):
+    (copy / 'checkpoints' / '2').rename(copy / 'checkpoints' / '30')
+    checkpoints = Checkpoints(copy / 'checkpoints')
+    with pytest.raises(DamagedError, match='30: is the checkpoint of step 2 under another name'):
+        checkpoints.restore(30, abstract(tree()))
+    assert checkpoints.restore_newest(abstract(tree()))[0] == 1
+    checkpoints.close()
+
+
+def test_none_is_left(copy):
+    for step in ('1', '2'):
+        shutil.rmtree(copy / 'checkpoints' / step / 'state')
+    with pytest.raises(DamagedError, match=r'checkpoints/2: .*; no checkpoint is left of 2'):
+        restore(copy)
+    assert not (copy / ASIDE).exists()  # nothing is moved where nothing is gained
+
+
+def test_a_bit_of_an_array_is_named(copy):
+    """Written anew with one bit changed, as a disk's controller might: only the checksum can tell."""
+    changed = tree(2)
+    changed['params']['w'] = changed['params']['w'].at[3, 4].multiply(-1)
+    other = copy.parent / 'other'
+    other.mkdir()
+    (other / 'config.json').touch()
+    checkpoints = Checkpoints(other / 'checkpoints')
+    checkpoints.save(2, changed, PLACE)
+    checkpoints.close()
+    shutil.rmtree(copy / 'checkpoints' / '2' / 'state')
+    shutil.copytree(other / 'checkpoints' / '2' / 'state', copy / 'checkpoints' / '2' / 'state')
+    checkpoints = Checkpoints(copy / 'checkpoints')
+    with pytest.raises(DamagedError, match=r'2: params\.w has checksum [0-9a-f]{8}, saved was [0-9a-f]{8}$'):
+        checkpoints.restore(2, abstract(tree()))
+    with pytest.raises(DamagedError, match=r'params\.w has checksum'):
+        checkpoints.restore_params(2, abstract(tree()['params']))
+    part = checkpoints.restore_params(2, abstract({'groups': tree()['params']['groups']}))
+    assert_same(part, {'groups': tree(2)['params']['groups']})
+    checkpoints.close()
+
+
+def test_another_model_is_told_by_its_paths(saved):
+    other = tree()
+    other['params']['w'] = other['params']['w'].T
+    other['params']['new'] = other['params'].pop('groups')
+    other['m'][0] = other['m'][0].astype(jnp.bfloat16)
+    with pytest.raises(CheckpointError) as e:
+        restore(saved, other)
+    assert not isinstance(e.value, DamagedError)
+    for words in (
+        'checkpoints/2 is of another model: ', 'params.new.b is missing', 'params.groups.b is extra',
+        'params.w is float32[64, 48], want float32[48, 64]', 'm.0 is float32[5], want bfloat16[5]',
+    ):  # fmt: skip
+        assert words in str(e.value)
+    checkpoints = Checkpoints(saved / 'checkpoints')
+    with pytest.raises(CheckpointError, match=r'params\.c is missing'):
+        checkpoints.restore_params(2, abstract({'c': jnp.zeros(3)}))
+    checkpoints.close()
+
+
+def test_a_save_that_fails_in_the_background_is_said_at_the_next_step(copy, monkeypatch):
+    checkpoints = Checkpoints(copy / 'checkpoints')
+    def broken(*_, **__):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, 'finalize', broken)
+    checkpoints.save(3, tree(3), PLACE)
+    deadline = time.monotonic() + 60
+    with pytest.raises(CheckpointError, match=r'No space left on device; earlier checkpoints are as they were'):
+        while time.monotonic() < deadline:
+            checkpoints.check()
+    checkpoints.check()  # said once
+    monkeypatch.undo()
+    assert restore(copy)[0] == 2
+
+
+def test_a_directory_that_is_gone(copy):
+    checkpoints = Checkpoints(copy / 'checkpoints')
+    shutil.rmtree(copy)
+    with pytest.raises(CheckpointError, match='the run directory has vanished'):
+        checkpoints.save(3, tree(3), PLACE)
+    assert not copy.exists()
+
+
+def test_checksums_do_not_depend_on_the_mesh():
+    mesh = jax.make_mesh((2, 4), ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
+    x = tree(4)['params']['w']
+    split = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec))) for spec in [(), ('a',), (None, 'b'), ('b', 'a')]]
+    assert {int(checksums([y])['0']) for y in [x, *split]} == {int(checksums([x])['0'])}
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 6), st.integers(0, 31), st.sampled_from(['float32', 'int32', 'bfloat16', 'uint8']))
+def test_any_bit_changes_the_checksum(place, bit, dtype):
+    x = np.arange(7).astype(jnp.dtype(dtype))
+    changed = x.copy()
+    changed.view(f'uint{8 * x.itemsize}')[place] ^= 1 << bit % (8 * x.itemsize)
+    assert int(checksums([x])['0']) != int(checksums([changed])['0'])
+    swapped = x.copy()
+    swapped[[place, (place + 1) % 7]] = swapped[[(place + 1) % 7, place]]
+    assert int(checksums([x])['0']) != int(checksums([swapped])['0'])
+
+
+@pytest.mark.parametrize('name', ['w', 'stacked'])
+def test_an_array_is_read_piece_by_piece(tmp_path, monkeypatch, name):
+    """In chunks that no two layers share; the checksums of the pieces add up to the saved one, and a changed bit is found."""
+    monkeypatch.setattr('spark.checkpoints.manager.CHUNK', 512)
+    (tmp_path / 'config.json').touch()
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=size), jnp.float32) for name, size in [('w', (60, 6)), ('stacked', (5, 8, 9))]}
+    checkpoints = Checkpoints(tmp_path / 'checkpoints')
+    for step, changed in [(1, params), (2, jax.tree.map(lambda x: x.at[-1, 0].add(1), params))]:
+        checkpoints.save(step, {'params': changed}, {})
+    checkpoints.close()
+    state = tmp_path / 'checkpoints' / '2' / 'state'
+    seen = []
+    whole = checkpoints.stored(1, abstract(params), tick=seen.append)[name]
+    assert whole.shape == params[name].shape and whole.dtype == params[name].dtype
+    assert (whole._store.chunk_layout.read_chunk.shape[0] == 1) == (name == 'stacked')
+    pieces = [whole[:2], whole[2][None], whole[3:99]]
+    np.testing.assert_array_equal(np.concatenate(pieces), params[name])
+    assert sum(seen) == params[name].size
+    again = checkpoints.stored(1, abstract(params))[name]
+    np.testing.assert_array_equal(np.concatenate([again[:2], again[1:]]), np.concatenate([params[name][:2], params[name][1:]]))
+    cast = checkpoints.stored(1, abstract(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)))[name]
+    np.testing.assert_array_equal(cast[:], params[name].astype(jnp.bfloat16))
+    shutil.rmtree(tmp_path / 'checkpoints' / '1' / 'state')
+    state.rename(tmp_path / 'checkpoints' / '1' / 'state')
+    wrong = Checkpoints(tmp_path / 'checkpoints').stored(1, abstract(params))[name]
+    wrong[:3]
+    with pytest.raises(DamagedError, match=f'params.{name} does not have the checksum that was saved'):
+        wrong[3:]
+    with pytest.raises(CheckpointError, match=r'params\.w is float32'):
+        Checkpoints(tmp_path / 'checkpoints').stored(1, abstract({'w': jnp.zeros(3)}))

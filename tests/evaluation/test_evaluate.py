@@ -1,0 +1,119 @@
+"""A run directory is all that evaluation needs; it gives the loss of training's own evaluation, from one compiled step."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from spark.errors import CheckpointError, ConfigError, DataError
+from spark.evaluation import evaluate, plots
+
+
+@pytest.fixture(scope='module')
+def evaluated(run):
+    workdir, _ = run
+    model = evaluate.load(workdir)
+    return model, *evaluate.evaluate(model, 'test')
+
+
+def test_the_loss_is_that_of_training(run, evaluated):
+    _, summary = run
+    _, report, sums = evaluated
+    for name in ('loss', 'perplexity', 'bits_per_byte', 'attended'):
+        assert report[name] == pytest.approx(summary['test'][name], rel=1e-5)
+    assert report['tokens'] == summary['test']['tokens'] == sums['positions'].sum()
+    assert report['tokens'] % 256, 'a partial batch is wanted here'
+    assert ('active' in report) == ('active' in summary['test']) == ('dead' in report['layers'][0])
+    assert report.get('active', 0) == pytest.approx(summary['test'].get('active', 0), rel=1e-5)
+    assert report['documents'] == 2  # round(0.05 · 30)
+
+
+def test_an_older_step_another_split_and_other_text(run, evaluated, tmp_path):
+    workdir, _ = run
+    _, newest, _ = evaluated
+    older, _ = evaluate.evaluate(evaluate.load(workdir, step=3), 'test')
+    assert older['step'] == 3 and older['loss'] > newest['loss']
+    assert older['tokens'] == newest['tokens']
+    validation, _ = evaluate.evaluate(evaluate.load(workdir), 'train')
+    assert validation['documents'] == 26
+    (tmp_path / 'other.txt').write_text('spark sparse ' * 20)
+    other, _ = evaluate.evaluate(evaluate.load(workdir, source=f'text:{tmp_path}/other.txt', batch_size=16), 'test')
+    assert other['documents'] == 1 and other['bytes'] == 260 and other['tokens'] == 261
+
+
+def test_rows_at_a_time_change_nothing_and_one_step_is_compiled(run, evaluated, caplog):
+    workdir, _ = run
+    _, report, _ = evaluated
+    with jax.log_compiles(), caplog.at_level('WARNING'):
+        other, _ = evaluate.evaluate(evaluate.load(workdir, batch_size=8), 'train')
+    assert sum('Finished XLA compilation of jit(step)' in r.message for r in caplog.records) == 1 and other['tokens'] > 2000
+    assert evaluate.evaluate(evaluate.load(workdir, batch_size=24), 'test')[0]['loss'] == pytest.approx(report['loss'], rel=1e-6)
+
+
+def test_sums_outlive_the_int32_they_are_made_in(run, monkeypatch):
+    workdir, _ = run
+    model = evaluate.load(workdir)
+    whole, _ = evaluate.evaluate(model, 'train')
+    monkeypatch.setattr(evaluate, 'DRAIN', 2)
+    drained, sums = evaluate.evaluate(model, 'train')
+    assert sums['attended'].dtype == np.int64
+    for a, b in zip(drained['layers'], whole['layers'], strict=True):
+        assert a.pop('span') == b.pop('span') and a == pytest.approx(b, rel=1e-6)
+    assert drained['loss'] == pytest.approx(whole['loss'], rel=1e-6)
+
+
+def test_flops_follow_what_was_measured(evaluated):
+    model, report, _ = evaluated
+    cfg = model.cfg.model
+    found = evaluate.flops_report(cfg, 32, report['layers'])
+    for phase in ('prefill', 'decode'):
+        dense, configured, measured = (found[phase][way] for way in ('dense', 'configured', 'measured'))
+        assert measured['head'] == dense['head'] and measured['projections'] == dense['projections']
+        if cfg.ffn.kind == 'gated':
+            assert dense == configured == measured
+        else:
+            neurons = sum(layer['active_mean'] for layer in report['layers']) * cfg.ffn.d_ff
+            assert measured['ffn.V'] == pytest.approx(2 * cfg.d_model * neurons)
+            assert measured['body'] < dense['body'] and configured['body'] == pytest.approx(measured['body'], rel=0.05)
+    if cfg.attention.kind == 'spark':
+        keys = sum(layer['attended_long'] for layer in report['layers'])
+        assert found['decode']['measured']['attention.V'] == pytest.approx(2 * 4 * 8 * keys)
+        short = evaluate.flops_report(cfg, 3, report['layers'])['decode']
+        assert short['measured']['attention.V'] == 4 * 2 * 4 * 8 * 3
+    json.dumps(found)
+
+
+def test_plots_are_pictures_of_every_layer(evaluated, tmp_path):
+    model, report, sums = evaluated
+    paths = plots.evaluation(model.cfg.model, report, sums, 1, tmp_path / 'new' / 'place')
+    assert [p.name for p in paths] == ['activity.png', 'scores_1.png', 'attended.png']
+    assert all(p.read_bytes().startswith(b'\x89PNG') and p.stat().st_size > 10_000 for p in paths)
+
+
+def test_what_is_missing_is_named(run, tmp_path):
+    workdir, _ = run
+    with pytest.raises(CheckpointError, match=r'no step 4; there are 3, 6'):
+        evaluate.load(workdir, step=4)
+    with pytest.raises(ConfigError, match=r'want the config\.json of a run'):
+        evaluate.load(tmp_path)
+    (tmp_path / 'config.json').write_text((workdir / 'config.json').read_text())
+    with pytest.raises(CheckpointError, match='no checkpoint yet'):
+        evaluate.load(tmp_path)
+    assert not (tmp_path / 'checkpoints').exists()
+    with pytest.raises(DataError, match='no file matches'):
+        evaluate.evaluate(evaluate.load(workdir, source='text:/no/where.txt'), 'test')
+
+
+def test_a_run_of_many_devices_is_evaluated_on_what_is_here(run):
+    workdir, _ = run
+    from spark.config import load
+
+    cfg = load(workdir / 'config.json')
+    own, devices = evaluate._fit(cfg, jax.devices())
+    assert own == cfg and len(devices) == 8
+    mesh = cfg.mesh.model_copy(update={'data': 2, 'fsdp': 16, 'model': 2})
+    fitted, devices = evaluate._fit(cfg.model_copy(update={'mesh': mesh}), jax.devices())
+    assert (fitted.mesh.fsdp, fitted.mesh.model, len(devices)) == (8, 1, 8)
+    odd, devices = evaluate._fit(cfg.model_copy(update={'mesh': mesh}), jax.devices()[:5])
+    assert len(devices) == 1 and odd.data.batch_size == 8

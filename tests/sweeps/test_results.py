@@ -1,0 +1,61 @@
+"""From run directories to rows, from rows to means, tables and plots."""
+
+import numpy as np
+
+from spark import config
+from spark.sweeps import grid as sweep
+from spark.sweeps import results
+from tests.helpers import grid
+
+
+def result(loss, mflops, **more):
+    always = {'parameters': 1000, 'flops_ratio': 2.0, 'context': 32, 'bits_per_byte': None}
+    return {'test_loss': loss, 'mflops': mflops} | always | more
+
+
+def test_seeds_are_averaged_and_the_front_is_what_nothing_beats(tmp_path):
+    axes = {'model.ffn.k': [4, 8, 12], 'seed': [0, 1]}
+    name = lambda k, seed: (f'k-{k}_seed-{seed}', {'model.ffn.k': k, 'seed': seed})
+    row = lambda k, seed, status='done', **more: results.Row(*name(k, seed), status, **more)
+    rows = [
+        row(4, 0, result=result(3.0, 1.0)), row(4, 1, result=result(3.2, 1.0)),
+        row(8, 0, result=result(3.3, 2.0)), row(8, 1, 'failed, exit code 3: NotFiniteError: step 5: loss nan'),
+        row(12, 0, result=result(2.5, 3.0, active=0.1)), row(12, 1, 'unfinished, at step 4'),
+    ]  # fmt: skip
+    points = results.average(rows, axes)
+    assert [p['seeds'] for p in points] == [2, 1, 1]
+    np.testing.assert_allclose(points[0]['test_loss'], (3.1, np.std([3.0, 3.2], ddof=1), 3.0, 3.2))
+    assert [p['axes']['model.ffn.k'] for p in results.pareto(points)] == [4, 12]
+    assert all(np.isnan(p['within']) for p in points)  # one common seed
+    both = results.average([*rows[:2], row(8, 0, result=result(2.0, 2.0)), row(8, 1, result=result(2.4, 2.0))], axes)
+    np.testing.assert_allclose([p['within'] for p in both], 0.1 / 2**0.5)  # ±0.05 about levels 2.5 and 2.8
+    paths = results.write(tmp_path, rows, axes)
+    assert [p.name for p in paths] == ['results.csv', 'results.md', 'loss_flops.png', 'loss_k.png']
+    assert all(p.exists() for p in paths)
+    text = (tmp_path / 'results.md').read_text()
+    assert '| 4 | 2 | 1,000 | 3.1000 ± 0.1414 |' in text and '2.00× | 0.5000 | Pareto |' in text  # 3.0 − 2.5 of seed 0 alone
+    assert '2.00× | 0.8000 |  |' in text and '2.00× | – | Pareto |' in text
+    assert '- `k-8_seed-1`: failed, exit code 3: NotFiniteError: step 5: loss nan' in text
+    assert 'unfinished, at step 4' in text
+    lines = (tmp_path / 'results.csv').read_text().splitlines()
+    assert len(lines) == 7 and lines[0].startswith('run,model.ffn.k,seed,status,test_loss,mflops')
+    nothing = results.write(tmp_path, rows[3:4], axes)
+    assert [p.name for p in nothing] == ['results.csv', 'results.md']
+
+
+def test_config_of_a_run_is_what_its_row_says(tmp_path):
+    base, axes, runs = grid('model.ffn.k=4,8', 'seed=0')
+    sweep.claim(tmp_path, base, axes, runs)
+    rows = results.collect(tmp_path, axes, runs)
+    assert [(r.axes['model.ffn.k'], r.status) for r in rows] == [(4, 'not started'), (8, 'not started')]
+    (tmp_path / 'logs' / f'{runs[0].name}.json').write_text('{"exit_code": 4, "message": "DataError: gone"}')
+    (tmp_path / 'logs' / f'{runs[1].name}.json').write_text('{"exit_code": 75, "message": "Preempted: stopped"}')
+    workdir = tmp_path / 'runs' / runs[1].name
+    workdir.mkdir(parents=True)
+    (workdir / 'config.json').write_text(runs[1].cfg.model_dump_json())
+    (workdir / 'metrics.jsonl').write_text('{"step": 7, "split": "train", "loss": 3.5}\n{"step": 8, "spl')
+    rows = results.collect(tmp_path, axes)
+    assert [(r.run, r.status) for r in rows] == [(runs[1].name, 'unfinished, at step 7')]
+    rows = results.collect(tmp_path, axes, runs)
+    assert rows[0].status == 'failed, exit code 4: DataError: gone'
+    assert config.load(workdir / 'config.json') == runs[1].cfg

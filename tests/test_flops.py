@@ -1,0 +1,102 @@
+"""FLOPs by part: the paper's ratios on the paper's shapes, XLA's own count, and the parameter count they are held against."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from spark import flops
+from spark.config import FFN_KINDS, matched_d_ff, validate
+from spark.nn.transformer import Transformer
+from tests.helpers import shipped, small
+
+
+def gemma2_2b(variant, **overrides):
+    c = shipped('gemma2_2b.py', variant)
+    c.update_from_flattened_dict(overrides)
+    return validate(c).model
+
+
+def ratios(context, **overrides):
+    spark, dense = gemma2_2b('spark', **overrides), gemma2_2b('dense', **overrides)
+    a, b = (flops.group(flops.flops_per_token(cfg, context)) for cfg in (spark, dense))
+    return {name: b[name] / a[name] for name in a}
+
+
+def test_the_ratios_of_the_paper():
+    assert ratios(4096)['ffn'] == pytest.approx(3.52, abs=0.02)
+    assert 2.4 < ratios(4096)['body'] < 2.6
+    every_layer_global = {'model.pattern': ('global',), 'model.attention.window': 0}
+    assert 3.6 < ratios(8192, **every_layer_global)['attention'] < 4
+    assert ratios(4096)['projections'] == ratios(4096)['head'] == 1
+
+
+def test_parts_of_the_paper_by_hand():
+    parts = flops.flops_per_token(gemma2_2b('spark'), 4096)
+    assert parts['ffn.predictor'] == 26 * 2 * 1024 * 13824
+    assert parts['ffn.K2'] == 26 * 2 * 1280 * 1106
+    assert parts['ffn.V'] == 26 * 2 * 2304 * 1106
+    assert parts['attention.projections'] == 26 * 2 * 2304 * 256 * (8 + 4 + 4 + 8)
+    assert parts['attention.scores'] == 26 * 2 * 8 * 128 * 4096
+    assert parts['attention.K2'] == 26 * 2 * 8 * 128 * 256
+    assert parts['attention.V'] == 26 * 2 * 8 * 256 * 256
+    assert parts['head'] == 2 * 2304 * 256128
+    groups = flops.group(parts)
+    assert groups['total'] == sum(parts.values()) == groups['body'] + parts['head']
+
+
+@pytest.mark.parametrize('kind', ['gated', 'relu'])
+def test_the_dense_count_is_that_of_xla(kind):
+    """An unrolled forward pass of L tokens computes L keys for each; the rest of XLA's count is elementwise work."""
+    B, L = 2, 128
+    pattern = ('local', 'global') * 2  # one group: the scan has a single step, so nothing is counted once for many
+    cfg = small('dense', **{
+        'model.pattern': pattern, 'model.n_layers': 4, 'model.attention.window': L, 'model.d_model': 256, 'model.ffn.d_ff': 768,
+        'model.ffn.kind': kind, 'model.attention.head_dim': 64, 'model.vocab_size': 2048, 'data.seq_len': L,
+    }).model  # fmt: skip
+    model = Transformer(cfg)
+    token = jax.ShapeDtypeStruct((B, L), jnp.int32)
+
+    def forward(params, tokens, positions, segments):
+        hidden = model.apply(params, tokens, positions, segments)
+        return model.apply(params, hidden, method='logits')
+
+    params = jax.eval_shape(model.init, jax.random.key(0), token, token, token)
+    compiled = jax.jit(forward).lower(params, token, token, token).compile()
+    counted = flops.group(flops.flops_per_token(cfg, L))['total'] * B * L
+    assert counted < compiled.cost_analysis()['flops'] < 1.03 * counted
+
+
+def test_measured_counts_replace_k():
+    cfg = small(**{'model.ffn.k': 8, 'model.attention.k': 4}).model  # d_ff 96, r 16, D 32; 4 heads of 8, r 4; 4 layers
+    parts = flops.flops_per_token(cfg, 20, active=[1, 2, 3, 4], attended=2.5)
+    assert parts['ffn.V'] == 2 * 32 * (1 + 2 + 3 + 4) and parts['ffn.K2'] == 2 * 16 * (1 + 2 + 3 + 4)
+    assert parts['ffn.predictor'] == 4 * 2 * 16 * 96
+    assert parts['attention.K2'] == 4 * 2 * 4 * 4 * 2.5 and parts['attention.V'] == 4 * 2 * 4 * 8 * 2.5
+    assert parts['attention.scores'] == 2 * 4 * 4 * 2 * (7 + 20)  # two local layers with window 7
+
+
+def test_phases():
+    cfg = small().model
+    prefill = flops.flops_per_token(cfg, 20, 'prefill')
+    one_by_one = [flops.flops_per_token(cfg, n, 'decode') for n in range(1, 21)]
+    for part, n in prefill.items():
+        assert n == pytest.approx(sum(p[part] for p in one_by_one) / 20)
+    training = flops.flops_per_token(cfg, 20, 'training', active=1, attended=1)
+    assert training['ffn.V'] == 3 * 4 * 2 * 32 * 96  # masked, not skipped
+    assert training['attention.scores'] == pytest.approx(3 * prefill['attention.scores'])
+    assert training['attention.V'] > 3 * prefill['attention.V']
+    with pytest.raises(ValueError, match="phase 'serving': want one of training, prefill, decode"):
+        flops.flops_per_token(cfg, 20, 'serving')
+
+
+@pytest.mark.parametrize('kind', list(FFN_KINDS))
+def test_parameters_are_counted_and_matched(kind):
+    _, topk, predictor = FFN_KINDS[kind]
+    ffn = {'kind': kind, 'd_ff': matched_d_ff(96, 'spark', kind), 'k': 8 * topk, 'r': 16 * predictor}
+    cfg = small(**{f'model.ffn.{name}': value for name, value in ffn.items()}).model
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), token, token, token)
+    assert flops.parameters(cfg) == sum(x.size for x in jax.tree.leaves(shapes)) == flops.parameters(small().model)
+    assert flops.parameters(flops.dense_twin(cfg)) == flops.parameters(cfg)
+    if kind == 'relu':  # no k: everything counts as active until it is measured
+        assert flops.flops_per_token(cfg, 8)['ffn.V'] == 4 * 2 * 32 * 96
