@@ -8,7 +8,8 @@ from setuptools import Extension, find_packages, setup
 AOT = ['jax[tpu]']  # libtpu, in the version that this jax wants: it compiles for TPUs that are not there
 EVAL = ['lm-eval>=0.4.9']
 SLURM = ['submitit>=1.5.2']
-TEST = ['pytest>=8', 'beartype>=0.21', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'ruff>=0.6', 'selenium>=4.20', *AOT, *EVAL, *SLURM]
+TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'beartype>=0.21', 'ruff>=0.6', 'selenium>=4.20']
+TEST += [*AOT, *EVAL, *SLURM]
 
 
 

@@ -69,6 +69,16 @@ def flops_per_token(cfg, context, phase='decode', active=None, attended=None):
     return {part: float(n) * (3 if phase == 'training' else 1) for part, n in total.items()}
 
 
+def model_flops_per_token(cfg, seq_len):
+    """FLOPs of forward and backward per trained token: what `mfu` in metrics.jsonl and compile.py's model FLOPs count.
+
+    The sum of `flops_per_token(…, 'training')`: matmuls alone, every entry of a lookup, attention over the keys that causality
+    and the window leave (the mean over the places of one document of seq_len tokens), the tied embedding once, as the output
+    head; nothing for rematerialisation.
+    """
+    return sum(flops_per_token(cfg, seq_len, 'training').values())
+
+
 def group(parts):
     """{'ffn', 'attention' (scores and values), 'projections', 'head', 'body' (all but the head), 'total'} of FLOPs by part."""
     add = lambda *prefixes: sum(n for part, n in parts.items() if part.startswith(prefixes))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from spark import flops
+from spark import devices, flops
 from spark.config import FFN_KINDS, matched_d_ff, validate
 from spark.nn.transformer import Transformer
 from tests.helpers import shipped, small
@@ -100,3 +100,18 @@ def test_parameters_are_counted_and_matched(kind):
     assert flops.parameters(flops.dense_twin(cfg)) == flops.parameters(cfg)
     if kind == 'relu':  # no k: everything counts as active until it is measured
         assert flops.flops_per_token(cfg, 8)['ffn.V'] == 4 * 2 * 32 * 96
+
+
+def test_model_flops_by_hand():
+    """Gemma-2 2B, 8192 tokens: 6 per parameter of a matmul, 12 · heads · head_dim per mean visible key and layer."""
+    cfg = gemma2_2b('dense')
+    matmuls = 256_128 * 2304 + 26 * (3 * 2304 * 9216 + 2304 * 256 * (2 * 8 + 2 * 4))
+    whole = (8192 + 1) / 2
+    local = (4096 * 4097 / 2 + 4096 * 4096) / 8192
+    assert flops.model_flops_per_token(cfg, 8192) == 6 * matmuls + 12 * 13 * (whole + local) * 8 * 256
+
+
+def test_chips_that_share_the_start_of_a_name():
+    kind = lambda name: devices.chip(type('Device', (), {'device_kind': name}))
+    assert [kind(n).flops for n in ('TPU v5 lite', 'TPU v5p', 'NVIDIA H100 80GB HBM3')] == [197e12, 459e12, 989e12]
+    assert kind('cpu') is None

@@ -12,14 +12,9 @@ import numpy as np
 
 from spark import config, flops
 from spark.compiling import hlo
+from spark.devices import chip as chip_of
 from spark.errors import ConfigError
-from spark.training import trackers
 from spark.training.step import Trainer
-
-# Bytes of memory per device, by the start of jax's device_kind (vendors' data sheets; a tpu7x device is half a chip).
-HBM = {'TPU v4': 32 << 30, 'TPU v5 lite': 16 << 30, 'TPU v5': 95 << 30, 'TPU v6 lite': 32 << 30, 'TPU7x': 96 << 30}
-# Bytes per second that a device reads from its memory (vendors' data sheets).
-BANDWIDTH = {'TPU v4': 1.23e12, 'TPU v5 lite': 0.82e12, 'TPU v5': 2.77e12, 'TPU v6 lite': 1.64e12, 'TPU7x': 3.69e12}
 
 
 class TooBig(ConfigError):
@@ -79,12 +74,12 @@ def report(cfg, devices_):
     trainer, compiled = compile_step(cfg, devices_)
     text = compiled.as_text()
     tokens = cfg.data.batch_size * cfg.data.seq_len
-    model_flops = sum(flops.flops_per_token(cfg.model, cfg.data.seq_len, 'training').values()) * tokens
+    model_flops, chip = flops.model_flops_per_token(cfg.model, cfg.data.seq_len) * tokens, chip_of(devices_[0])
     return {
         'devices': len(devices_), 'device_kind': devices_[0].device_kind, 'mesh': dict(trainer.mesh.shape), 'tokens': tokens,
         'parameters': trainer.n_params, 'memory': memory(compiled, devices_[0]),
         'model_flops': model_flops, 'traced_flops': matmul_flops(trainer), 'traffic': hlo.traffic(text),
-        'peak_flops': trackers.peak_flops(devices_[0]), 'bandwidth': _of(BANDWIDTH, devices_[0]),
+        'peak_flops': chip and chip.flops, 'bandwidth': chip and chip.bandwidth,
         'collectives': hlo.collectives(text, trainer.mesh, cfg.mesh.slices), 'buffers': hlo.largest_buffers(text),
     }, text  # fmt: skip
 
@@ -123,13 +118,9 @@ def search(cfg, devices_, say=lambda line: None):
 
 def memory(compiled, device):
     """Bytes per device: arguments (those given back in place included), temporaries, peak, and the device's own."""
-    m = compiled.memory_analysis()
+    m, chip = compiled.memory_analysis(), chip_of(device)
     peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    return {'arguments': m.argument_size_in_bytes, 'temporaries': m.temp_size_in_bytes, 'peak': peak, 'hbm': _of(HBM, device)}
-
-
-def _of(table, device):
-    return next((n for kind, n in table.items() if device.device_kind.startswith(kind)), None)
+    return {'arguments': m.argument_size_in_bytes, 'temporaries': m.temp_size_in_bytes, 'peak': peak, 'hbm': chip and chip.memory}
 
 
 def check_fit(memory_):

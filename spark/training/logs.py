@@ -7,9 +7,10 @@ import time
 import jax
 import numpy as np
 
+from spark import devices, flops
 from spark.data import pipeline
 from spark.errors import NotFiniteError
-from spark.training import guard, loss, optimizer, trackers
+from spark.training import guard, loss, optimizer
 
 
 class Profiler:
@@ -60,9 +61,9 @@ class Log:
         self._since_step, self._mark = step, time.perf_counter()
         self.seconds, self.tokens, self.last_loss = 0.0, 0, None
         cfg = trainer.cfg
-        per_token = trackers.training_flops_per_token(cfg.model, trainer.n_params, cfg.data.seq_len)
-        peak = trackers.peak_flops(trainer.mesh.devices.flat[0])
-        self._utilisation_per_speed = per_token / (peak * trainer.mesh.size) if peak else None
+        chip = devices.chip(trainer.mesh.devices.flat[0])
+        per_token = flops.model_flops_per_token(cfg.model, cfg.data.seq_len)
+        self._utilisation_per_speed = per_token / (chip.flops * trainer.mesh.size) if chip else None
         self._schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
 
     def push(self, step, sums, batch, due):

@@ -12,37 +12,6 @@ from tqdm import tqdm
 from spark.errors import CheckpointError
 from spark.runtime import write_text
 
-# Dense bfloat16 FLOP/s of a chip, by the start of jax's device_kind (vendors' data sheets).
-PEAK_FLOPS = {
-    'TPU v4': 275e12,
-    'TPU v5 lite': 197e12,
-    'TPU v5p': 459e12,
-    'TPU v5': 459e12,
-    'TPU v6 lite': 918e12,
-    'TPU7x': 1153e12,  # of a device, half a chip
-    'NVIDIA A100': 312e12,
-    'NVIDIA H100': 989e12,
-    'NVIDIA H200': 989e12,
-    'NVIDIA B200': 2250e12,
-}
-
-
-def peak_flops(device):
-    """The chip's dense bfloat16 FLOP/s, or None where it is not known."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
-
-
-def training_flops_per_token(cfg, n_params, seq_len):
-    """Model FLOPs of forward and backward per token, as arXiv 2204.02311 counts them: 6·N + 12·Σ_layers H·d·span.
-
-    N counts the tied embedding once (as the output head). Rematerialisation and sparsity are not subtracted or added:
-    training computes all entries of a lookup and masks them.
-    """
-    a = cfg.attention
-    spans = [min(seq_len, a.window) if span == 'local' else seq_len for span in cfg.pattern]
-    layers = cfg.n_layers // len(cfg.pattern)
-    return 6 * n_params + 12 * layers * sum(spans) * a.n_heads * a.head_dim
-
 
 class Clock:
     """Wall time since it was made, and what of it went to other things than steps."""

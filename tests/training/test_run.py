@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spark.config import validate
+from spark import devices, flops
 from spark.errors import ConfigError, DataError
 from spark.nn.layers import METRICS
 from spark.nn.transformer import activity
@@ -19,7 +19,7 @@ from spark.training import run as train_module
 from spark.training.run import claim, train
 from spark.training.step import Trainer
 from spark.training.trackers import MetricsWriter
-from tests.helpers import model_and_params, records, shipped, small, write_corpus
+from tests.helpers import model_and_params, records, small, write_corpus
 
 
 def random_batch(cfg, seed=0):
@@ -373,10 +373,15 @@ def test_signal_handlers_are_put_back(corpus):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_model_flops_and_peaks():
-    """6·N plus attention, by hand for Gemma-2 2B; and the chips that share the start of a name."""
-    cfg = validate(shipped('gemma2_2b.py', 'dense')).model
-    expected = 6 * 2.6e9 + 12 * 13 * (4096 + 8192) * 8 * 256
-    assert trackers.training_flops_per_token(cfg, 2.6e9, 8192) == expected
-    kind = lambda name: trackers.peak_flops(type('Device', (), {'device_kind': name}))
-    assert [kind(n) for n in ('TPU v5 lite', 'TPU v5p', 'NVIDIA H100 80GB HBM3', 'cpu')] == [197e12, 459e12, 989e12, None]
+def test_mfu_counts_the_flops_that_compile_counts(corpus, monkeypatch):
+    """One definition: the utilisation in metrics.jsonl is tokens per second times `model_flops_per_token` over the peak."""
+    overrides, directory, _, _ = corpus
+    chip = devices.Chip(flops=1e9, memory=1, bandwidth=1)
+    monkeypatch.setattr(devices, 'chip', lambda device: chip)
+    cfg = small(**overrides, **{'train.steps': 3, 'train.log_every': 1})
+    _, trainer, _ = train(cfg, directory / 'utilisation')
+    lines = (directory / 'utilisation' / 'metrics.jsonl').read_text().splitlines()
+    record = [r for r in map(json.loads, lines) if r['split'] == 'train'][-1]
+    per_token = flops.model_flops_per_token(trainer.cfg.model, cfg.data.seq_len)
+    peak = chip.flops * trainer.mesh.size
+    assert record['mfu'] == pytest.approx(record['tokens_per_second'] * per_token / peak, rel=1e-3)
