@@ -1,4 +1,4 @@
-"""Gemma-2 and its Spark twins (arXiv 2408.00118, arXiv 2506.06644): what the gemma2_*.py share."""
+"""What the configs gemma2_2b.py, gemma2_9b.py and gemma2_27b.py share: Gemma-2 (arXiv 2408.00118) and Spark (arXiv 2506.06644)."""
 
 from spark.config import template
 from spark.errors import ConfigError
@@ -7,7 +7,7 @@ VARIANTS = ('dense', 'spark', 'spark_ffn', 'spark_attention')
 
 
 def make(variant, *, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, query_dim, lr):
-    """The config of a variant; d_ff is the width of the gated FFN, and its Spark twin has 1.5 times as many neurons."""
+    """The config of a variant. d_ff is the width of the gated FFN; a Spark FFN of equal parameters has 1.5 times as many neurons."""
     if variant not in VARIANTS:
         raise ConfigError(f'--config: variant {variant!r}: want one of {", ".join(VARIANTS)}')
     c = template()
@@ -29,12 +29,12 @@ def make(variant, *, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, que
         a.k, a.r = 256, head_dim // 2
 
     c.data.source = 'tfds:c4/en'
-    c.data.tokenizer = 'sentencepiece:gemma2.model'  # from Gemma-2's release
+    c.data.tokenizer = 'sentencepiece:gemma2.model'  # the tokenizer file of Gemma-2's release
     c.data.seq_len = 8192
-    c.data.batch_size = 512  # 4.2M tokens a step: 480k steps are 2T tokens
+    c.data.batch_size = 512  # 4.2M tokens per step; 480k steps are 2T tokens
     c.data.threads = 32
     c.data.holdout = 0.01
-    c.optimizer.lr = lr  # ours: the papers name none
+    c.optimizer.lr = lr  # our choice: the papers give no learning rate
     c.optimizer.warmup_steps = 2000
     c.optimizer.z_loss = 1e-4
     c.train.steps = 480_000

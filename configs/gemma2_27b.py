@@ -1,7 +1,11 @@
-r"""Gemma-2 27B and Spark Gemma-2 27B: variants dense | spark | spark_ffn | spark_attention. For 256 chips.
+r"""Gemma-2 27B and Spark Gemma-2 27B, for 256 chips. Variants: dense | spark (default) | spark_ffn | spark_attention.
 
     python scripts/train.py --config=configs/gemma2_27b.py:spark --workdir=gs://BUCKET/RUN \
         --config.data.source=tfds:c4/en --config.data.tokenizer=sentencepiece:PATH
+
+Cost of 480k steps, 2T tokens: 3.5e23 model FLOPs, which is 79 days on 256 TPU v5e at their peak rate, so at least that.
+Memory per v5e chip, as compiled: 11.97 GB dense, 13.92 GB Spark (docs/scaling.md).
+Expected result: not known; this config has not been trained yet.
 """
 
 import pathlib
@@ -12,9 +16,9 @@ from gemma2 import make
 
 
 def get_config(variant='spark'):
-    """The ConfigDict of a variant."""
+    """The config of a variant."""
     c = make(variant, d_model=4608, n_layers=46, n_heads=32, n_kv_heads=16, head_dim=128, d_ff=36864, query_dim=144.0, lr=5e-4)
-    # A row per two chips at a time: with 256 × 1, a whole row per chip, it takes 108 % of a v5e chip.
+    # One row per two chips at a time; one row per chip (mesh 256 × 1) takes 108 % of a v5e chip's memory.
     c.mesh.fsdp, c.mesh.model = 128, 2
     c.train.accumulate = 4
     return c

@@ -1,7 +1,11 @@
-r"""Gemma-2 2B and Spark Gemma-2 2B: variants dense | spark | spark_ffn | spark_attention. For 256 chips.
+r"""Gemma-2 2B and Spark Gemma-2 2B, for 256 chips. Variants: dense | spark (default) | spark_ffn | spark_attention.
 
     python scripts/train.py --config=configs/gemma2_2b.py:spark --workdir=gs://BUCKET/RUN \
         --config.data.source=tfds:c4/en --config.data.tokenizer=sentencepiece:PATH
+
+Cost of 480k steps, 2T tokens: 3.6e22 model FLOPs, which is 8 days on 256 TPU v5e at their peak rate, so at least that.
+Memory per v5e chip, as compiled: 7.07 GB dense, 8.09 GB Spark (docs/scaling.md).
+Expected result: not known here, this config has not been trained yet. The paper reports near-neutral quality for Spark Gemma-2 2B.
 """
 
 import pathlib
@@ -12,5 +16,5 @@ from gemma2 import make
 
 
 def get_config(variant='spark'):
-    """The ConfigDict of a variant."""
+    """The config of a variant."""
     return make(variant, d_model=2304, n_layers=26, n_heads=8, n_kv_heads=4, head_dim=256, d_ff=9216, query_dim=256.0, lr=1e-3)

@@ -1,7 +1,11 @@
-r"""Gemma-2 9B and Spark Gemma-2 9B: variants dense | spark | spark_ffn | spark_attention. For 256 chips.
+r"""Gemma-2 9B and Spark Gemma-2 9B, for 256 chips. Variants: dense | spark (default) | spark_ffn | spark_attention.
 
     python scripts/train.py --config=configs/gemma2_9b.py:spark --workdir=gs://BUCKET/RUN \
         --config.data.source=tfds:c4/en --config.data.tokenizer=sentencepiece:PATH
+
+Cost of 480k steps, 2T tokens: 1.3e23 model FLOPs, which is 29 days on 256 TPU v5e at their peak rate, so at least that.
+Memory per v5e chip, as compiled: 8.68 GB dense, 9.62 GB Spark (docs/scaling.md).
+Expected result: not known; this config has not been trained yet.
 """
 
 import pathlib
@@ -12,7 +16,7 @@ from gemma2 import make
 
 
 def get_config(variant='spark'):
-    """The ConfigDict of a variant."""
+    """The config of a variant."""
     c = make(variant, d_model=3584, n_layers=42, n_heads=16, n_kv_heads=8, head_dim=256, d_ff=14336, query_dim=256.0, lr=7e-4)
-    c.train.accumulate = 2  # one row per chip at a time: two take 99 % of a v5e chip
+    c.train.accumulate = 2  # one row per chip at a time; two rows take 99 % of a v5e chip's memory
     return c
