@@ -1,4 +1,4 @@
-"""What the configs gemma2_2b.py, gemma2_9b.py and gemma2_27b.py share: Gemma-2 (arXiv 2408.00118) and Spark (arXiv 2506.06644)."""
+"""What gemma2_2b.py, gemma2_9b.py and gemma2_27b.py share: Gemma-2 (arXiv 2408.00118) and Spark Gemma-2 (arXiv 2506.06644)."""
 
 from spark.config import template
 from spark.errors import ConfigError
@@ -7,7 +7,7 @@ VARIANTS = ('dense', 'spark', 'spark_ffn', 'spark_attention')
 
 
 def make(variant, *, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, query_dim, lr):
-    """The config of a variant. d_ff is the width of the gated FFN; a Spark FFN of equal parameters has 1.5 times as many neurons."""
+    """The config of a variant. d_ff is the width of the gated FFN; a Spark FFN of equal size has 1.5 times as many neurons."""
     if variant not in VARIANTS:
         raise ConfigError(f'--config: variant {variant!r}: want one of {", ".join(VARIANTS)}')
     c = template()

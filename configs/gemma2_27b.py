@@ -5,7 +5,7 @@ r"""Gemma-2 27B and Spark Gemma-2 27B, for 256 chips. Variants: dense | spark (d
 
 Cost of 480k steps, 2T tokens: 3.5e23 model FLOPs, which is 79 days on 256 TPU v5e at their peak rate, so at least that.
 Memory per v5e chip, as compiled: 11.97 GB dense, 13.92 GB Spark (docs/scaling.md).
-Expected result: not known; this config has not been trained yet.
+Expected result: not known, this config has not been trained yet.
 """
 
 import pathlib

@@ -5,7 +5,7 @@ r"""Gemma-2 2B and Spark Gemma-2 2B, for 256 chips. Variants: dense | spark (def
 
 Cost of 480k steps, 2T tokens: 3.6e22 model FLOPs, which is 8 days on 256 TPU v5e at their peak rate, so at least that.
 Memory per v5e chip, as compiled: 7.07 GB dense, 8.09 GB Spark (docs/scaling.md).
-Expected result: not known here, this config has not been trained yet. The paper reports near-neutral quality for Spark Gemma-2 2B.
+Expected result: this config has not been trained yet. The paper reports near-neutral quality for Spark Gemma-2 2B.
 """
 
 import pathlib

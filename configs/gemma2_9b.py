@@ -5,7 +5,7 @@ r"""Gemma-2 9B and Spark Gemma-2 9B, for 256 chips. Variants: dense | spark (def
 
 Cost of 480k steps, 2T tokens: 1.3e23 model FLOPs, which is 29 days on 256 TPU v5e at their peak rate, so at least that.
 Memory per v5e chip, as compiled: 8.68 GB dense, 9.62 GB Spark (docs/scaling.md).
-Expected result: not known; this config has not been trained yet.
+Expected result: not known, this config has not been trained yet.
 """
 
 import pathlib
