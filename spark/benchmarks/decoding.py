@@ -1,10 +1,10 @@
 """Decoding and prefill: the sparse model against the dense one, and both against the bandwidth of memory.
 
-Weights are random and uniform; scores, being sums of many products, come out Gaussian. Both models run in turn in one process, and
-the weights that one measurement reads are far larger than the last-level cache. CPUs use `kernels.cpu`, other platforms their own.
+Weights are random and uniform; scores, being sums of many products, come out Gaussian. Both models run in turn in one process,
+and the weights that one measurement reads are far larger than the last-level cache. CPUs use `kernels.cpu`, other platforms their
+own kernels.
 """
 
-import contextlib
 import functools
 import itertools
 import time
@@ -209,16 +209,21 @@ def prefill(spark: ModelConfig, dense: ModelConfig, repeats: int = 1, length: in
 
 def peak_memory(decoders: Iterable[Decoder]) -> int:
     """The most bytes that this process held while each decoder took a step; 0 except on Linux."""
-    reset_peak()
+    if not reset_peak():
+        return 0
     for decoder in decoders:
         jax.block_until_ready(decoder.step())
     return memory('VmHWM')
 
 
-def reset_peak():
-    """Makes `memory('VmHWM')` start anew, on Linux."""
-    with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as f:
-        f.write('5')
+def reset_peak() -> bool:
+    """Makes `memory('VmHWM')` start anew; returns False where that is not possible."""
+    try:
+        with open('/proc/self/clear_refs', 'w') as f:
+            f.write('5')
+    except OSError:
+        return False
+    return True
 
 
 def memory(field: str) -> int:
