@@ -68,7 +68,7 @@ def split_report(model, out):
     print(tables(report))
     if PLOTS.value or NEURONS.value is not None:
         middle = cfg.n_layers // 2 if NEURONS.value is None else NEURONS.value
-        pictures = plots.evaluation(cfg, report, sums, middle if LAYER.value is None else LAYER.value, out)
+        pictures = plots.draw(cfg, report, sums, middle if LAYER.value is None else LAYER.value, out)
         print('', *pictures, sep='\n')
     if NEURONS.value is not None:
         print(neurons.write(model, SPLIT.value, NEURONS.value, out / f'neurons_{NEURONS.value}.html', pictures[0]))

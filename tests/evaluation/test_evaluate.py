@@ -86,7 +86,7 @@ def test_flops_follow_what_was_measured(evaluated):
 
 def test_plots_are_pictures_of_every_layer(evaluated, tmp_path):
     model, report, sums = evaluated
-    paths = plots.evaluation(model.cfg.model, report, sums, 1, tmp_path / 'new' / 'place')
+    paths = plots.draw(model.cfg.model, report, sums, 1, tmp_path / 'new' / 'place')
     assert [p.name for p in paths] == ['activity.png', 'scores_1.png', 'attended.png']
     assert all(p.read_bytes().startswith(b'\x89PNG') and p.stat().st_size > 10_000 for p in paths)
 
