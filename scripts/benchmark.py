@@ -28,8 +28,9 @@ if __name__ == '__main__':
 from absl import flags
 
 from spark import errors
-from spark.benchmarks.run import NAMES, run
+from spark.benchmarks.run import BENCHMARKS, run
 from spark.benchmarks.timing import table
+from spark.compiling.cycles import ffn_cycles
 from spark.runtime import write_json
 
 REPEATS = flags.DEFINE_integer('repeats', None, "Interleaved repeats of each side; default the benchmark's own.", lower_bound=1)
@@ -41,12 +42,7 @@ CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 def main(name):
     if TOPOLOGY.value and name != 'ffn':
         raise errors.ConfigError(f'--topology={TOPOLOGY.value}: only ffn has an estimate')
-    if TOPOLOGY.value:
-        from spark.compiling.cycles import ffn_cycles
-
-        rows = ffn_cycles(TOPOLOGY.value)
-    else:
-        rows = run(name, CONFIGS, REPEATS.value)
+    rows = ffn_cycles(TOPOLOGY.value) if TOPOLOGY.value else run(name, CONFIGS, REPEATS.value)
     print(table(rows))
     if JSON.value:
         write_json(JSON.value, rows)
@@ -56,8 +52,8 @@ if __name__ == '__main__':
     names = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
 
     def check(argv):
-        if len(names) != 1 or names[0] not in NAMES:
-            raise errors.ConfigError(f'benchmark {" ".join(names) or "missing"}: want one of {", ".join(NAMES)}')
+        if len(names) != 1 or names[0] not in BENCHMARKS:
+            raise errors.ConfigError(f'benchmark {" ".join(names) or "missing"}: want one of {", ".join(BENCHMARKS)}')
         sys.argv.remove(names[0])
 
     errors.run(lambda: main(names[0]), check=check)

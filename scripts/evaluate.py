@@ -47,13 +47,16 @@ def main():
         if flag.value is not None and flag.value >= n_layers:
             raise errors.ConfigError(f'--{name}={flag.value}: want a layer from 0 to {n_layers - 1}')
     if TASKS.value:
-        tasks = harness()
+        try:
+            from spark.evaluation import tasks
+        except ImportError as e:
+            raise errors.ConfigError(f"--tasks needs lm-eval: pip install 'spark-transformer[eval]' ({e})") from None
         manager = tasks.load(TASKS.value, TASK_PATH.value)
     report = {'workdir': str(workdir), 'step': model.step}
     if SPLIT.value != 'none':
         report |= split_report(model, workdir / 'evaluation' / f'{SPLIT.value}_{model.step}', draws)
     if TASKS.value:
-        report['tasks'], table = tasks.run(model, TASKS.value, manager, limit=LIMIT.value, fewshot=FEWSHOT.value)
+        report['tasks'], table = tasks.run(model, TASKS.value, manager, limit=LIMIT.value, num_fewshot=FEWSHOT.value)
         print(table)
     if JSON.value:
         write_json(JSON.value, report)
@@ -75,15 +78,6 @@ def split_report(model, out, draws):
     if NEURONS.value is not None:
         print(neurons.write(model, SPLIT.value, NEURONS.value, out / f'neurons_{NEURONS.value}.html', figures[0]))
     return report
-
-
-def harness():
-    """`spark.evaluation.tasks`, which needs lm-eval."""
-    try:
-        from spark.evaluation import tasks
-    except ImportError as e:
-        raise errors.ConfigError(f"--tasks needs lm-eval: pip install 'spark-transformer[eval]' ({e})") from None
-    return tasks
 
 
 if __name__ == '__main__':

@@ -5,8 +5,8 @@
         [--kernels=auto|cpu|tpu|gpu|gather|masked] [--capacity=1.5] [--overflow=masked|drop] [--json=FILE]
 
 Prints the continuations, the activity of the lookups, and the speed: tokens per second of prefill and decoding, and the rate at
-which decoding read the cache and the weights (of a sparse lookup, the active entries). Exit codes: 0 done, 2 bad usage, 5 no such
-checkpoint.
+which decoding read the cache and the weights (of a sparse lookup, the active entries).
+Exit codes: 0 done, 2 bad usage, 5 no such checkpoint.
 """
 
 from absl import flags
@@ -21,25 +21,19 @@ PROMPTS = flags.DEFINE_string('prompts', None, 'A file with a prompt per line, i
 N = flags.DEFINE_integer('n', 128, 'Tokens at most.', lower_bound=1)
 TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0: always the likeliest token.', lower_bound=0)
 TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k likeliest tokens; 0: from all.', lower_bound=0)
-TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw from the likeliest tokens that together reach this probability; 1: from all.', 0, 1)
+TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw from the likeliest tokens that together reach this probability; 1: all.', 0, 1)
 MIN_P = flags.DEFINE_float('min_p', 0.0, 'Draw from tokens at least this many times as likely as the likeliest; 0: all.', 0, 1)
 STOP = flags.DEFINE_multi_string('stop', [], 'End a continuation before this text.')
 SEED = flags.DEFINE_integer('seed', 0, 'The seed of the draws.', lower_bound=0)
 STREAM = flags.DEFINE_bool('stream', False, 'Print the text as it is generated; for a single prompt.')
 CHUNK = flags.DEFINE_integer('chunk', 64, 'Tokens of the prompts per step of prefill.', lower_bound=1)
-DTYPE = flags.DEFINE_enum(
-    'dtype', 'auto', ['auto', 'float32', 'bfloat16', 'int8'], 'Of the weights; auto: float32 on CPUs, else bfloat16.'
-)
-KERNELS = flags.DEFINE_enum(
-    'kernels', None, ['auto', 'cpu', 'tpu', 'gpu', 'gather', 'masked'], "What computes lookups; default the run's serve.kernels."
-)
-CAPACITY = flags.DEFINE_float(
-    'capacity', None, "Room for this many times k neurons or keys, except on CPUs; default the run's serve.capacity.",
-    lower_bound=1e-3,
-)  # fmt: skip
-OVERFLOW = flags.DEFINE_enum(
-    'overflow', None, ['masked', 'drop'], "A token that needs more room is computed in full, or loses the rest; default the run's."
-)
+DTYPE = flags.DEFINE_enum('dtype', 'auto', ['auto', 'float32', 'bfloat16', 'int8'],
+                          'Of the weights; auto: float32 on CPUs, else bfloat16.')  # fmt: skip
+KERNELS = flags.DEFINE_enum('kernels', None, ['auto', 'cpu', 'tpu', 'gpu', 'gather', 'masked'],
+                            "What computes lookups; default the run's serve.kernels.")  # fmt: skip
+CAPACITY = flags.DEFINE_float('capacity', None, "Room for so many times k entries (not on CPUs); default the run's.", 1e-3)
+OVERFLOW = flags.DEFINE_enum('overflow', None, ['masked', 'drop'],
+                             "A token that needs more is computed in full, or loses the rest; default the run's.")  # fmt: skip
 JSON = flags.DEFINE_string('json', None, 'Also write texts and speeds to this file.')
 
 
@@ -58,13 +52,12 @@ def main():
     served = load()
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
     emit = (lambda piece: print(piece, end='', flush=True)) if STREAM.value else None
-    texts, prompt_tokens, new_tokens, report = continue_prompts(
-        served, prompts, N.value, sampling, seed=SEED.value, chunk=CHUNK.value, stop=STOP.value, emit=emit
-    )
-    print(*([] if emit else map(str.__add__, prompts, texts)), sep='\n\n')
+    options = {'seed': SEED.value, 'chunk': CHUNK.value, 'stop': STOP.value, 'emit': emit}
+    report = continue_prompts(served, prompts, N.value, sampling, **options)
+    print('' if emit else '\n\n'.join(map(str.__add__, prompts, report['texts'])))
     print(
-        f'\n{prompt_tokens} tokens of prompts at {report["prefill_tokens_per_second"]:,.0f} per second, '
-        f'{new_tokens} more at {report["decode_tokens_per_second"]:,.0f} per second; '
+        f'\n{report["prompt_tokens"]} tokens of prompts at {report["prefill_tokens_per_second"]:,.0f} per second, '
+        f'{report["new_tokens"]} more at {report["decode_tokens_per_second"]:,.0f} per second; '
         f'{report["decode_ms_per_step"]:.1f} ms a step; {report["dtype"]}, kernels {report["kernels"]}, '
         f'{report["gb_per_step"]:.3f} GB a step at {report["gb_per_second"]:.1f} GB/s'
     )
@@ -72,7 +65,7 @@ def main():
     activity = [f'{report[name]:,.1f} {text}' for name, text in names.items() if report.get(name)]
     print(', '.join(activity) + ' per token and layer')
     if JSON.value:
-        write_json(JSON.value, report | {'texts': texts})
+        write_json(JSON.value, report)
 
 
 def load():

@@ -6,10 +6,9 @@
 To resume, run the same command again: finished runs are skipped, interrupted ones resume, failed ones start again. You may add
 values to an axis. With --axis=model.ffn.kind=…, d_ff is adjusted so that all kinds have the same number of parameters.
 
-Leaves DIR/results.csv (a row per run), results.md (means over seeds, Pareto front) and loss_*.png; for a failed run, the row says
-why it failed. Launchers: local trains one run after another; slurm submits a job per run, and the same command later collects the
-results; print prints the commands of the runs that are left. Exit codes: 0 done (even if runs failed), 2 bad config, 75 stopped
-(run again).
+Leaves DIR/results.csv (a row per run, with the reason if it failed), results.md (means over seeds, Pareto front) and loss_*.png.
+Launchers: local trains one run after another; slurm submits a job per run, and the same command later collects the results; print
+prints the commands of the runs that are left. Exit codes: 0 done (even if runs failed), 2 bad config, 75 stopped (run again).
 """
 
 import pathlib

@@ -1,14 +1,15 @@
 """Decoding and prefill: the sparse model against the dense one, and both against the bandwidth of memory.
 
 Weights are random and uniform; scores, being sums of many products, come out Gaussian. Both models run in turn in one process,
-and the weights that one measurement reads are far larger than the last-level cache. CPUs use `kernels.cpu`, other platforms their
-own kernels.
+and the weights that one measurement reads are far larger than the last-level cache.
 """
 
+import contextlib
 import functools
 import itertools
+import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from flax.core import meta
 from tqdm import tqdm
 
 from spark.benchmarks.timing import interleaved, row
-from spark.config import ModelConfig
+from spark.config import ExperimentConfig, ModelConfig
 from spark.inference import layout, model
 from spark.kernels import cpu
 from spark.nn.layers import rms_norm
@@ -58,27 +59,16 @@ _forward, _hidden = (jax.jit(f, static_argnums=0, donate_argnums=2) for f in (mo
 
 
 class Decoder:
-    """A model of random weights with a cache of random keys and values; `step` decodes one token, `chunk` prefills several.
+    """A model of random weights, or the given ones, behind `context` random keys and values in a cache of `size` positions."""
 
-    Args:
-      cfg: the model.
-      dtype: of the weights.
-      context: places of the cache that are filled.
-      size: places of the cache altogether.
-      batch: sequences.
-      weights: of `layout.lay_out`; None for random ones.
-      chunk: the largest that `chunk` will be called with.
-    """
-
-    def __init__(self, cfg: ModelConfig, dtype: str, context: int, size: int, batch: int = 1, weights: dict | None = None,
-                 chunk: int = 64):  # fmt: skip
+    def __init__(self, cfg: ModelConfig, dtype: str, context: int, size: int, *, weights=None, chunk=64):
         self.serving = serving_here(cfg, dtype)
         self.weights = layout.lay_out(self.serving, random_leaf(cfg)) if weights is None else weights
         key = jax.random.key(1, impl='rbg')
         fill = lambda x: jax.random.uniform(key, x.shape, jnp.float32, -1.7, 1.7).astype(x.dtype)
-        empty = jax.jit(lambda: model.init_cache(self.serving, batch, size, chunk))()
+        empty = jax.jit(lambda: model.init_cache(self.serving, 1, size, chunk))()
         self.cache = empty.replace(layers=jax.tree.map(jax.jit(fill), empty.layers), length=jnp.asarray(context, jnp.int32))
-        self.first, self.counts, self._batch = jnp.zeros(batch, jnp.int32), None, batch
+        self.first, self.counts = jnp.zeros(1, jnp.int32), None
 
     def _run(self, f, tokens, *wanted):
         self.cache, y, self.counts = f(self.serving, self.weights, self.cache, tokens, self.first, *wanted)
@@ -86,12 +76,12 @@ class Decoder:
 
     def step(self, head: bool = True) -> jax.Array:
         """Decodes one token; returns the logits, or without the output head the hidden states."""
-        return self._run(_forward if head else _hidden, jnp.ones((self._batch, 1), jnp.int32))
+        return self._run(_forward if head else _hidden, jnp.ones((1, 1), jnp.int32))
 
     def chunk(self, size: int, last: bool) -> jax.Array:
         """Prefills `size` different tokens; returns their logits, computed only for the prompt's last chunk."""
-        tokens = (jnp.arange(size) * 7919 % self.serving.cfg.vocab_size)[None].repeat(self._batch, 0).astype(jnp.int32)
-        return self._run(_forward, tokens, np.bool_(last))
+        tokens = jnp.arange(size, dtype=jnp.int32) * 7919 % self.serving.cfg.vocab_size
+        return self._run(_forward, tokens[None], np.bool_(last))
 
     def activity(self) -> dict[str, float]:
         """Active neurons and attended keys of the last step, means per token and layer."""
@@ -99,10 +89,10 @@ class Decoder:
 
     def bytes(self, head: bool = True) -> float:
         """Bytes that a step has to read, given what was active in the last step."""
-        return model.bytes_per_step(self.serving, self.weights, self.cache, self.activity(), self._batch, head)
+        return model.bytes_per_step(self.serving, self.weights, self.cache, self.activity(), 1, head)
 
 
-def ffn_decode(spark: ModelConfig, dense: ModelConfig, repeats: int = 15, layers: int = 8) -> list[dict]:
+def ffn_decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 15, layers: int = 8):
     """The FFN alone, time per layer, bfloat16, at batch 1, 4 and 16; and dense matrix-vector products against reading.
 
     One program runs several layers in a row, so that weights do not stay in the cache and dispatch does not count.
@@ -114,6 +104,7 @@ def ffn_decode(spark: ModelConfig, dense: ModelConfig, repeats: int = 15, layers
             x = rms_norm(y, 0)
         return x, counts
 
+    spark, dense = spark.model, dense.model
     rows, sides = [], {}
     for name, cfg in {'spark': spark, 'dense': dense}.items():
         one = cfg.model_copy(update={'n_layers': layers, 'vocab_size': 8, 'pattern': ('global',)})
@@ -150,9 +141,9 @@ def _matvecs(matrices, width, repeats):
     return row(f'ffn_decode: {len(matrices)} dense matvecs against reading as much', ms['matvec'], ms['read'], **rates)
 
 
-def decode(spark: ModelConfig, dense: ModelConfig, repeats: int = 9, contexts: tuple[int, ...] = (512, 8192)) -> list[dict]:
+def decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 9, contexts: Sequence[int] = (512, 8192)):
     """Whole models token by token, batch 1: Spark against dense with and without the output head, int8 against bfloat16."""
-    rows, cfgs, memory_before = [], {'spark': spark, 'dense': dense}, memory('VmRSS')
+    rows, cfgs, memory_before = [], {'spark': spark.model, 'dense': dense.model}, memory('VmRSS')
     weights = {name: layout.lay_out(serving_here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs.items()}
 
     for context in contexts:
@@ -161,7 +152,10 @@ def decode(spark: ModelConfig, dense: ModelConfig, repeats: int = 9, contexts: t
         rows.append(_compare(f'Spark against dense, context {context}', sides, repeats))
         rows.append(_compare(f'the same without the output head, context {context}', sides, repeats, head=False))
         held = sum(x.nbytes for x in jax.tree.leaves([weights, [side.cache for side in sides.values()]]))
-        peak = (peak_memory(sides.values()) - memory_before) / held
+        reset_peak()
+        for side in sides.values():
+            jax.block_until_ready(side.step())
+        peak = (memory('VmHWM') - memory_before) / held
         rows[-2] |= {'weights_and_caches_gb': held / 1e9, 'peak_memory_over_that': peak}
     context = contexts[0]
     for name, cfg in cfgs.items():
@@ -184,9 +178,9 @@ def _compare(title, sides, repeats, head=True):
     return row(f'decode: {title}', ms[ours], ms[baseline], **details)
 
 
-def prefill(spark: ModelConfig, dense: ModelConfig, repeats: int = 1, length: int = 4096, chunk: int = 64) -> list[dict]:
+def prefill(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 1, length: int = 4096, chunk: int = 64):
     """A prompt in chunks, batch 1, bfloat16; the two models take turns chunk by chunk."""
-    cfgs = {'spark': spark, 'dense': dense}
+    cfgs = {'spark': spark.model, 'dense': dense.model}
     weights = {name: layout.lay_out(serving_here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs.items()}
     totals = {name: [] for name in cfgs}
     for i in tqdm(range(1 + repeats), desc='prompts', leave=False):
@@ -207,29 +201,14 @@ def prefill(spark: ModelConfig, dense: ModelConfig, repeats: int = 1, length: in
     return [row(f'prefill: Spark against dense, {length} tokens in chunks of {chunk}', ms['spark'], ms['dense'], **details)]
 
 
-def peak_memory(decoders: Iterable[Decoder]) -> int:
-    """The most bytes that this process held while each decoder took a step; 0 except on Linux."""
-    if not reset_peak():
-        return 0
-    for decoder in decoders:
-        jax.block_until_ready(decoder.step())
-    return memory('VmHWM')
-
-
-def reset_peak() -> bool:
-    """Makes `memory('VmHWM')` start anew; returns False where that is not possible."""
-    try:
-        with open('/proc/self/clear_refs', 'w') as f:
-            f.write('5')
-    except OSError:
-        return False
-    return True
-
-
 def memory(field: str) -> int:
     """Bytes that this process holds, 'VmRSS', or held at its peak, 'VmHWM'; 0 except on Linux."""
-    try:
-        with open('/proc/self/status') as f:
-            return next(int(line.split()[1]) for line in f if line.startswith(field)) * 1024
-    except (OSError, StopIteration):
-        return 0
+    status = pathlib.Path('/proc/self/status')
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+
+
+def reset_peak():
+    """Makes `memory('VmHWM')` start anew, where the system allows it."""
+    with contextlib.suppress(OSError):
+        pathlib.Path('/proc/self/clear_refs').write_text('5')

@@ -24,15 +24,9 @@ def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> 
 
 def row(name: str, ours: float, baseline: float, **details) -> dict:
     """One comparison of two times in milliseconds."""
-    speedup = baseline / ours
-    return {'name': name, 'backend': backend(), 'ours_ms': ours, 'baseline_ms': baseline, 'speedup': speedup} | details
-
-
-def backend() -> str:
-    """The device that is measured."""
     device = jax.devices()[0]
-    kind = device.device_kind
-    return f'{kind}, {len(os.sched_getaffinity(0))} cores' if device.platform == 'cpu' else kind
+    backend = device.device_kind + (f', {len(os.sched_getaffinity(0))} cores' if device.platform == 'cpu' else '')
+    return {'name': name, 'backend': backend, 'ours_ms': ours, 'baseline_ms': baseline, 'speedup': baseline / ours} | details
 
 
 def table(rows: list[dict]) -> str:

@@ -96,8 +96,7 @@ def compile_time(cfg: ExperimentConfig, repeats: int = 5) -> list[dict]:
         raw['model']['ffn'] |= {'d_ff': 192, 'k': 16, 'r': 32}
         raw['model']['attention'] |= {'n_heads': 4, 'n_kv_heads': 2, 'head_dim': 16, 'k': 16, 'r': 8, 'window': 32}
         raw['data'] |= {'seq_len': 64, 'batch_size': 4}
-        raw['train'] |= {'loss_pieces': 1}
-        raw['mesh'] |= {'fsdp': 1}
+        raw['train']['loss_pieces'] = raw['mesh']['fsdp'] = 1
         trainer = Trainer(config.validate(raw), jax.devices()[:1])
         with trainer.context():
             trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()

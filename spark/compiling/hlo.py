@@ -4,6 +4,7 @@ A loop counts as often as it runs, or once if its length depends on data.
 """
 
 import collections
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -28,7 +29,8 @@ def collectives(text: str, mesh: jax.sharding.Mesh, slices: int = 1) -> list[dic
     """
     computations, entry = _computations(text)
     sizes = mesh.shape | {'data': mesh.shape['data'] // slices}
-    groups = {axes: _groups_of(sizes, axes) for axes in _subsets(mesh.axis_names)}
+    subsets = [axes for n in range(len(sizes)) for axes in itertools.combinations(mesh.axis_names, n + 1)]
+    groups = {axes: _groups_of(sizes, axes) for axes in subsets}
     found = {}  # by channel, since a collective that is overlapped with a loop appears a second time inside the loop
     for name, times in _times(computations, entry).items():
         for line in computations[name]:
@@ -45,10 +47,9 @@ def collectives(text: str, mesh: jax.sharding.Mesh, slices: int = 1) -> list[dic
             axes = next((axes for axes, g in groups.items() if g == members), None) if members else _ring(line, sizes)
             if match[3] == 'reduce-scatter' and members:
                 size *= len(next(iter(members)))
-            channel = re.search(r'channel_id=(\d+)', line)
             row = times, times * size, match[3], ' × '.join(axes) if axes else '?'
-            key = channel[1] if channel else match[1]
-            found[key] = min(found.get(key, row), row)
+            channel = re.search(r'channel_id=(\d+)', line) or match
+            found[channel[1]] = min(found.get(channel[1], row), row)
     totals, counts = collections.Counter(), collections.Counter()
     for times, size, kind, axes in found.values():
         totals[kind, axes] += size
@@ -192,10 +193,6 @@ def _trips(computations, line):
     terms = re.findall(r'%([\w.-]+)', new.partition(')')[0]) if new.startswith('add(') else []
     steps = [int(m[1]) for t in terms if (m := re.match(r'constant\((\d+)\)', defined.get(t, '')))]
     return -(-limits[0] // (steps[0] if steps and steps[0] else 1))
-
-
-def _subsets(names):
-    return [tuple(n for i, n in enumerate(names) if mask >> i & 1) for mask in range(1, 1 << len(names))]
 
 
 def _groups_of(sizes, axes):

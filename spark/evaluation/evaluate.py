@@ -37,15 +37,10 @@ class Model:
 
 
 def load(workdir: pathlib.Path, step: int | None = None, source: str = '', batch_size: int = 0) -> Model:
-    """The trained model of a run directory, without the state of its optimizer.
+    """The model of a run directory at its newest checkpoint or that of `step`, without the state of the optimizer.
 
-    It runs on the mesh of the run if that fits the available devices, else on all devices, else on one.
-
-    Args:
-      workdir: the run directory.
-      step: of the checkpoint; None for the newest.
-      source: held-out text instead of the run's own, as in DataConfig.eval_source.
-      batch_size: rows per batch; 0 for the run's own.
+    It runs on the mesh of the run if that fits the available devices, else on all devices, else on one. `source` replaces the
+    held-out text of the run, as DataConfig.eval_source does, and `batch_size` its rows per batch.
 
     Raises:
       ConfigError: `workdir` is no run directory.
@@ -123,11 +118,8 @@ def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable[dict]
 def flops_report(cfg: ModelConfig, context: int, layers: list[dict]) -> dict:
     """FLOPs per token by phase and part: with k as configured, with the measured activity, and of the dense twin.
 
-    Args:
-      cfg: the model.
-      context: tokens.
-      layers: of the report of `evaluate`. The measured keys per query are the mean of all queries in prefill, and of the
-        queries that saw more than k keys in decoding at a context beyond k.
+    `layers` are those of the report of `evaluate`. The measured keys per query are the mean of all queries in prefill, and of
+    the queries that saw more than k keys in decoding at a context beyond k.
 
     Returns:
       {'context', 'training' | 'prefill' | 'decode': {'configured' | 'measured' | 'dense': {part or group: FLOPs}}}; training

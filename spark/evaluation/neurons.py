@@ -81,12 +81,9 @@ def _strongest(a_BxLxF, batch):
     rows = jnp.arange(B)[:, None, None]
     segments_BxFxW = batch['segments'][rows, index_BxFxW]
     inside_BxFxW &= segments_BxFxW == segments_BxFxW[..., AROUND, None]  # only the document of the peak
-    found = {
-        'value': jnp.max(a_BxLxF, axis=1),
-        'window': jnp.where(inside_BxFxW, a_BxLxF[rows, index_BxFxW, jnp.arange(F)[:, None]], 0),
-        'ids': jnp.where(inside_BxFxW, batch['tokens'][rows, index_BxFxW], -1),
-    }
-    return {name: jnp.moveaxis(x, 0, 1) for name, x in found.items()}
+    window_BxFxW = jnp.where(inside_BxFxW, a_BxLxF[rows, index_BxFxW, jnp.arange(F)[:, None]], 0)
+    ids_BxFxW = jnp.where(inside_BxFxW, batch['tokens'][rows, index_BxFxW], -1)
+    return {'value': jnp.max(a_BxLxF, axis=1).T, 'window': window_BxFxW.swapaxes(0, 1), 'ids': ids_BxFxW.swapaxes(0, 1)}
 
 
 def activations(model: Transformer, params: dict, batch: dict, layer: int) -> jax.Array:

@@ -12,19 +12,11 @@ from scipy.stats import norm
 from spark.config import ModelConfig
 from spark.evaluation.sparsity import EDGES, kolmogorov_smirnov
 
-# Okabe-Ito: the colour-blind can tell them apart, too.
-COLORS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#000000', '#999933']
+COLORS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#000000', '#999933']  # Okabe-Ito: colour-blind safe
 
 
 def draw(cfg: ModelConfig, report: dict, sums: dict, layer: int, out: pathlib.Path) -> list[pathlib.Path]:
-    """Writes activity.png, scores_LAYER.png and attended.png to the directory `out`; returns their paths.
-
-    Args:
-      cfg: the model.
-      report, sums: of `evaluate.evaluate`.
-      layer: the layer whose scores are drawn.
-      out: a directory.
-    """
+    """Writes activity.png, scores_LAYER.png and attended.png of `evaluate`'s report and sums; returns their paths."""
     title = f'step {report["step"]}, {report["split"]} split'
     return [
         _activity(cfg, report['layers'], title, out / 'activity.png'),

@@ -1,7 +1,6 @@
 """Statistics of a model's lookups on text: active neurons, attended keys, and how close the scores are to a Gaussian.
 
-`observe` intercepts the method that turns scores into activations (`sigma1`), so the model itself has no code for this. It sums
-over tokens on the device, and `report` reads the sums.
+`observe` intercepts the method that turns scores into activations (`sigma1`) and sums over tokens; `report` reads the sums.
 
 Statistical, exact and approximate top-k all keep the entries above a threshold of the same scores, so their sets are nested: if n
 entries are kept, min(n, k) of them are among the k largest. Recall and precision then follow from n, without a sort.
@@ -66,9 +65,8 @@ def report(cfg: ModelConfig, sums: Mapping[str, np.ndarray]) -> list[dict]:
 
     `active_*` are shares of d_ff; `attended_*` are keys per query and head. `recall` and `precision` compare what top-k keeps
     with the k largest scores, means over tokens. `ks` is the Kolmogorov–Smirnov distance of the standardised scores to the
-    normal distribution. `dead` is the number of neurons that were never active; `gini` is 0 if all neurons are active equally
-    often and tends to 1 if a single one is. For attention, recall, precision, ks and `attended_long` are over the queries that
-    see more than k keys.
+    normal distribution. `dead` counts neurons that were never active; `gini` is 0 if all are active equally often. Attention's
+    recall, precision, ks and `attended_long` are over the queries that see more than k keys.
     """
     f, a = cfg.ffn, cfg.attention
     layers = []

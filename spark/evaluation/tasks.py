@@ -164,9 +164,7 @@ class HarnessModel(TemplateLM):
 def load(names: Sequence[str], path: str | None = None) -> TaskManager:
     """The task manager of the harness, after checking that the data of these tasks or groups can be read.
 
-    Args:
-      names: tasks or groups.
-      path: a directory of additional task files (YAML), which may name Python code to run.
+    `path` is a directory of additional task files (YAML), which may name Python code to run.
 
     Raises:
       ConfigError: there is no such task.
@@ -190,21 +188,12 @@ def load(names: Sequence[str], path: str | None = None) -> TaskManager:
     return manager
 
 
-def run(
-    model: Model, names: Sequence[str], manager: TaskManager, *, limit: int | None = None, fewshot: int | None = None
-) -> tuple[dict, str]:
-    """Runs tasks: {task: {metric: value}}, and the table that the harness makes of them.
+def run(model: Model, names: Sequence[str], manager: TaskManager, **options) -> tuple[dict, str]:
+    """Runs tasks or groups: {task: {metric: value}}, and the table that the harness makes of them.
 
-    Args:
-      model: of `evaluate.load`.
-      names: tasks or groups.
-      manager: of `load`.
-      limit: documents per task; None for all.
-      fewshot: examples in the context; None for the number that the task asks for.
+    `manager` is that of `load`; `options` go to `simple_evaluate`, such as limit (documents per task) and num_fewshot.
     """
-    results = simple_evaluate(
-        HarnessModel(model), tasks=list(names), task_manager=manager, limit=limit, num_fewshot=fewshot, log_samples=False,
-    )  # fmt: skip
+    results = simple_evaluate(HarnessModel(model), tasks=list(names), task_manager=manager, log_samples=False, **options)
     return results['results'], make_table(results)
 
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,31 +13,14 @@ from spark.inference.model import bytes_per_step
 from spark.inference.sampling import GREEDY, Sampling
 
 
-class Generation(NamedTuple):
-    """texts: the continuation of each prompt. report: speed and mean activity per token and layer, for JSON."""
-
-    texts: list[str]
-    prompt_tokens: int
-    new_tokens: int
-    report: dict
-
-
 def continue_prompts(
     served: Served, prompts: Sequence[str], n: int, sampling: Sampling = GREEDY, *, seed: int = 0, chunk: int = 64,
     stop: Sequence[str] = (), emit: Callable[[str], object] | None = None,
-) -> Generation:  # fmt: skip
-    """Continues prompts side by side, each until EOS, a stop string or n tokens.
+) -> dict:  # fmt: skip
+    """Continues prompts side by side, each until EOS, a stop string or n tokens; prefill takes `chunk` tokens per step.
 
-    Args:
-      served: of `load.load`.
-      prompts: without BOS.
-      n: tokens at most.
-      sampling: how to draw the next token.
-      seed: of the draws.
-      chunk: tokens of the prompts per step of prefill.
-      stop: strings; a continuation ends before the first of them.
-      emit: receives the first prompt and its continuation piece by piece, as soon as no later token can change the piece; None
-        shows progress bars instead.
+    `emit` receives the first prompt and its continuation piece by piece, as soon as no later token can change the piece; without
+    it there are progress bars. Returns, for JSON, 'texts', speeds, and the mean activity of the lookups per token and layer.
     """
     serving, tokenizer = served.serving, served.tokenizer
     ids = [[tokenizer.bos, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
@@ -61,13 +43,13 @@ def continue_prompts(
     counts = jax.device_get(counts or [stream.counts])  # those of the prompts, if EOS came at once
     activity = {name: float(np.mean([np.mean(c[name]) for c in counts])) for name in counts[0]}
     read = bytes_per_step(serving, served.weights, stream.cache, activity, len(ids))
-    report = {
+    return {
         'step': served.step, 'dtype': serving.dtype, 'kernels': serving.kernels, 'prompts': len(ids),
+        'prompt_tokens': prompt_tokens, 'new_tokens': new_tokens,
         'prefill_tokens_per_second': prompt_tokens / prefill_seconds, 'decode_tokens_per_second': new_tokens / seconds,
         'decode_ms_per_step': 1e3 * seconds / max(n_steps, 1), 'gb_per_step': read / 1e9,
-        'gb_per_second': read * min(n_steps, n - 1) / seconds / 1e9, **activity,
+        'gb_per_second': read * min(n_steps, n - 1) / seconds / 1e9, **activity, 'texts': texts,
     }  # fmt: skip
-    return Generation(texts, prompt_tokens, new_tokens, report)
 
 
 def _decode(stream, steps, tokenizer, n_prompts, n, stop, emit):

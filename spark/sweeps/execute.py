@@ -1,5 +1,6 @@
 """Training the runs of a sweep: one after another on this machine, or as SLURM jobs."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -16,17 +17,11 @@ from spark.runtime import stop_signals
 from spark.sweeps.grid import Run
 
 
-def train_command(
-    train: list[str], config_path: str, overrides: dict, base: ExperimentConfig, run: Run, out: pathlib.Path
-) -> list[str]:
+def train_command(train: list[str], config_path: str, overrides: dict, base: ExperimentConfig, run: Run, out: pathlib.Path):
     """The words of the shell command that trains a run.
 
-    Args:
-      train: the words before the flags, such as ['python', 'scripts/train.py'].
-      config_path: PATH[:VARIANT].
-      overrides: {field: value} of the command line that made `base`.
-      base: the config that the sweep started from.
-      out: the directory of the sweep.
+    `train` are those before the flags, such as ['python', 'scripts/train.py']; `overrides` are the {field: value} of the
+    command line that turned the file at `config_path` (PATH[:VARIANT]) into `base`.
     """
     before, after = config.fields(base), config.fields(run.cfg)
     changed = overrides | {field: value for field, value in after.items() if value != before[field]}
@@ -70,12 +65,7 @@ def execute(command: list[str], out: pathlib.Path, name: str, tick: Callable[[],
 
 
 def run_locally(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path):
-    """Trains the runs that are not finished, one after another, with one progress bar over all steps.
-
-    Args:
-      runs: of the sweep.
-      commands: {run name: its command}.
-      out: the directory of the sweep.
+    """Trains the runs that are not finished, one after another; `commands` is {run name: its command}.
 
     Raises:
       Preempted: a signal came; the state of the current run is saved.
@@ -106,11 +96,9 @@ def run_locally(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Pa
 
 
 def submit(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path, parameters: dict) -> dict[str, str]:
-    """Submits the runs that are not finished to SLURM through submitit, one job per run; returns {run name: job id}.
+    """Submits the runs that are not finished to SLURM, one job per run; returns {run name: job id}.
 
-    Args:
-      runs, commands, out: see `run_locally`.
-      parameters: of `submitit.SlurmExecutor.update_parameters`, such as time, partition, gpus_per_node.
+    `parameters` are those of `submitit.SlurmExecutor.update_parameters`, such as time, partition, gpus_per_node.
     """
     try:
         import submitit
@@ -139,13 +127,10 @@ def submit(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path, p
 
 def latest_metrics(workdir: pathlib.Path) -> tuple[int, float | None]:
     """(step, loss) of the last complete line of training metrics in a run directory; (0, None) if there is none."""
-    try:
-        with (workdir / 'metrics.jsonl').open('rb') as f:
-            f.seek(max(f.seek(0, os.SEEK_END) - 20_000, 0))
-            for line in reversed(f.read().split(b'\n')[:-1]):
-                record = json.loads(line)
-                if record['split'] == 'train':
-                    return record['step'], record['loss'] if isinstance(record['loss'], float) else None
-    except (OSError, ValueError, KeyError):
-        pass
+    with contextlib.suppress(OSError, ValueError, KeyError), (workdir / 'metrics.jsonl').open('rb') as f:
+        f.seek(max(f.seek(0, os.SEEK_END) - 20_000, 0))
+        for line in reversed(f.read().split(b'\n')[:-1]):
+            record = json.loads(line)
+            if record['split'] == 'train':
+                return record['step'], record['loss'] if isinstance(record['loss'], float) else None
     return 0, None

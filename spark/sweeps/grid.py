@@ -7,6 +7,7 @@
 
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -96,10 +97,7 @@ def _adjust(base, chosen):
     raw = base.model_dump()
     for field, value in chosen.items():
         *sections, name = field.split('.')
-        section = raw
-        for part in sections:
-            section = section[part]
-        section[name] = value
+        functools.reduce(dict.__getitem__, sections, raw)[name] = value
     f, a, base_ffn = raw['model']['ffn'], raw['model']['attention'], base.model.ffn
     notes = []
     if f['kind'] != base_ffn.kind and 'model.ffn.d_ff' not in chosen:

@@ -10,13 +10,9 @@ from spark.evaluation.plots import COLORS, figure, save
 
 
 def draw(points: list[dict], front: list[dict], labels: dict[str, str], out: pathlib.Path) -> list[pathlib.Path]:
-    """Writes loss_flops.png, with the Pareto front, and a loss_NAME.png for each axis; returns their paths.
+    """Writes loss_flops.png, with the Pareto front, and loss_NAME.png for each axis; returns their paths.
 
-    Args:
-      points: of `results.average`.
-      front: of `results.pareto`.
-      labels: {short name: field} of the axes other than the seed.
-      out: a directory.
+    `points` are of `results.average`, `front` of `results.pareto`; `labels` is {short name: field} of the axes but the seed.
     """
     paths = [_loss_flops(points, front, labels, out / 'loss_flops.png')]
     for label, field in labels.items():

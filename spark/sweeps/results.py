@@ -42,7 +42,6 @@ def collect(out: pathlib.Path, axes: dict[str, list], runs: Iterable[Run] = ()) 
 
 def write(out: pathlib.Path, rows: list[Row], axes: dict[str, list]) -> list[pathlib.Path]:
     """Writes results.csv, results.md and the plots; returns their paths."""
-    short = short_names(axes)
     paths = [out / 'results.csv', out / 'results.md']
     columns = list(dict.fromkeys(name for row in rows for name in row.result))
     with paths[0].open('w', newline='') as f:
@@ -53,7 +52,7 @@ def write(out: pathlib.Path, rows: list[Row], axes: dict[str, list]) -> list[pat
     points = average(rows, axes)
     paths[1].write_text(markdown(points, rows, axes) + '\n')
     if points:
-        labels = {short[field]: field for field in axes if field != 'seed'}
+        labels = {name: field for field, name in short_names(axes).items() if field != 'seed'}
         paths += plots.draw(points, pareto(points), labels, out)
     return paths
 
