@@ -48,7 +48,7 @@ def main():
     except aot.TooBig as e:
         too_big = e
     if SEARCH.value:
-        report['search'] = aot.search(cfg, devices, print)
+        report['search'] = aot.search(cfg, devices)
     if JSON.value:
         write_json(JSON.value, report | {'fits': too_big is None})
     if too_big:

@@ -8,6 +8,8 @@ lm-evaluation-harness, and nothing else with --split=none.
 Exit codes: 0 done, 2 bad usage, 4 data or task unreadable, 5 no such checkpoint.
 """
 
+import pathlib
+
 from absl import flags
 
 from spark import errors
@@ -54,7 +56,7 @@ def main():
         manager = tasks.load(TASKS.value, TASK_PATH.value)
     report = {'workdir': str(workdir), 'step': model.step}
     if SPLIT.value != 'none':
-        report |= split_report(model, workdir / 'evaluation' / f'{SPLIT.value}_{model.step}', draws)
+        report |= split_report(model, pathlib.Path(workdir, 'evaluation', f'{SPLIT.value}_{model.step}'), draws)
     if TASKS.value:
         report['tasks'], table = tasks.run(model, TASKS.value, manager, limit=LIMIT.value, num_fewshot=FEWSHOT.value)
         print(table)

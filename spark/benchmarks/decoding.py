@@ -87,7 +87,7 @@ class Decoder:
         """Active neurons and attended keys of the last step, means per token and layer."""
         return {name: float(jnp.mean(x)) for name, x in self.counts.items() if name != 'overflow'}
 
-    def bytes(self, head: bool = True) -> float:
+    def bytes(self, head: bool = True) -> int | float:
         """Bytes that a step has to read, given what was active in the last step."""
         return model.bytes_per_step(self.serving, self.weights, self.cache, self.activity(), 1, head)
 
@@ -157,11 +157,10 @@ def decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 9, c
             jax.block_until_ready(side.step())
         peak = (memory('VmHWM') - memory_before) / held
         rows[-2] |= {'weights_and_caches_gb': held / 1e9, 'peak_memory_over_that': peak}
-    context = contexts[0]
     for name, cfg in cfgs.items():
-        places = context, context + 4 * repeats + 16
+        places = contexts[0], contexts[0] + 4 * repeats + 16
         sides = {'int8': Decoder(cfg, 'int8', *places), 'bfloat16': Decoder(cfg, 'bfloat16', *places, weights=weights[name])}
-        rows.append(_compare(f'{name}, int8 against bfloat16, context {context}', sides, repeats))
+        rows.append(_compare(f'{name}, int8 against bfloat16, context {contexts[0]}', sides, repeats))
         del sides  # before the next model is made
     return rows
 

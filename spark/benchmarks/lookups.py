@@ -30,8 +30,7 @@ def topk(repeats: int = 5) -> list[dict]:
     functions = {name: lambda x, f=f: f(x, k) for name, f in kinds.items()}
     functions |= {f'GELU ∘ {name}': lambda x, f=f: jax.nn.gelu(f(x, k)) for name, f in kinds.items()}
     functions['GELU'] = jax.nn.gelu
-    compiled = {name: _forward_backward(f, cotangent) for name, f in functions.items()}
-    ms = interleaved({name: lambda f=f: f(x) for name, f in compiled.items()}, repeats)
+    ms = interleaved({name: functools.partial(_forward_backward(f, cotangent), x) for name, f in functions.items()}, repeats)
     active = float(jnp.mean(ops.statistical_topk(x, k) > 0))
     details = {'shape': [tokens, d], 'k': k, 'active': active, 'approx_is_a_sort': jax.default_backend() != 'tpu'}
     pairs = [('statistical', name) for name in list(kinds)[1:]]

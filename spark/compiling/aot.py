@@ -86,9 +86,7 @@ def report(cfg: ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[dict, 
     }, text  # fmt: skip
 
 
-def search(
-    cfg: ExperimentConfig, devices: Sequence[jax.Device], say: Callable[[str], object] = lambda line: None
-) -> list[dict]:
+def search(cfg: ExperimentConfig, devices: Sequence[jax.Device], say: Callable[[str], object] = print) -> list[dict]:
     """For each rematerialisation policy, from the cheapest to compute, the largest power-of-two rows per device that fit.
 
     Returns:
@@ -131,7 +129,7 @@ def check_fit(usage: dict):
         raise TooBig(usage['peak'] / 2**30, usage['hbm'] / 2**30)
 
 
-def matmul_flops(trainer: Trainer) -> float:
+def matmul_flops(trainer: Trainer) -> int | float:
     """FLOPs of the matmuls of a step on all devices, with rematerialisation; loops over blocks count at their mean length."""
     with trainer.context():
         jaxpr = trainer.train_step.trace(trainer.abstract_state, trainer.abstract_batch()).jaxpr

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -36,7 +37,7 @@ class Model:
     params: dict
 
 
-def load(workdir: pathlib.Path, step: int | None = None, source: str = '', batch_size: int = 0) -> Model:
+def load(workdir: pathlib.Path | epath.Path, step: int | None = None, source: str = '', batch_size: int = 0) -> Model:
     """The model of a run directory at its newest checkpoint or that of `step`, without the state of the optimizer.
 
     It runs on the mesh of the run if that fits the available devices, else on all devices, else on one. `source` replaces the

@@ -101,7 +101,7 @@ def _attended(cfg, sums, title, path):
     return save(fig, path)
 
 
-def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Axes | np.ndarray]:
+def figure(width: int | float, height: int | float, rows: int = 1, columns: int = 1) -> tuple[Figure, Axes | np.ndarray]:
     """An empty figure of so many inches, and its axes."""
     fig = Figure(figsize=(width, height), layout='constrained')
     FigureCanvasAgg(fig)

@@ -6,7 +6,7 @@ Statistical, exact and approximate top-k all keep the entries above a threshold 
 entries are kept, min(n, k) of them are among the k largest. Recall and precision then follow from n, without a sort.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,7 @@ from spark.nn.transformer import Transformer, by_layer
 EDGES = np.linspace(-8, 8, 1025)  # bins of standardised scores; scores outside count in the outer bins
 
 
-def observe(model: Transformer, params: dict, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Runs the forward pass on a batch of `data.pipeline`.
 
     Returns:
@@ -60,7 +60,7 @@ def observe(model: Transformer, params: dict, batch: Mapping[str, jax.Array]) ->
     return hidden, sums
 
 
-def report(cfg: ModelConfig, sums: Mapping[str, np.ndarray]) -> list[dict]:
+def report(cfg: ModelConfig, sums: dict) -> list[dict]:
     """One dict per layer of the statistics that the sums of `observe`, added up over batches, give.
 
     `active_*` are shares of d_ff; `attended_*` are keys per query and head. `recall` and `precision` compare what top-k keeps

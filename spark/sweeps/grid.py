@@ -6,13 +6,13 @@
 """
 
 import csv
-import dataclasses
 import functools
 import itertools
 import json
 import pathlib
 import re
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 import pydantic
 
@@ -26,8 +26,7 @@ from spark.runtime import write_json
 LOOKUP_FIELDS = {f'model.{half}.{name}' for half in ('ffn', 'attention') for name in ('kind', 'k', 'r', 'topk', 'huber')}
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One point of a grid: the name of its directory, its config, and what was adjusted to make the config valid."""
 
     name: str
