@@ -14,7 +14,7 @@ import numpy as np
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _BYTES = {'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, 'f32': 4, 's32': 4, 'u32': 4, 'f64': 8, 's64': 8, 'u64': 8}  # others: 1
-_CONTROL_FLOW = ('body', 'branch_computations', 'true_computation', 'false_computation')  # calls that are no fusions
+_CONTROL_FLOW = ('body', 'branch_computations', 'true_computation', 'false_computation')  # calls, except those of fusions
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 _NO_WORK = ('parameter', 'get-tuple-element', 'bitcast', 'constant', 'tuple', 'while', 'conditional', 'call', 'after-all',
             'partition-id', 'iota', 'send', 'recv')  # fmt: skip
