@@ -1,17 +1,19 @@
-"""What accelerators can do, by the vendors' data sheets."""
+"""Peak rates and memory of accelerators, from their data sheets."""
 
 from typing import NamedTuple
 
+import jax
+
 
 class Chip(NamedTuple):
-    """One device as jax counts them: dense bfloat16 FLOP/s, bytes of memory, bytes per second that memory delivers."""
+    """One device of jax."""
 
-    flops: float
-    memory: int
-    bandwidth: float
+    flops: float  # per second, dense bfloat16
+    memory: int  # bytes
+    bandwidth: float  # bytes per second
 
 
-# By the start of jax's device_kind; the first that fits counts.
+# By the beginning of jax's device_kind; the first that matches counts, so 'TPU v5 lite' comes before 'TPU v5'.
 CHIPS = {
     'TPU v4': Chip(275e12, 32 << 30, 1.23e12),
     'TPU v5 lite': Chip(197e12, 16 << 30, 0.82e12),
@@ -25,6 +27,6 @@ CHIPS = {
 }
 
 
-def chip(device):
-    """The `Chip` of a jax device, or None if it is not in the table (a CPU is not)."""
+def chip(device: jax.Device) -> Chip | None:
+    """None for a device that is not in the table, such as a CPU."""
     return next((chip for kind, chip in CHIPS.items() if device.device_kind.startswith(kind)), None)

@@ -44,11 +44,11 @@ def small(kind='spark', **overrides):
 
 def grid(*axes, base=None):
     """(base, parsed axes, runs) of a sweep from strings FIELD=v1,v2 over a small config."""
-    from spark.sweeps import grid as sweep
+    from spark.sweeps.grid import expand, parse_axes
 
     base = base or small()
-    parsed = sweep.parse_axes(axes)
-    return base, parsed, sweep.grid(base, parsed)
+    parsed = parse_axes(axes)
+    return base, parsed, expand(base, parsed)
 
 
 def write_corpus(directory):

@@ -1,5 +1,7 @@
 """FLOPs by part: the paper's ratios on the paper's shapes, XLA's own count, and the parameter count they are held against."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -112,6 +114,6 @@ def test_model_flops_by_hand():
 
 
 def test_chips_that_share_the_start_of_a_name():
-    kind = lambda name: devices.chip(type('Device', (), {'device_kind': name}))
+    kind = lambda name: devices.chip(mock.Mock(spec=jax.Device, device_kind=name))
     assert [kind(n).flops for n in ('TPU v5 lite', 'TPU v5p', 'NVIDIA H100 80GB HBM3')] == [197e12, 459e12, 989e12]
     assert kind('cpu') is None

@@ -277,7 +277,7 @@ def test_an_install_without_a_compiler(tmp_path):
     [
         ([], 2, '--prompt or --prompts is missing'),
         (['--prompts=/no/where'], 2, '--prompts=/no/where: No such file'),
-        (['--prompt=a', '--prompt=b', '--stream'], 2, '--stream: of one prompt, here are 2'),
+        (['--prompt=a', '--prompt=b', '--stream'], 2, '--stream: want one prompt, not 2'),
         (['--prompt=a', '--top_p=2'], 2, 'flag --top_p=2'),
         (['--prompt=a', '--step=3'], 5, 'no step 3'),
         (['--prompt=a', '--capacity=0'], 2, 'flag --capacity=0'),

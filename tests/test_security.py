@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark.errors import ConfigError
-from spark.sweeps import grid as sweep
+from spark.sweeps import grid
 from tests.helpers import ROOT, small
 from tests.processes import environment, run, script, write_config
 
@@ -78,14 +78,14 @@ def test_nothing_is_unpickled_or_started_while_a_run_is_read(tmp_path):
 @given(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=3, unique=True))
 def test_the_name_of_a_run_stays_in_its_directory(prompts):
     for value in [*prompts, '../..', '/etc', '.', '..', 'a/../../b', '~', 'x\0y']:
-        name = sweep._safe(value)
+        name = grid._file_name(value)
         assert name and name not in ('.', '..') and not set(name) & set('/\\\0\n') and not name.startswith('.')
         assert pathlib.PurePath('runs', name).parts == ('runs', name)
 
 
 @pytest.mark.parametrize('axis', ['sample.prompt=../../x,/etc/passwd', 'data.source=text:/a/../b.txt,stdlib'])
 def test_a_grid_over_paths(axis):
-    runs = sweep.grid(small(), sweep.parse_axes([axis]))
+    runs = grid.expand(small(), grid.parse_axes([axis]))
     assert len(runs) == 2 and all(pathlib.PurePath(run.name).name == run.name for run in runs)
     with pytest.raises(ConfigError, match='share the name'):
-        sweep.grid(small(), sweep.parse_axes(['sample.prompt=a/b,a:b']))
+        grid.expand(small(), grid.parse_axes(['sample.prompt=a/b,a:b']))

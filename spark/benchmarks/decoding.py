@@ -1,12 +1,15 @@
-"""How fast the sparse model decodes against the dense one, at the paper's Gemma-2 2B shape, and against what memory can give.
+"""Decoding and prefill: the sparse model against the dense one, and both against the bandwidth of memory.
 
-Random weights, uniform, so that scores are Gaussian as sums are; both sides in one run; the weights of a figure together are far
-larger than the last-level cache. On CPUs the kernels of `kernels.cpu`, elsewhere those of the platform.
+Weights are random and uniform; scores, being sums of many products, come out Gaussian. Both models run in turn in one process,
+and the weights that one measurement reads are far larger than the last-level cache.
 """
 
+import contextlib
 import functools
 import itertools
+import pathlib
 import time
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +18,23 @@ from flax.core import meta
 from tqdm import tqdm
 
 from spark.benchmarks.timing import interleaved, row
+from spark.config import ExperimentConfig, ModelConfig
 from spark.inference import layout, model
 from spark.kernels import cpu
 from spark.nn.layers import rms_norm
 from spark.nn.transformer import Transformer
 
 
-def bandwidth(repeats=9):
-    """GB/s at which memory is read by the plainest kernel there is, from two arrays of 256 MiB by turns; the median."""
+def bandwidth(repeats: int = 9) -> float:
+    """GB/s at which the simplest kernel reads memory, from two arrays of 256 MiB in turn; the median."""
     arrays = itertools.cycle([jnp.ones(1 << 26) + i for i in range(2)])
     read = jax.jit(cpu.read if cpu.available() and jax.default_backend() == 'cpu' else jnp.sum)
     ms = interleaved({'read': lambda: read(next(arrays))}, repeats)['read']
     return (1 << 28) / ms / 1e6
 
 
-def random_leaf(cfg):
-    """A function of a parameter's path to random values of its shape, as `layout.lay_out` wants one."""
+def random_leaf(cfg: ModelConfig) -> Callable[..., jax.Array]:
+    """A function from a parameter's path to random values of its shape, for `layout.lay_out`."""
     token = jnp.zeros((1, 1), jnp.int32)
     shapes = meta.unbox(jax.eval_shape(Transformer(cfg).init, jax.random.key(0), token, token, token))
     key = itertools.count()
@@ -46,142 +50,142 @@ def random_leaf(cfg):
     return leaf
 
 
-def here(cfg, dtype):
-    """The `Serving` of a ModelConfig on the first device."""
+def serving_here(cfg: ModelConfig, dtype: str) -> layout.Serving:
+    """How to serve a model on the first device."""
     return layout.serving_for(cfg, dtype, jax.devices()[0].platform)
 
 
-_whole, _headless = (jax.jit(f, static_argnums=0, donate_argnums=2) for f in (model.forward, model.hidden))
+_forward, _hidden = (jax.jit(f, static_argnums=0, donate_argnums=2) for f in (model.forward, model.hidden))
 
 
 class Decoder:
-    """A model of random weights behind a context of random keys and values; `step` decodes one token, `chunk` prefills some.
+    """A model of random weights, or the given ones, behind `context` random keys and values in a cache of `size` positions."""
 
-    Args:
-      cfg: a ModelConfig; dtype: of the weights; context: places that are filled; size: places there is room for.
-    """
-
-    def __init__(self, cfg, dtype, context, size, batch=1, weights=None, chunk=64):
-        self.serving = here(cfg, dtype)
+    def __init__(self, cfg: ModelConfig, dtype: str, context: int, size: int, *, weights=None, chunk=64):
+        self.serving = serving_here(cfg, dtype)
         self.weights = layout.lay_out(self.serving, random_leaf(cfg)) if weights is None else weights
         key = jax.random.key(1, impl='rbg')
         fill = lambda x: jax.random.uniform(key, x.shape, jnp.float32, -1.7, 1.7).astype(x.dtype)
-        empty = jax.jit(lambda: model.init_cache(self.serving, batch, size, chunk))()
+        empty = jax.jit(lambda: model.init_cache(self.serving, 1, size, chunk))()
         self.cache = empty.replace(layers=jax.tree.map(jax.jit(fill), empty.layers), length=jnp.asarray(context, jnp.int32))
-        self.first, self.counts, self._batch = jnp.zeros(batch, jnp.int32), None, batch
+        self.first, self.counts = jnp.zeros(1, jnp.int32), None
 
     def _run(self, f, tokens, *wanted):
         self.cache, y, self.counts = f(self.serving, self.weights, self.cache, tokens, self.first, *wanted)
         return y
 
-    def step(self, head=True):
-        """Decodes a token; the logits, or without `head` the hidden states."""
-        return self._run(_whole if head else _headless, jnp.ones((self._batch, 1), jnp.int32))
+    def step(self, head: bool = True) -> jax.Array:
+        """Decodes one token; returns the logits, or without the output head the hidden states."""
+        return self._run(_forward if head else _hidden, jnp.ones((1, 1), jnp.int32))
 
-    def chunk(self, size, last):
-        """Prefills `size` tokens, different ones; the logits behind them, if they are the prompt's last."""
-        tokens = (jnp.arange(size) * 7919 % self.serving.cfg.vocab_size)[None].repeat(self._batch, 0).astype(jnp.int32)
-        return self._run(_whole, tokens, np.bool_(last))
+    def chunk(self, size: int, last: bool) -> jax.Array:
+        """Prefills `size` different tokens; returns their logits, computed only for the prompt's last chunk."""
+        tokens = jnp.arange(size, dtype=jnp.int32) * 7919 % self.serving.cfg.vocab_size
+        return self._run(_forward, tokens[None], np.bool_(last))
 
-    def activity(self):
-        """{'active', 'attended'}: means per token and layer of the last step."""
+    def activity(self) -> dict[str, float]:
+        """Active neurons and attended keys of the last step, means per token and layer."""
         return {name: float(jnp.mean(x)) for name, x in self.counts.items() if name != 'overflow'}
 
-    def bytes(self, head=True):
-        """Bytes that a step has to read, by what was active in the last one."""
-        return model.bytes_per_step(self.serving, self.weights, self.cache, self.activity(), self._batch, head)
+    def bytes(self, head: bool = True) -> int | float:
+        """Bytes that a step has to read, given what was active in the last step."""
+        return model.bytes_per_step(self.serving, self.weights, self.cache, self.activity(), 1, head)
 
 
-def ffn_decode(spark, dense, repeats, layers=8):
-    """FFNs alone, bfloat16, batch 1, 4 and 16, per layer; and the dense matrix-vector product against reading.
+def ffn_decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 15, layers: int = 8):
+    """The FFN alone, time per layer, bfloat16, at batch 1, 4 and 16; and dense matrix-vector products against reading.
 
-    Args:
-      spark, dense: ModelConfigs.
-      layers: that run one after the other in a program, so that neither the cache nor XLA's dispatch tells.
+    One program runs several layers in a row, so that weights do not stay in the cache and dispatch does not count.
     """
 
     def stack(serving, tables, x):
         for w in tables:
-            y, did = model.ffn(serving, w, x)
+            y, counts = model.ffn(serving, w, x)
             x = rms_norm(y, 0)
-        return x, did
+        return x, counts
 
-    rows_, sides = [], {}
+    spark, dense = spark.model, dense.model
+    rows, sides = [], {}
     for name, cfg in {'spark': spark, 'dense': dense}.items():
         one = cfg.model_copy(update={'n_layers': layers, 'vocab_size': 8, 'pattern': ('global',)})
         one = one.model_copy(update={'attention': one.attention.model_copy(update={'window': 0})})
-        serving = here(one, 'bfloat16')
+        serving = serving_here(one, 'bfloat16')
         tables = layout.lay_out(serving, random_leaf(one))['layers']
         sides[name] = serving, [{k: w[k] for k in ('K1', 'records', 'keys', 'VT') if k in w} for w in tables]
     for batch in (1, 4, 16):
         x = jax.random.normal(jax.random.key(0), (batch, spark.d_model), sides['spark'][0].compute)
-        runs, found = {}, {}
-        for name, (serving, tables) in sides.items():
-            run = functools.partial(jax.jit(functools.partial(stack, serving)), tables, x)
-            found[name], runs[name] = run()[1], lambda run=run: run()[0]
+        runs = {name: functools.partial(jax.jit(functools.partial(stack, side[0])), side[1], x) for name, side in sides.items()}
+        active = float(jnp.mean(runs['spark']()[1]['active']))
         gigabytes = bandwidth()
-        ms = {name: t / layers for name, t in interleaved(runs, repeats or 15).items()}
-        active = float(jnp.mean(found['spark']['active']))
+        ms = {name: t / layers for name, t in interleaved(runs, repeats).items()}
         D, F, r = spark.d_model, spark.ffn.d_ff, spark.ffn.r
         records = F * model.union(active / F, batch)
         read = {'spark': 2 * (F * r + records * (2 * D - r)), 'dense': 2 * 3 * D * dense.ffn.d_ff}
         details = {'batch': batch, 'active': active, 'records_read': records, 'read_bandwidth_gb_per_s': gigabytes}
         details |= {'limit_by_bytes': read['dense'] / read['spark']}
         details |= {f'{name}_gb_per_s': read[name] / t / 1e6 for name, t in ms.items()}
-        rows_.append(row(f'ffn_decode: Spark against dense, batch {batch}', ms['spark'], ms['dense'], **details))
+        rows.append(row(f'ffn_decode: Spark against dense, batch {batch}', ms['spark'], ms['dense'], **details))
     if jax.default_backend() == 'cpu' and cpu.available():
-        keys = [w['keys'].values for w in sides['dense'][1]]
-        arrays = [jnp.ones(k.size // 2) + i for i, k in enumerate(keys)]
-        x = jax.random.normal(jax.random.key(0), (1, dense.d_model))
-        products, reads = jax.jit(lambda x, Ws: [cpu.matmul(x, W) for W in Ws]), jax.jit(lambda xs: [cpu.read(x) for x in xs])
-        ms = interleaved({'matvec': lambda: products(x, keys), 'read': lambda: reads(arrays)}, repeats or 15)
-        size = sum(k.nbytes for k in keys)
-        rates = {f'{name}_gb_per_s': size / t / 1e6 for name, t in ms.items()}
-        rows_.append(row(f'ffn_decode: {layers} dense matvecs against reading as much', ms['matvec'], ms['read'], **rates))
-    return rows_
+        rows.append(_matvecs([w['keys'].values for w in sides['dense'][1]], dense.d_model, repeats))
+    return rows
 
 
-def decode(spark, dense, repeats, contexts=(512, 8192)):
-    """Whole models, token by token, batch 1: Spark against dense with and without the output head, and int8 against bfloat16."""
-    rows_, repeats, cfgs, before = [], repeats or 9, (('spark', spark), ('dense', dense)), memory('VmRSS')
-    weights = {name: layout.lay_out(here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs}
+def _matvecs(matrices, width, repeats):
+    """The row of CPU matrix-vector products against reading as many bytes."""
+    arrays = [jnp.ones(W.size // 2) + i for i, W in enumerate(matrices)]
+    x = jax.random.normal(jax.random.key(0), (1, width))
+    products, reads = jax.jit(lambda x, Ws: [cpu.matmul(x, W) for W in Ws]), jax.jit(lambda xs: [cpu.read(x) for x in xs])
+    ms = interleaved({'matvec': lambda: products(x, matrices), 'read': lambda: reads(arrays)}, repeats)
+    size = sum(W.nbytes for W in matrices)
+    rates = {f'{name}_gb_per_s': size / t / 1e6 for name, t in ms.items()}
+    return row(f'ffn_decode: {len(matrices)} dense matvecs against reading as much', ms['matvec'], ms['read'], **rates)
 
-    def compare(title, sides, head=True):
-        gigabytes = bandwidth()
-        ms = interleaved({name: functools.partial(side.step, head) for name, side in sides.items()}, repeats)
-        (ours, a), (theirs, b) = sides.items()
-        details = {'read_bandwidth_gb_per_s': gigabytes, 'limit_by_bytes': b.bytes(head) / a.bytes(head)}
-        for name, side in sides.items():
-            key = name.replace(' ', '_')
-            details |= {f'{key}_gb_per_s': side.bytes(head) / ms[name] / 1e6, f'{key}_gb_read': side.bytes(head) / 1e9}
-            details |= {f'{key}_{what}': x for what, x in side.activity().items()}
-        rows_.append(row(f'decode: {title}', ms[ours], ms[theirs], **details))
+
+def decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 9, contexts: Sequence[int] = (512, 8192)):
+    """Whole models token by token, batch 1: Spark against dense with and without the output head, int8 against bfloat16."""
+    rows, cfgs, memory_before = [], {'spark': spark.model, 'dense': dense.model}, memory('VmRSS')
+    weights = {name: layout.lay_out(serving_here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs.items()}
 
     for context in contexts:
         size = context + 4 * repeats + 16
-        sides = {name: Decoder(cfg, 'bfloat16', context, size, weights=weights[name]) for name, cfg in cfgs}
-        compare(f'Spark against dense, context {context}', sides)
-        compare(f'the same without the output head, context {context}', sides, head=False)
+        sides = {name: Decoder(cfg, 'bfloat16', context, size, weights=weights[name]) for name, cfg in cfgs.items()}
+        rows.append(_compare(f'Spark against dense, context {context}', sides, repeats))
+        rows.append(_compare(f'the same without the output head, context {context}', sides, repeats, head=False))
         held = sum(x.nbytes for x in jax.tree.leaves([weights, [side.cache for side in sides.values()]]))
-        rows_[-2] |= {'weights_and_caches_gb': held / 1e9, 'peak_memory_over_that': (peak_memory(sides) - before) / held}
-    context = contexts[0]
-    for name, cfg in cfgs:
-        place = context, context + 4 * repeats + 16
-        sides = {'int8': Decoder(cfg, 'int8', *place), 'bfloat16': Decoder(cfg, 'bfloat16', *place, weights=weights[name])}
-        compare(f'{name}, int8 against bfloat16, context {context}', sides)
-        del sides
-    return rows_
+        reset_peak()
+        for side in sides.values():
+            jax.block_until_ready(side.step())
+        peak = (memory('VmHWM') - memory_before) / held
+        rows[-2] |= {'weights_and_caches_gb': held / 1e9, 'peak_memory_over_that': peak}
+    for name, cfg in cfgs.items():
+        places = contexts[0], contexts[0] + 4 * repeats + 16
+        sides = {'int8': Decoder(cfg, 'int8', *places), 'bfloat16': Decoder(cfg, 'bfloat16', *places, weights=weights[name])}
+        rows.append(_compare(f'{name}, int8 against bfloat16, context {contexts[0]}', sides, repeats))
+        del sides  # before the next model is made
+    return rows
 
 
-def prefill(spark, dense, repeats, length=4096, chunk=64):
-    """A prompt in chunks, batch 1, bfloat16; the two sides take turns chunk by chunk."""
-    cfgs = ('spark', spark), ('dense', dense)
-    weights = {name: layout.lay_out(here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs}
-    totals = {name: [] for name in weights}
-    for i in tqdm(range(1 + (repeats or 1)), desc='prompts', leave=False):
-        sides = {name: Decoder(cfg, 'bfloat16', 0, length, weights=weights[name], chunk=chunk) for name, cfg in cfgs}
+def _compare(title, sides, repeats, head=True):
+    """The row of two Decoders' steps, the second of which is the baseline."""
+    gigabytes = bandwidth()
+    ms = interleaved({name: functools.partial(side.step, head) for name, side in sides.items()}, repeats)
+    (ours, a), (baseline, b) = sides.items()
+    details = {'read_bandwidth_gb_per_s': gigabytes, 'limit_by_bytes': b.bytes(head) / a.bytes(head)}
+    for name, side in sides.items():
+        details |= {f'{name}_gb_per_s': side.bytes(head) / ms[name] / 1e6, f'{name}_gb_read': side.bytes(head) / 1e9}
+        details |= {f'{name}_{what}': x for what, x in side.activity().items()}
+    return row(f'decode: {title}', ms[ours], ms[baseline], **details)
+
+
+def prefill(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 1, length: int = 4096, chunk: int = 64):
+    """A prompt in chunks, batch 1, bfloat16; the two models take turns chunk by chunk."""
+    cfgs = {'spark': spark.model, 'dense': dense.model}
+    weights = {name: layout.lay_out(serving_here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs.items()}
+    totals = {name: [] for name in cfgs}
+    for i in tqdm(range(1 + repeats), desc='prompts', leave=False):
+        sides = {name: Decoder(cfg, 'bfloat16', 0, length, weights=weights[name], chunk=chunk) for name, cfg in cfgs.items()}
         spent = dict.fromkeys(sides, 0.0)
-        chunks = 2 if i == 0 else length // chunk  # the first compiles
+        chunks = 2 if i == 0 else length // chunk  # the first prompt is for compiling
         for j in tqdm(range(chunks), desc='chunks', leave=False):
             for name, side in sides.items():
                 start = time.perf_counter()
@@ -196,29 +200,14 @@ def prefill(spark, dense, repeats, length=4096, chunk=64):
     return [row(f'prefill: Spark against dense, {length} tokens in chunks of {chunk}', ms['spark'], ms['dense'], **details)]
 
 
-def peak_memory(sides):
-    """The most bytes that this process held while each of some Decoders took a step; what Linux says, elsewhere 0."""
-    if not forget_peak():
-        return 0
-    for side in sides.values():
-        jax.block_until_ready(side.step())
-    return memory('VmHWM')
+def memory(field: str) -> int:
+    """Bytes that this process holds, 'VmRSS', or held at its peak, 'VmHWM'; 0 except on Linux."""
+    status = pathlib.Path('/proc/self/status')
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
-def forget_peak():
-    """From here on `memory('VmHWM')` is of what comes; False where there is no such thing."""
-    try:
-        with open('/proc/self/clear_refs', 'w') as f:
-            f.write('5')
-    except OSError:
-        return False
-    return True
-
-
-def memory(what):
-    """Bytes of this process: 'VmRSS' that it has, 'VmHWM' at its peak; what Linux says, elsewhere 0."""
-    try:
-        with open('/proc/self/status') as f:
-            return next(int(line.split()[1]) for line in f if line.startswith(what)) * 1024
-    except (OSError, StopIteration):
-        return 0
+def reset_peak():
+    """Makes `memory('VmHWM')` start anew, where the system allows it."""
+    with contextlib.suppress(OSError):
+        pathlib.Path('/proc/self/clear_refs').write_text('5')

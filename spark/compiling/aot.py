@@ -1,39 +1,41 @@
-"""Compiling the train step for accelerators that are not there: does it fit, and what does it compute.
+"""Compiles the train step for TPUs that this machine does not have: does it fit in memory, and what does it compute?
 
-libtpu compiles for a named slice on any machine. `compiling/hlo.py` reads the program that it makes.
+libtpu compiles for any slice, by its name, on any machine. `compiling/hlo.py` reads the compiled program.
 """
 
 import math
 import os
 import re
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from spark import config, flops
 from spark.compiling import hlo
+from spark.config import ExperimentConfig
 from spark.devices import chip as chip_of
 from spark.errors import ConfigError
 from spark.training.step import Trainer
 
 
 class TooBig(ConfigError):
-    """A step that wants `wanted` GiB per chip of `there`."""
+    """A step that needs more GiB per chip than the chip has."""
 
-    def __init__(self, wanted, there):
+    def __init__(self, needed: float, available: float):
         super().__init__(
-            f'the step wants {wanted:.2f} GiB per chip, which has {there:.2f}; lower data.batch_size, raise mesh.fsdp or '
+            f'the step needs {needed:.2f} GiB per chip, which has {available:.2f}; lower data.batch_size, raise mesh.fsdp or '
             "mesh.model, or set model.remat='full' (--search finds what fits)"
         )
 
 
-def devices(topology, slices=1):
-    """The devices of one or more slices such as 'v5e:16x16', which need not be there.
+def devices(topology: str, slices: int = 1) -> list[jax.Device]:
+    """The devices of one or more slices such as 'v5e:16x16'; this machine need not have them.
 
     Raises:
       ConfigError: libtpu knows no slice of that name, or is not installed.
     """
-    # Compiling takes no chip, so that several processes may do it at once, and on a machine that is nowhere in a cloud.
+    # libtpu must not look for chips or a cloud: there are none, and several processes may compile at once.
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
     os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'none')
@@ -50,14 +52,14 @@ def devices(topology, slices=1):
         ) from None
 
 
-def compile_step(cfg, devices_):
-    """(Trainer, compiled train step): the very step that training runs.
+def compile_step(cfg: ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[Trainer, jax.stages.Compiled]:
+    """The trainer of a config, and the same train step that training runs, compiled.
 
     Raises:
-      TooBig: the compiler itself finds that the memory does not do.
+      TooBig: the compiler itself finds that the step does not fit in memory.
       ConfigError: the compiler fails.
     """
-    trainer = Trainer(cfg, devices_)
+    trainer = Trainer(cfg, devices)
     with trainer.context():
         lowered = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch())
         try:
@@ -69,88 +71,86 @@ def compile_step(cfg, devices_):
             raise TooBig(*map(float, sizes.groups()) if sizes else (math.inf, math.nan)) from None
 
 
-def report(cfg, devices_):
-    """(what `scripts/compile.py` prints, as a dict; the text of the compiled program)."""
-    trainer, compiled = compile_step(cfg, devices_)
-    text = compiled.as_text()
+def report(cfg: ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[dict, str]:
+    """The report that `scripts/compile.py` prints, and the text of the compiled program."""
+    trainer, compiled = compile_step(cfg, devices)
+    text, device = compiled.as_text(), devices[0]
     tokens = cfg.data.batch_size * cfg.data.seq_len
-    model_flops, chip = flops.model_flops_per_token(cfg.model, cfg.data.seq_len) * tokens, chip_of(devices_[0])
+    model_flops, chip = flops.model_flops_per_token(cfg.model, cfg.data.seq_len) * tokens, chip_of(device)
     return {
-        'devices': len(devices_), 'device_kind': devices_[0].device_kind, 'mesh': dict(trainer.mesh.shape), 'tokens': tokens,
-        'parameters': trainer.n_params, 'memory': memory(compiled, devices_[0]),
+        'devices': len(devices), 'device_kind': device.device_kind, 'mesh': dict(trainer.mesh.shape), 'tokens': tokens,
+        'parameters': trainer.n_params, 'memory': memory(compiled, device),
         'model_flops': model_flops, 'traced_flops': matmul_flops(trainer), 'traffic': hlo.traffic(text),
         'peak_flops': chip and chip.flops, 'bandwidth': chip and chip.bandwidth,
         'collectives': hlo.collectives(text, trainer.mesh, cfg.mesh.slices), 'buffers': hlo.largest_buffers(text),
     }, text  # fmt: skip
 
 
-def search(cfg, devices_, say=lambda line: None):
-    """What fits: for each rematerialisation policy, from the cheapest to compute, the largest power-of-two rows per device.
+def search(cfg: ExperimentConfig, devices: Sequence[jax.Device], say: Callable[[str], object] = print) -> list[dict]:
+    """For each rematerialisation policy, from the cheapest to compute, the largest power-of-two rows per device that fit.
 
     Returns:
-      [{'remat', 'batch_size', 'peak': bytes}] of those that fit; empty if none does with one row per device.
+      [{'remat', 'batch_size', 'peak': bytes}]; a policy with which not even one row per device fits is left out.
     """
     found = []
+    sizes = config.check_devices(cfg, len(devices))
+    rows_per_step = sizes['data'] * sizes['fsdp'] * cfg.train.accumulate  # with one row per device
     for remat in ('none', 'dots', 'dots_no_batch', 'full'):
         best = None
-        rows = 1
-        while rows <= 64:
-            shards = math.prod(config.check_devices(cfg, len(devices_))[axis] for axis in ('data', 'fsdp'))
-            tried = cfg.model_copy(update={
+        for rows in (1, 2, 4, 8, 16, 32, 64):
+            candidate = cfg.model_copy(update={
                 'model': cfg.model.model_copy(update={'remat': remat}),
-                'data': cfg.data.model_copy(update={'batch_size': rows * shards * cfg.train.accumulate}),
+                'data': cfg.data.model_copy(update={'batch_size': rows * rows_per_step}),
             })  # fmt: skip
             try:
-                m = memory(compile_step(tried, devices_)[1], devices_[0])
-                check_fit(m)
+                usage = memory(compile_step(candidate, devices)[1], devices[0])
+                check_fit(usage)
             except TooBig:
                 break
-            except ConfigError as e:  # may be a fault of the compiler at this size alone
-                say(f'{remat}: batch_size {tried.data.batch_size}: {e}')
-                rows *= 2
+            except ConfigError as e:  # the compiler may fail at this size alone
+                say(f'{remat}: batch_size {candidate.data.batch_size}: {e}')
                 continue
-            best = {'remat': remat, 'batch_size': tried.data.batch_size, 'peak': m['peak']}
-            rows *= 2
+            best = {'remat': remat, 'batch_size': candidate.data.batch_size, 'peak': usage['peak']}
         say(f'{remat}: ' + (f'batch_size {best["batch_size"]}, peak {best["peak"] / 1e9:.2f} GB' if best else 'does not fit'))
         found += [best] if best else []
     return found
 
 
-def memory(compiled, device):
-    """Bytes per device: arguments (those given back in place included), temporaries, peak, and the device's own."""
+def memory(compiled: jax.stages.Compiled, device: jax.Device) -> dict:
+    """Bytes per device: arguments (donated ones too), temporaries, peak, and the memory of the device, None if unknown."""
     m, chip = compiled.memory_analysis(), chip_of(device)
     peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
     return {'arguments': m.argument_size_in_bytes, 'temporaries': m.temp_size_in_bytes, 'peak': peak, 'hbm': chip and chip.memory}
 
 
-def check_fit(memory_):
-    """TooBig if the peak of `memory` is above what the device has."""
-    if memory_['hbm'] and memory_['peak'] > memory_['hbm']:
-        raise TooBig(memory_['peak'] / 2**30, memory_['hbm'] / 2**30)
+def check_fit(usage: dict):
+    """Raises TooBig if the peak, of `memory`, is above what the device has."""
+    if usage['hbm'] and usage['peak'] > usage['hbm']:
+        raise TooBig(usage['peak'] / 2**30, usage['hbm'] / 2**30)
 
 
-def matmul_flops(trainer):
-    """FLOPs of a step's matmuls over all devices, rematerialisation included; attention's loops over blocks at mean length."""
+def matmul_flops(trainer: Trainer) -> int | float:
+    """FLOPs of the matmuls of a step on all devices, with rematerialisation; loops over blocks count at their mean length."""
     with trainer.context():
         jaxpr = trainer.train_step.trace(trainer.abstract_state, trainer.abstract_batch()).jaxpr
     cfg = trainer.cfg
     a, L = cfg.model.attention, cfg.data.seq_len
     b = min(a.block, L)
-    first = lambda i, window: max(i * b - window + 1, 0) // b if window else 0
-    mean = lambda window: float(np.mean([i + 1 - first(i, window) for i in range(-(-L // b))]))
 
-    def trips(where):
-        layer = re.search(r'attention_(\d+)', where)
-        return mean(a.window if layer and cfg.model.pattern[int(layer[1])] == 'local' else 0)
+    def trips(scope):
+        """Blocks of keys that a block of queries sees, the mean over the row, in the attention layer named in `scope`."""
+        layer = re.search(r'attention_(\d+)', scope)
+        window = a.window if layer and cfg.model.pattern[int(layer[1])] == 'local' else L
+        return float(np.mean([i + 1 - max(i * b - window + 1, 0) // b for i in range(-(-L // b))]))
 
     return _flops(jaxpr.jaxpr, trips)
 
 
-def _flops(jaxpr, trips, where='', in_kernel=False):
-    """`trips(where)`: of a loop whose length depends on data, by the names of the modules that it is in."""
+def _flops(jaxpr, trips, scope='', in_kernel=False):
+    """Matmul FLOPs of a jaxpr; trips(scope) is the length of a loop that depends on data, by the modules that it is in."""
     total = 0
     for eqn in jaxpr.eqns:
-        here = f'{where}/{eqn.source_info.name_stack}'
+        here = f'{scope}/{eqn.source_info.name_stack}'
         times, inner = 1, [p for v in eqn.params.values() for p in (v if isinstance(v, tuple | list) else [v]) if _jaxpr(p)]
         match eqn.primitive.name:
             case 'dot_general':
@@ -164,13 +164,14 @@ def _flops(jaxpr, trips, where='', in_kernel=False):
             case 'shard_map':
                 times = eqn.params['mesh'].size
             case 'pallas_call':
-                *outer, _ = eqn.params['grid_mapping'].grid
+                *outer, _ = eqn.params['grid_mapping'].grid  # the last axis runs over blocks of keys
                 times = math.prod(outer) * trips(here)
             case 'cond' if not in_kernel:
-                inner = inner[:1]  # the rule is the branch of what is false: no query is without a key
+                inner = inner[:1]  # the false branch is the usual one: no query is without a key
         total += times * sum(_flops(_jaxpr(p), trips, here, in_kernel or eqn.primitive.name == 'pallas_call') for p in inner)
     return total
 
 
 def _jaxpr(x):
+    """The jaxpr in a parameter of an equation, or None."""
     return getattr(x, 'jaxpr', x) if hasattr(x, 'eqns') or hasattr(getattr(x, 'jaxpr', None), 'eqns') else None

@@ -1,32 +1,37 @@
-"""Reading the text of a compiled program: what it moves between devices and in memory, and its largest buffers."""
+"""Reads the text (HLO) of a compiled program: its collectives, its memory traffic, and its largest buffers.
+
+A loop counts as often as it runs, or once if its length depends on data.
+"""
 
 import collections
+import itertools
 import math
 import re
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _BYTES = {'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, 'f32': 4, 's32': 4, 'u32': 4, 'f64': 8, 's64': 8, 'u64': 8}  # others: 1
-_CALLS = ('body', 'calls', 'to_apply', 'branch_computations', 'true_computation', 'false_computation')
+_CONTROL_FLOW = ('body', 'branch_computations', 'true_computation', 'false_computation')  # calls, except those of fusions
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 _NO_WORK = ('parameter', 'get-tuple-element', 'bitcast', 'constant', 'tuple', 'while', 'conditional', 'call', 'after-all',
             'partition-id', 'iota', 'send', 'recv')  # fmt: skip
 
 
-def collectives(text, mesh, slices=1):
-    """[{'kind', 'axes', 'count', 'bytes'}] per step and device of a compiled program's text, the largest first.
+def collectives(text: str, mesh: jax.sharding.Mesh, slices: int = 1) -> list[dict]:
+    """[{'kind', 'axes', 'count', 'bytes'}] per step and device, the largest first.
 
-    bytes: what an all-gather gives, and what a reduce-scatter or all-reduce is given. A ring of collective-permutes, into which
-    the compiler cuts a gather or scatter to overlap it with a matmul, counts as what is sent. Loops count by their trips;
-    one whose length depends on data counts once. Of several slices, `text` is the program of each; what is sent between them
-    counts under the name of what it is a part of.
+    'bytes' is the size of the result of an all-gather, of the operand of a reduce-scatter or all-reduce, and of what
+    collective-permutes send: the compiler makes rings of them, to overlap a gather or scatter with a matmul. With several slices,
+    `text` is the program of one of them, and transfers between slices count as the kind of collective that they are part of.
     """
     computations, entry = _computations(text)
     sizes = mesh.shape | {'data': mesh.shape['data'] // slices}
-    groups = {axes: _groups_of(sizes, axes) for axes in _subsets(mesh.axis_names)}
-    found = {}  # by channel: one that the compiler spreads over a loop beside it is written again inside of that loop
+    subsets = [axes for n in range(len(sizes)) for axes in itertools.combinations(mesh.axis_names, n + 1)]
+    groups = {axes: _groups_of(sizes, axes) for axes in subsets}
+    found = {}  # by channel, since a collective that is overlapped with a loop appears a second time inside the loop
     for name, times in _times(computations, entry).items():
         for line in computations[name]:
             sent = re.search(r' send\(.*_xla_host_transfer_rendezvous="([a-z-]+)', line)
@@ -37,15 +42,14 @@ def collectives(text, mesh, slices=1):
             if not match:
                 continue
             shapes = _sizes(match[2])
-            # What is started gives its operands and buffers along with its results.
+            # The result of a …-start also contains its operands and buffers.
             size, members = max(shapes) if match[4] else sum(shapes), _members(line)
             axes = next((axes for axes, g in groups.items() if g == members), None) if members else _ring(line, sizes)
             if match[3] == 'reduce-scatter' and members:
                 size *= len(next(iter(members)))
-            channel = re.search(r'channel_id=(\d+)', line)
             row = times, times * size, match[3], ' × '.join(axes) if axes else '?'
-            key = channel[1] if channel else match[1]
-            found[key] = min(found.get(key, row), row)
+            channel = re.search(r'channel_id=(\d+)', line) or match
+            found[channel[1]] = min(found.get(channel[1], row), row)
     totals, counts = collections.Counter(), collections.Counter()
     for times, size, kind, axes in found.values():
         totals[kind, axes] += size
@@ -53,24 +57,24 @@ def collectives(text, mesh, slices=1):
     return [{'kind': kind, 'axes': axes, 'count': counts[kind, axes], 'bytes': n} for (kind, axes), n in totals.most_common()]
 
 
-def traffic(text):
-    """Bytes that a step reads from and writes to a device's memory, by the operands and results of the program's operations.
+def traffic(text: str) -> int:
+    """Bytes that a step reads from and writes to the memory of a device: the operands and results of its operations.
 
-    Loops count by their trips, what an operation slices by the slice, what it updates in place by the update, and what lies in
-    the memory of the core not at all. A kernel counts each operand once. A figure of the program, not of the caches of a chip.
+    A sliced operand counts as the slice, an update in place as the update, an array in the core's own memory not at all, and an
+    operand of a kernel once. Caches are not modelled.
     """
     computations, entry = _computations(text)
     total = 0
-    for name, times in _times(computations, entry, through=[c for c in _CALLS if c not in ('calls', 'to_apply')]).items():
-        rows = [row for line in computations[name] if (row := _operation(line))]
-        size = {row.name: row.size for row in rows}
-        total += times * sum(_moved(row, size, computations) for row in rows)
+    for name, times in _times(computations, entry, through=_CONTROL_FLOW).items():
+        operations = [op for line in computations[name] if (op := _operation(line))]
+        size = {op.name: op.size for op in operations}
+        total += times * sum(_moved(op, size, computations) for op in operations)
     return total
 
 
 class _Operation(NamedTuple):
     name: str
-    size: int  # of its results, in memory
+    size: int  # bytes of its results in the memory of the device
     kind: str
     operands: list[str]
     line: str
@@ -80,52 +84,53 @@ def _operation(line):
     match = re.match(r'\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)', line)
     if not match:
         return None
-    types = ' '.join(re.findall(r'\w+\[[\d,]*\](?:\{[^S}]*\})?(?!\{)', match[2]))  # a layout with S(…): in the core
+    # Without the types whose layout has S(…): those arrays are in the core.
+    types = ' '.join(re.findall(r'\w+\[[\d,]*\](?:\{[^S}]*\})?(?!\{)', match[2]))
     return _Operation(match[1], sum(_sizes(types)), match[3], re.findall(r'%([\w.-]+)', match[4].partition(')')[0]), line)
 
 
-def _moved(row, size, computations):
-    """Bytes that an operation moves, where size[name] is that of each operand."""
-    if row.kind in _NO_WORK or row.kind.endswith('-done'):
+def _moved(op, size, computations):
+    """Bytes that an operation moves; size[name] is that of each operand."""
+    if op.kind in _NO_WORK or op.kind.endswith('-done'):
         return 0
-    if row.kind.endswith('-start'):
-        return row.size  # gives its operands along with its results
-    reads = [size.get(name, 0) for name in row.operands]
-    if row.kind in _SLICES:
-        return 2 * row.size
-    if row.kind == 'dynamic-update-slice':
+    if op.kind.endswith('-start'):
+        return op.size  # the result contains the operands
+    reads = [size.get(name, 0) for name in op.operands]
+    if op.kind in _SLICES:
+        return 2 * op.size
+    if op.kind == 'dynamic-update-slice':
         return 2 * reads[1]
-    called = re.search(r'calls=%([\w.-]+)', row.line) if row.kind == 'fusion' else None
+    called = re.search(r'calls=%([\w.-]+)', op.line) if op.kind == 'fusion' else None
     if not called or called[1] not in computations:
-        return row.size + sum(reads)
-    inside = [inner for line in computations[called[1]] if (inner := _operation(line))]
-    written = row.size
-    for inner in inside:
+        return op.size + sum(reads)
+    inner_ops = [inner for line in computations[called[1]] if (inner := _operation(line))]
+    written = op.size
+    for inner in inner_ops:
         if inner.kind != 'parameter':
             continue
         number = int(re.search(r'parameter\((\d+)\)', inner.line)[1])
-        users = [user for user in inside if inner.name in user.operands]
+        users = [user for user in inner_ops if inner.name in user.operands]
         if number < len(reads) and users and all(user.kind in _SLICES and user.operands[0] == inner.name for user in users):
             reads[number] = min(reads[number], sum(user.size for user in users))
         elif number < len(reads) and any(u.kind == 'dynamic-update-slice' and u.operands[0] == inner.name for u in users):
             update = next(u for u in users if u.kind == 'dynamic-update-slice').operands[1]
-            fresh = next((other.size for other in inside if other.name == update), 0)
-            written, reads[number] = written - reads[number] + fresh, 0
+            update_size = next((other.size for other in inner_ops if other.name == update), 0)
+            written, reads[number] = written - reads[number] + update_size, 0
     return max(written, 0) + sum(reads)
 
 
 def _sizes(types):
-    """Bytes of each array in a line's types."""
+    """Bytes of each array in the types of a line."""
     arrays = re.findall(r'(\w+)\[([\d,]*)\]', types)
     return [math.prod(map(int, filter(None, dims.split(',')))) * _BYTES.get(kind, 1) for kind, dims in arrays]
 
 
-def largest_buffers(text, n=12):
-    """[{'bytes', 'shape', 'operation', 'source'}] of the n largest arrays that operations outside of fusions make."""
+def largest_buffers(text: str, n: int = 12) -> list[dict]:
+    """[{'bytes', 'shape', 'operation', 'source'}] of the n largest results of operations that are not inside a fusion."""
     computations, entry = _computations(text)
     source = _sources(text)
     found = {}
-    for name in _times(computations, entry, through=[c for c in _CALLS if c not in ('calls', 'to_apply')]):
+    for name in _times(computations, entry, through=_CONTROL_FLOW):
         for line in computations[name]:
             match = re.match(r'\s*(?:ROOT )?%(\S+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(', line)
             if not match or match[4] in ('parameter', 'get-tuple-element', 'bitcast', 'constant', 'tuple', 'while'):
@@ -140,22 +145,22 @@ def largest_buffers(text, n=12):
 
 
 def _computations(text):
-    """{name: its lines}, and the name of the entry."""
+    """{name: its lines} of the computations of a program, and the name of its entry."""
     computations, entry, lines = {}, None, None
     for line in text.splitlines():
         header = re.match(r'(ENTRY )?%?([\w.-]+) \(.*\{$', line)
         if header:
             lines = computations[header[2]] = []
             entry = header[2] if header[1] else entry
-        elif line == '}':  # what a line of a kernel's metadata may start with, too
+        elif line == '}':  # the metadata of a kernel may have lines that only start with it
             lines = None
         elif lines is not None:
             lines.append(line)
     return computations, entry
 
 
-def _times(computations, entry, through=_CALLS):
-    """{computation: how often a step runs it}."""
+def _times(computations, entry, through=(*_CONTROL_FLOW, 'calls', 'to_apply')):
+    """{computation: how often a step runs it}, of those that the entry reaches through calls of these kinds."""
     times = collections.Counter()
 
     def visit(name, n):
@@ -171,7 +176,7 @@ def _times(computations, entry, through=_CALLS):
 
 
 def _trips(computations, line):
-    """Of a while loop that counts from 0 to a constant; 1 for any other."""
+    """How often the body of a while loop runs, if it counts from 0 to a constant; 1 for any other loop."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
     if known:
         return int(known[1])
@@ -180,7 +185,7 @@ def _trips(computations, line):
     index = [m[1] for c in condition if (m := re.search(r'get-tuple-element\(.*index=(\d+)', c))]
     if len(limits) != 1 or len(index) != 1 or not any('direction=LT' in c for c in condition):
         return 1
-    # The step is more than 1 where the compiler has unrolled the loop.
+    # The compiler may have unrolled the loop, so that the counter grows by more than 1.
     defined = {m[1]: m[2] for c in body if (m := re.match(r'\s*(?:ROOT )?%(\S+) = \S+ (.*)', c))}
     root = next((c for c in body if c.lstrip().startswith('ROOT')), '')
     operands = re.findall(r'%([\w.-]+)', root.partition(' tuple(')[2].partition(')')[0])
@@ -190,21 +195,17 @@ def _trips(computations, line):
     return -(-limits[0] // (steps[0] if steps and steps[0] else 1))
 
 
-def _subsets(names):
-    return [tuple(n for i, n in enumerate(names) if mask >> i & 1) for mask in range(1, 1 << len(names))]
-
-
 def _groups_of(sizes, axes):
-    """Which devices, by their place in a mesh of {axis: size}, talk to each other over some of its axes."""
-    place = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    """The groups of devices, numbered by position in a mesh of {axis: size}, that a collective over these axes forms."""
+    numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
     order = [i for i, name in enumerate(sizes) if name not in axes]
     order += [i for i, name in enumerate(sizes) if name in axes]
     size = math.prod(sizes[name] for name in axes)
-    return frozenset(map(frozenset, place.transpose(order).reshape(-1, size).tolist()))
+    return frozenset(map(frozenset, numbers.transpose(order).reshape(-1, size).tolist()))
 
 
 def _members(line):
-    """The replica groups of a collective, in any of the forms that the compiler writes them."""
+    """The replica groups of a collective, in any of the compiler's notations; None if the line has none."""
     numbers = lambda s: tuple(map(int, s.split(',')))
     if m := re.search(r'replica_groups=\{(\{[\d,{}]*\})\}', line):
         return frozenset(frozenset(map(int, g.split(','))) for g in re.findall(r'\{([\d,]+)\}', m[1]))
@@ -223,18 +224,18 @@ def _members(line):
 
 
 def _ring(line, sizes):
-    """The axes along which all pairs of a collective-permute differ."""
+    """The mesh axes along which the pairs of a collective-permute differ."""
     pairs = re.findall(r'\{(\d+),(\d+)\}', line.partition('source_target_pairs=')[2])
     shape = tuple(sizes.values())
     different = set()
     for a, b in pairs:
-        at = zip(sizes, np.unravel_index(int(a), shape), np.unravel_index(int(b), shape), strict=True)
-        different |= {name for name, i, j in at if i != j}
+        coordinates = zip(sizes, np.unravel_index(int(a), shape), np.unravel_index(int(b), shape), strict=True)
+        different |= {name for name, i, j in coordinates if i != j}
     return tuple(name for name in sizes if name in different) or None
 
 
 def _sources(text):
-    """{stack frame: 'file:line'} of the tables at the head of a compiled program's text, by the innermost frame."""
+    """{stack frame: 'file:line' of its innermost call}, from the tables at the head of the text."""
     table = lambda name: text.partition(f'\n{name}\n')[2].partition('\n\n')[0].splitlines()
     files = dict(re.findall(r'^(\d+) "(.*)"$', '\n'.join(table('FileNames')), re.MULTILINE))
     places = {m[1]: f'{files.get(m[2], "?")}:{m[3]}' for row in table('FileLocations')

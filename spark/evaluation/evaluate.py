@@ -1,52 +1,51 @@
-"""A checkpoint on a whole split: loss, what its lookups do, and the FLOPs that follow."""
+"""Evaluates a checkpoint on a whole split: loss, the statistics of its lookups, and the FLOPs that follow from them."""
 
 import contextlib
 import dataclasses
 import functools
 import math
+import pathlib
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from spark import config, flops
 from spark.checkpoints.manager import open_checkpoint
-from spark.config import MeshConfig
+from spark.config import ExperimentConfig, MeshConfig, ModelConfig
 from spark.data import pipeline
 from spark.errors import ConfigError, DataError
 from spark.evaluation import sparsity
 from spark.training.loss import cross_entropy
 from spark.training.step import Trainer
 
-DRAIN = 64  # batches whose int32 sums stay on the device before they are added up in 64 bits
+FETCH_EVERY = 64  # batches whose int32 sums stay on the device, before they are fetched and added up in 64 bits
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A trained model, ready to run inside `trainer.context()`."""
 
-    cfg: config.ExperimentConfig
+    cfg: ExperimentConfig
     step: int
     tokenizer: object
     trainer: Trainer
     params: dict
 
 
-def load(workdir, step=None, source='', batch_size=0):
-    """The Model of a run directory.
+def load(workdir: pathlib.Path | epath.Path, step: int | None = None, source: str = '', batch_size: int = 0) -> Model:
+    """The model of a run directory at its newest checkpoint or that of `step`, without the state of the optimizer.
 
-    The run's own mesh is used if it fits the devices that are here, else all devices or one. Parameters alone are read.
-
-    Args:
-      workdir: a pathlib.Path.
-      step: of the checkpoint; None for the newest.
-      source: held-out text instead of the run's own, as in DataConfig.eval_source.
-      batch_size: rows at a time instead of the run's own.
+    It runs on the mesh of the run if that fits the available devices, else on all devices, else on one. `source` replaces the
+    held-out text of the run, as DataConfig.eval_source does, and `batch_size` its rows per batch.
 
     Raises:
-      ConfigError: no run is there. CheckpointError: no such checkpoint, or it cannot be read.
+      ConfigError: `workdir` is no run directory.
+      CheckpointError: there is no such checkpoint, or it cannot be read.
     """
     cfg = config.load(workdir / 'config.json')
     data = {name: value for name, value in [('eval_source', source), ('batch_size', batch_size)] if value}
@@ -55,15 +54,15 @@ def load(workdir, step=None, source='', batch_size=0):
     })  # fmt: skip
     tokenizer, cfg = pipeline.tokenizer_for(cfg)
     checkpoints, step = open_checkpoint(workdir, step)
-    cfg, devices = _fit(cfg, jax.devices())
+    cfg, devices = _fit_mesh(cfg, jax.devices())
     trainer = Trainer(cfg, devices)
     params = checkpoints.restore_params(step, trainer.abstract_state.params)
     checkpoints.close()
     return Model(cfg, step, tokenizer, trainer, params)
 
 
-def evaluate(model, split):
-    """A report of the whole split, 'train', 'validation' or 'test': no token dropped, none counted twice.
+def evaluate(model: Model, split: str) -> tuple[dict, dict]:
+    """Evaluates all tokens of a split ('train', 'validation' or 'test'), each of them once.
 
     Returns:
       (report, sums): a dict for JSON, and the numpy sums of `sparsity.observe`, for plots. `loss` is in nats per token;
@@ -77,8 +76,7 @@ def evaluate(model, split):
         raise DataError(f'{split}: no text to evaluate on')
     report = {'step': model.step, 'split': split, 'tokens': int(sums['tokens']), 'documents': int(sums['ends'])}
     report |= {'bytes': int(sums['bytes']), **_losses(sums['nll'], sums['tokens'], sums['bytes'])}
-    texts = sums['nll'] - sums['nll_ends'], sums['tokens'] - sums['ends']
-    report['without_ends'] = _losses(*texts, sums['bytes'])
+    report['without_ends'] = _losses(sums['nll'] - sums['nll_ends'], sums['tokens'] - sums['ends'], sums['bytes'])
     layers = sparsity.report(cfg.model, sums)
     for name in ('active', 'attended'):
         if f'{name}_mean' in layers[0]:
@@ -86,59 +84,59 @@ def evaluate(model, split):
     return report | {'layers': layers}, sums
 
 
-def accumulate(trainer, params, eos, batches):
+def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable[dict]) -> dict | None:
     """The sums of `sparsity.observe` and of the losses over host batches, in 64 bits; None if there are no batches.
 
-    One compiled step adds them up on the device, and they are fetched once in DRAIN batches.
+    One compiled step adds them up on the device; they are fetched every FETCH_EVERY batches.
     """
     model, pieces = trainer.model, trainer.cfg.train.loss_pieces
 
     def totals(params, batch):
         hidden, sums = sparsity.observe(model, params, batch)
         nll_BxL, _, _ = cross_entropy(model, params, hidden, batch['targets'], pieces)
-        real = batch['segments'] > 0
-        end = real & (batch['targets'] == eos)
-        sums |= {'nll': jnp.sum(nll_BxL * real), 'nll_ends': jnp.sum(nll_BxL * end)}
-        return sums | {'tokens': jnp.sum(real), 'ends': jnp.sum(end), 'bytes': jnp.sum(batch['bytes'])}
+        real_BxL = batch['segments'] > 0
+        end_BxL = real_BxL & (batch['targets'] == eos)
+        sums |= {'nll': jnp.sum(nll_BxL * real_BxL), 'nll_ends': jnp.sum(nll_BxL * end_BxL)}
+        return sums | {'tokens': jnp.sum(real_BxL), 'ends': jnp.sum(end_BxL), 'bytes': jnp.sum(batch['bytes'])}
 
-    everywhere = NamedSharding(trainer.mesh, PartitionSpec())
+    replicated = NamedSharding(trainer.mesh, PartitionSpec())
     shapes = jax.eval_shape(totals, trainer.abstract_state.params, trainer.abstract_batch())
-    zero = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=everywhere)
+    zero = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=replicated)
 
-    @functools.partial(jax.jit, donate_argnums=2, out_shardings=everywhere)
+    @functools.partial(jax.jit, donate_argnums=2, out_shardings=replicated)
     def step(params, batch, sums):
         return jax.tree.map(jnp.add, sums, totals(params, batch))
 
-    total, sums, waiting = None, None, 0
+    total, sums, pending = None, None, 0
     for batch in batches:
-        sums = step(params, trainer.put(batch), sums if waiting else zero())
-        waiting += 1
-        if waiting == DRAIN:
-            total, waiting = _add(total, sums), 0
-    return _add(total, sums) if waiting else total
+        sums = step(params, trainer.put(batch), sums if pending else zero())
+        pending += 1
+        if pending == FETCH_EVERY:
+            total, pending = _add(total, sums), 0
+    return _add(total, sums) if pending else total
 
 
-def flops_report(cfg, context, layers):
-    """FLOPs per token at a context by phase and part, for k as configured, as measured, and for the dense twin.
+def flops_report(cfg: ModelConfig, context: int, layers: list[dict]) -> dict:
+    """FLOPs per token by phase and part: with k as configured, with the measured activity, and of the dense twin.
 
-    Args:
-      cfg: a ModelConfig.
-      context: tokens.
-      layers: of `evaluate`'s report. The measured keys per query are the mean in prefill; in decoding at a context beyond k,
-        those of the queries that saw more than k keys.
+    `layers` are those of the report of `evaluate`. The measured keys per query are the mean of all queries in prefill, and of
+    the queries that saw more than k keys in decoding at a context beyond k.
 
     Returns:
       {'context', 'training' | 'prefill' | 'decode': {'configured' | 'measured' | 'dense': {part or group: FLOPs}}}; training
       computes every entry, so nothing is measured there.
     """
-    of = lambda name: [layer.get(name) for layer in layers]
-    known = lambda values: None if any(v is None for v in values) else np.array(values)
-    active = known(of('active_mean'))
+
+    def measured(name):
+        values = [layer.get(name) for layer in layers]
+        return None if None in values else np.array(values)
+
+    active = measured('active_mean')
     active = None if active is None else active * cfg.ffn.d_ff
     report = {'context': context}
     for phase in flops.PHASES:
-        count = lambda cfg, phase=phase, **measured: flops.flops_per_token(cfg, context, phase, **measured)
-        attended = known(of('attended_mean' if phase == 'prefill' else 'attended_long'))
+        count = lambda cfg, phase=phase, **activity: flops.flops_per_token(cfg, context, phase, **activity)
+        attended = measured('attended_mean' if phase == 'prefill' else 'attended_long')
         if cfg.attention.kind == 'dense' or (phase == 'decode' and context <= cfg.attention.k):
             attended = None
         ways = {'dense': count(flops.dense_twin(cfg)), 'configured': count(cfg)}
@@ -160,12 +158,11 @@ def _add(total, sums):
     return sums if total is None else jax.tree.map(np.add, total, sums)
 
 
-def _fit(cfg, devices):
-    """The config on a mesh that fits, and the devices: the run's own, else all of them by fsdp, else one."""
-    n = len(devices)
-    rows = -(-cfg.data.batch_size // n) * n
-    ways = [(cfg.mesh, cfg.data.batch_size, n), (MeshConfig(data=1, fsdp=n), rows, n), (MeshConfig(), cfg.data.batch_size, 1)]
-    for mesh, batch_size, count in ways:
+def _fit_mesh(cfg, devices):
+    """The config with a mesh that fits, and its devices: the mesh of the run, else fsdp over all devices, else one device."""
+    n, rows = len(devices), cfg.data.batch_size
+    whole = -(-rows // n) * n
+    for mesh, batch_size, count in [(cfg.mesh, rows, n), (MeshConfig(data=1, fsdp=n), whole, n), (MeshConfig(), rows, 1)]:
         data = cfg.data.model_copy(update={'batch_size': batch_size})
         fitted = cfg.model_copy(update={'mesh': mesh, 'data': data})
         try:

@@ -1,39 +1,42 @@
-"""What a model's lookups do with text: who fires, who is attended, and how near to a Gaussian the scores are.
+"""Statistics of a model's lookups on text: active neurons, attended keys, and how close the scores are to a Gaussian.
 
-The statistics are taken where a module turns scores into activations (its `sigma1`), without a line in the model; they are
-sums over tokens, made on the device, and `report` reads them.
+`observe` intercepts the method that turns scores into activations (`sigma1`) and sums over tokens; `report` reads the sums.
 
-Statistical, exact and approximate top-k all keep the entries above some level of the same scores. So the sets are nested: of n
-kept entries and the k largest, min(n, k) are in both, and recall and precision follow from counts alone, without a sort.
+Statistical, exact and approximate top-k all keep the entries above a threshold of the same scores, so their sets are nested: if n
+entries are kept, min(n, k) of them are among the k largest. Recall and precision then follow from n, without a sort.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtr
 
-from spark.config import FFN_KINDS
+from spark.config import FFN_KINDS, ModelConfig
 from spark.nn.attention import Attention
 from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, sow
-from spark.nn.transformer import by_layer
+from spark.nn.transformer import Transformer, by_layer
 
-EDGES = np.linspace(-8, 8, 1025)  # of the histograms of standardised scores; what lies outside counts in the outer bins
+EDGES = np.linspace(-8, 8, 1025)  # bins of standardised scores; scores outside count in the outer bins
 
 
-def observe(model, params, batch):
-    """Forward pass of a batch (see spark.data.pipeline); hidden states (B, L, D), and sums over its tokens, padding excluded.
+def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Runs the forward pass on a batch of `data.pipeline`.
 
     Returns:
-      (hidden, sums); `sums` is a dict of int32 and float32 arrays that start with n_layers, but for `positions` (L,):
-        'active' (F + 1): tokens by the number of neurons that fired; 'fired' (F): tokens that a neuron fired for;
-        'attended' (L + 1): queries, over all heads, by the number of keys attended;
-        'by_position' (L): Σ attended keys by place in the document, mean over heads; 'positions' (L): tokens there;
-        'long' (4): over the queries that see more than k keys: how many, Σ attended, Σ recall, Σ precision;
-        'ffn_scores', 'attention_scores' (bins): standardised scores; in attention, of the long queries.
+      (hidden, sums): the hidden states (B, L, D), and int32 or float32 sums over the tokens without padding. Every sum has a
+      leading axis of n_layers, except `positions`; the rest of its shape is:
+        'active' (F + 1): tokens by their number of active neurons; 'fired' (F): tokens for which each neuron was active;
+        'attended' (L + 1): queries of all heads by their number of attended keys;
+        'by_position' (L): attended keys, mean over heads, by position in the document; 'positions' (L): tokens by position;
+        'long' (4): over the queries that see more than k keys: their number, Σ attended keys, Σ recall, Σ precision;
+        'ffn_scores', 'attention_scores' (bins): histograms of standardised scores; in attention, of those long queries.
     """
     cfg = model.cfg
-    # Blocks do not go through sigma1.
+    # Blockwise attention does not call sigma1.
     whole = model.clone(cfg=cfg.model_copy(update={'attention': cfg.attention.model_copy(update={'impl': 'full'})}))
     rows = batch['tokens'], batch['positions'], batch['segments']
     real_BxL = batch['segments'] > 0
@@ -47,23 +50,23 @@ def observe(model, params, batch):
     attended = layer('attention', 'attended').reshape(n, B, H, L)
     real_BxHxL = jnp.broadcast_to(real_BxL[:, None], (B, H, L))
     sums['attended'] = _tally(attended, real_BxHxL, L)
-    place = batch['positions']
-    sums['positions'] = jnp.zeros(L, jnp.int32).at[place].add(real_BxL)
+    position = batch['positions']
+    sums['positions'] = jnp.zeros(L, jnp.int32).at[position].add(real_BxL)
     mean = jnp.mean(attended, axis=2) * real_BxL
-    sums['by_position'] = jnp.zeros((n, L), jnp.float32).at[:, place].add(mean)
+    sums['by_position'] = jnp.zeros((n, L), jnp.float32).at[:, position].add(mean)
     if cfg.ffn.kind != 'gated':
         sums['active'] = _tally(layer('ffn', 'active').reshape(n, B, L), real_BxL, cfg.ffn.d_ff)
         sums['fired'] = layer('ffn', 'fired')
     return hidden, sums
 
 
-def report(cfg, sums):
-    """Per layer, what summed `sums` of `observe` (numpy) say; a list of n_layers dicts of floats.
+def report(cfg: ModelConfig, sums: dict) -> list[dict]:
+    """One dict per layer of the statistics that the sums of `observe`, added up over batches, give.
 
-    `active_*` are shares of d_ff, `attended_*` keys per query and head. `recall` and `precision` are means over tokens of what
-    top-k keeps against the k largest; `ks` is the Kolmogorov–Smirnov distance of all tokens' standardised scores to the normal
-    distribution, on the bins' edges. `dead` counts neurons that never fired; `gini` is 0 where all fire equally often and 1
-    where one does all. Attention's recall, precision, scores and `attended_long` are over queries that see more than k keys.
+    `active_*` are shares of d_ff; `attended_*` are keys per query and head. `recall` and `precision` compare what top-k keeps
+    with the k largest scores, means over tokens. `ks` is the Kolmogorov–Smirnov distance of the standardised scores to the
+    normal distribution. `dead` counts neurons that were never active; `gini` is 0 if all are active equally often. Attention's
+    recall, precision, ks and `attended_long` are over the queries that see more than k keys.
     """
     f, a = cfg.ffn, cfg.attention
     layers = []
@@ -89,22 +92,22 @@ def report(cfg, sums):
     return layers
 
 
-def kolmogorov_smirnov(histogram):
-    """sup |F(z) − Φ(z)| over the inner EDGES, for a histogram over them."""
+def kolmogorov_smirnov(histogram: np.ndarray) -> float:
+    """max |F(z) − Φ(z)| over the inner EDGES, where F is the distribution of a histogram over EDGES; NaN if it is empty."""
     total = histogram.sum()
     if not total:
         return float('nan')
     return float(np.max(np.abs(np.cumsum(histogram)[:-1] / total - ndtr(EDGES[1:-1]))))
 
 
-def gini(counts):
-    """Gini coefficient of non-negative counts: 0 if all are equal, → 1 if one has everything; NaN if there is none."""
+def gini(counts: Sequence[int] | np.ndarray) -> float:
+    """The Gini coefficient of non-negative counts; NaN if all are 0."""
     x, n = np.sort(np.asarray(counts, float)), len(counts)
     return float(2 * np.arange(1, n + 1) @ x / (n * x.sum()) - (n + 1) / n) if x.sum() else float('nan')
 
 
 def _statistics(k, real_BxL):
-    """An interceptor that sows what the scores and activations of every lookup tell; k: of attention, 0 if it is dense."""
+    """An interceptor that sows the statistics of every lookup; k is that of attention, 0 if it is dense."""
 
     def interceptor(method, args, kwargs, context):
         out = method(*args, **kwargs)
@@ -131,7 +134,7 @@ def _statistics(k, real_BxL):
 
 
 def _histogram(s, where):
-    """Counts over EDGES of the scores s, standardised along the last axis over the valid entries, with 1/(n − 1)."""
+    """A histogram over EDGES of the scores s where `where`, standardised along the last axis (variance over n − 1)."""
     s = s.astype(jnp.float32)
     n = jnp.sum(where, axis=-1, keepdims=True)
     mean = jnp.sum(jnp.where(where, s, 0), axis=-1, keepdims=True) / jnp.maximum(n, 1)
@@ -144,14 +147,14 @@ def _histogram(s, where):
 
 
 def _tally(counts, where, most):
-    """(n_layers, most + 1) int32: how often each count occurs per layer, where `where`."""
+    """(n_layers, most + 1) int32: how often each count from 0 to `most` occurs in each layer, where `where`."""
     n = counts.shape[0]
     index = counts.reshape(n, -1).astype(jnp.int32)
     return jnp.zeros((n, most + 1), jnp.int32).at[jnp.arange(n)[:, None], index].add(where.reshape(-1))
 
 
 def _distribution(tally):
-    """Mean, 95th percentile and maximum of counts 0, 1, … that occur tally[i] times."""
+    """Mean, 95th percentile and maximum of counts, of which count i occurs tally[i] times."""
     n = np.arange(len(tally))
     share = np.cumsum(tally) / tally.sum()
     return {'mean': float(tally @ n / tally.sum()), 'p95': float(np.argmax(share >= 0.95)), 'max': float(np.max(n[tally > 0]))}

@@ -1,13 +1,15 @@
-"""lm-evaluation-harness on our models: its tasks, our tokens, in batches of fixed shapes."""
+"""Runs the tasks of lm-evaluation-harness on a trained model, in batches of few shapes."""
 
 import functools
 import logging
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
@@ -15,28 +17,30 @@ from tqdm import tqdm
 
 from spark.config import nearest
 from spark.errors import ConfigError, DataError
+from spark.evaluation.evaluate import Model
 from spark.inference.decoder import generate
 from spark.inference.layout import from_params, serving_for
 from spark.inference.sampling import Sampling
+from spark.inference.text import cut
 from spark.training.loss import cross_entropy
 
-SHORTEST = 32  # lengths are padded to a power of two, so that few shapes are compiled
+SHORTEST = 32  # lengths are padded to this or a larger power of two, so that few shapes are compiled
 
 
 class HarnessModel(TemplateLM):
-    """An `evaluate.Model` as the harness sees one.
+    """An `evaluate.Model` with the interface of the harness.
 
-    Every text starts with BOS, as in training; an empty context is BOS alone. Contexts are never cut: rotary embedding has no
-    limit, and a longer batch holds fewer rows.
+    Every text starts with BOS, as in training; an empty context is BOS alone. Contexts are never truncated: rotary embedding has
+    no limit, and a longer batch holds fewer rows.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: Model):
         super().__init__()
         self._model, trainer = model, model.trainer
 
         @jax.jit
         def score(params, batch):
-            """Per token: its log-likelihood, and whether it is the likeliest."""
+            """The log-likelihood of each target, and whether it is the likeliest token."""
             hidden = trainer.model.apply(params, batch['tokens'], batch['positions'], batch['segments'])
             nll, _, greedy = cross_entropy(trainer.model, params, hidden, batch['targets'], trainer.cfg.train.loss_pieces)
             return -nll, greedy
@@ -45,7 +49,7 @@ class HarnessModel(TemplateLM):
 
     @functools.cached_property
     def _served(self):
-        """(how it is run, weights for generation), in what it was trained in."""
+        """(Serving, weights) for generation, in the dtype of training."""
         trainer = self._model.trainer
         dtype, mesh = trainer.model.dtype, trainer.mesh
         serving = serving_for(trainer.cfg.model, np.dtype(dtype).name, mesh.devices.flat[0].platform, mesh.size)
@@ -53,23 +57,23 @@ class HarnessModel(TemplateLM):
             return serving, jax.jit(lambda params: from_params(serving, params))(self._model.params)
 
     @property
-    def eot_token_id(self):
+    def eot_token_id(self) -> int:
         return self._model.tokenizer.eos
 
     @property
-    def prefix_token_id(self):
+    def prefix_token_id(self) -> int:
         return self._model.tokenizer.bos
 
     @property
-    def tokenizer_name(self):
+    def tokenizer_name(self) -> str:
         return self._model.cfg.data.tokenizer
 
-    def tok_encode(self, string, add_special_tokens=None, **kwargs):
-        del add_special_tokens, kwargs  # BOS comes with the row
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        del add_special_tokens, kwargs  # BOS is added to each row
         return [int(i) for i in self._model.tokenizer.encode(string)]
 
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """Log-likelihood of whole texts, cut into rows of data.seq_len as training and evaluation cut a document."""
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts, split into rows of data.seq_len as a document is in training and evaluation."""
         length = self._model.cfg.data.seq_len
         rows, owner = [], []
         for i, request in enumerate(requests):
@@ -84,11 +88,11 @@ class HarnessModel(TemplateLM):
             totals[i] += value
         return [float(x) for x in totals]
 
-    def generate_until(self, requests, disable_tqdm=False):
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations, each cut before its first stop string or EOS."""
-        options = [_generation(request.args[1]) for request in requests]
+        options = [_generation_options(request.args[1]) for request in requests]
         prompts = [self._with_bos(self.tok_encode(request.args[0])) for request in requests]
-        # Those that share a compiled program, the longest first.
+        # Requests that can share a compiled program are neighbours; of those, the longest come first.
         order = sorted(range(len(requests)), key=lambda i: (options[i][1:], -len(prompts[i])))
         texts = [''] * len(requests)
         bar = tqdm(total=len(requests), desc='generating', disable=disable_tqdm)
@@ -96,24 +100,22 @@ class HarnessModel(TemplateLM):
             _, n, temperature = options[order[0]]
             L = _bucket(len(prompts[order[0]]))
             rows = self._rows(L + n)
-            taken = [i for i in order[:rows] if options[i][1:] == (n, temperature)]
-            order = order[len(taken) :]
+            chosen = [i for i in order[:rows] if options[i][1:] == (n, temperature)]
+            order = order[len(chosen) :]
             batch = np.full((rows, L), self.prefix_token_id, np.int32)
             lengths = np.ones(rows, np.int32)
-            for row, i in enumerate(taken):
+            for row, i in enumerate(chosen):
                 batch[row, L - len(prompts[i]) :] = prompts[i]
                 lengths[row] = len(prompts[i])
             model = self._model
             with model.trainer.context():
                 new = generate(*self._served, jnp.asarray(batch), jax.random.key(model.cfg.seed),
                                n=n, how=Sampling(temperature), lengths_B=jnp.asarray(lengths))  # fmt: skip
-            for i, ids in zip(taken, np.asarray(new), strict=False):
+            for i, ids in zip(chosen, np.asarray(new), strict=False):
                 ids = [int(t) for t in ids]
                 ids = ids[: ids.index(self.eot_token_id)] if self.eot_token_id in ids else ids
-                text = model.tokenizer.decode(ids)
-                ends = [text.find(stop) for stop in options[i][0] if stop and stop in text]
-                texts[i] = text[: min(ends)] if ends else text
-            bar.update(len(taken))
+                texts[i], _ = cut(model.tokenizer.decode(ids), options[i][0])
+            bar.update(len(chosen))
         bar.close()
         return texts
 
@@ -129,47 +131,46 @@ class HarnessModel(TemplateLM):
         return ids if ids[:1] == [self.prefix_token_id] else [self.prefix_token_id, *ids]
 
     def _rows(self, length):
-        """How many rows of a length hold about as many tokens as a training batch; a multiple of the devices."""
+        """How many rows of a length hold about as many tokens as a training batch; a multiple of the number of devices."""
         cfg, devices = self._model.cfg, self._model.trainer.mesh.size
         return max(1, cfg.data.batch_size * cfg.data.seq_len // (length * devices)) * devices
 
     def _scores(self, rows, disable_tqdm):
-        """[(log-likelihood, all likeliest)] of the last n targets of each (inputs, targets, n)."""
+        """For each row (inputs, targets, n): the log-likelihood of its last n targets, and whether all are the likeliest."""
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-        found = [(0.0, True)] * len(rows)
+        scores = [(0.0, True)] * len(rows)
         model, trainer = self._model, self._model.trainer
         bar = tqdm(total=len(rows), desc='scoring', disable=disable_tqdm)
         while order:
             L = _bucket(len(rows[order[0]][0]))
-            taken, order = order[: self._rows(L)], order[self._rows(L) :]
+            chosen, order = order[: self._rows(L)], order[self._rows(L) :]
             batch = {name: np.zeros((self._rows(L), L), np.int32) for name in ('tokens', 'targets', 'segments', 'positions')}
             batch['positions'] += np.arange(L, dtype=np.int32)
-            for row, i in enumerate(taken):
+            for row, i in enumerate(chosen):
                 inputs, targets, _ = rows[i]
                 for name, values in [('tokens', inputs), ('targets', targets), ('segments', 1)]:
                     batch[name][row, : len(inputs)] = values
             with trainer.context():
                 value, greedy = jax.device_get(self._score(model.params, trainer.put(batch)))
-            for row, i in enumerate(taken):
+            for row, i in enumerate(chosen):
                 end, n = len(rows[i][0]), rows[i][2]
-                here = slice(end - n, end)
-                found[i] = float(np.sum(value[row, here], dtype=np.float64)), bool(greedy[row, here].all())
-            bar.update(len(taken))
+                scored = slice(end - n, end)
+                scores[i] = float(np.sum(value[row, scored], dtype=np.float64)), bool(greedy[row, scored].all())
+            bar.update(len(chosen))
         bar.close()
-        return found
+        return scores
 
 
-def load(names, path=None):
-    """The harness's task manager, once it is certain that the data of all these tasks or groups can be read.
+def load(names: Sequence[str], path: str | None = None) -> TaskManager:
+    """The task manager of the harness, after checking that the data of these tasks or groups can be read.
 
-    Args:
-      names: tasks or groups.
-      path: a directory with task files (YAML) of one's own, which may name Python code to run.
+    `path` is a directory of additional task files (YAML), which may name Python code to run.
 
     Raises:
-      ConfigError: no such task. DataError: its data cannot be read or downloaded.
+      ConfigError: there is no such task.
+      DataError: the data of a task cannot be read or downloaded.
     """
-    for library in ('lm_eval', 'datasets', 'huggingface_hub'):  # what they say of retries is not for the user
+    for library in ('lm_eval', 'datasets', 'huggingface_hub'):  # they log every retry of a download
         logging.getLogger(library).setLevel(logging.CRITICAL)
     if path is not None and not pathlib.Path(path).is_dir():
         raise ConfigError(f'--task_path={path}: no such directory')
@@ -182,34 +183,27 @@ def load(names, path=None):
             raise ConfigError(f'--tasks: no task {name!r}{nearest(name, manager.all_tasks)}')
         try:
             manager.load(name)
-        except Exception as e:  # whatever the data sets' libraries raise
+        except Exception as e:  # the libraries for data sets raise exceptions of many kinds
             raise DataError(f'--tasks={name}: its data cannot be read or downloaded: {type(e).__name__}: {e}') from e
     return manager
 
 
-def run(model, names, manager, *, limit=None, fewshot=None):
-    """Results of harness tasks: {task: {metric: value}}, and the harness's own table.
+def run(model: Model, names: Sequence[str], manager: TaskManager, **options) -> tuple[dict, str]:
+    """Runs tasks or groups: {task: {metric: value}}, and the table that the harness makes of them.
 
-    Args:
-      model: an `evaluate.Model`.
-      names: tasks or groups.
-      manager: of `load`.
-      limit: documents per task; None for all.
-      fewshot: examples in the context; None for the task's own number.
+    `manager` is that of `load`; `options` go to `simple_evaluate`, such as limit (documents per task) and num_fewshot.
     """
-    results = simple_evaluate(
-        HarnessModel(model), tasks=list(names), task_manager=manager, limit=limit, num_fewshot=fewshot, log_samples=False,
-    )  # fmt: skip
+    results = simple_evaluate(HarnessModel(model), tasks=list(names), task_manager=manager, log_samples=False, **options)
     return results['results'], make_table(results)
 
 
-@functools.cache
 def _bucket(length):
+    """The length to which a row of this length is padded."""
     return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
-def _generation(options):
-    """(stop strings, tokens, temperature) of a request's options."""
+def _generation_options(options):
+    """(stop strings, tokens, temperature) of a request."""
     options = dict(options)
     until = options.pop('until', None) or []
     n = options.pop('max_gen_toks', options.pop('max_new_tokens', 256))

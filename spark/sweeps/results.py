@@ -1,4 +1,4 @@
-"""What came out of a sweep: a row per run, means over seeds, tables and plots.
+"""The results of a sweep: a row per run, means over seeds, tables and plots.
 
     OUT/results.csv     a row per run
     OUT/results.md      means over seeds and the Pareto front; below, the runs that did not finish, and why
@@ -8,19 +8,22 @@
 import csv
 import dataclasses
 import json
+import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 
 from spark import config, flops
 from spark.data import pipeline
 from spark.errors import Preempted
-from spark.evaluation import plots
-from spark.sweeps.grid import latest, short_names
+from spark.sweeps import plots
+from spark.sweeps.execute import latest_metrics
+from spark.sweeps.grid import Run, short_names
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Where a run stands; `result` holds the figures of a finished one."""
+    """The status of a run, its values on the axes, and the results if it is finished."""
 
     run: str
     axes: dict
@@ -28,18 +31,17 @@ class Row:
     result: dict = dataclasses.field(default_factory=dict)
 
 
-def collect(out, axes, runs=()):
-    """A Row for every one of `runs` and every run directory in OUT, in the order of the axes' values, others last."""
+def collect(out: pathlib.Path, axes: dict[str, list], runs: Iterable[Run] = ()) -> list[Row]:
+    """A row for each of `runs` and each run directory in OUT, in the order of the axes' values; those off the axes come last."""
     cfgs = {run.name: run.cfg for run in runs}
     cfgs |= {p.parent.name: config.load(p) for p in out.glob('runs/*/config.json')}
     rows = [_row(out, name, cfg, axes) for name, cfg in cfgs.items()]
-    place = lambda value, values: values.index(value) if value in values else len(values)
-    return sorted(rows, key=lambda row: ([place(row.axes[field], axes[field]) for field in axes], row.run))
+    rank = lambda value, values: values.index(value) if value in values else len(values)
+    return sorted(rows, key=lambda row: ([rank(row.axes[field], axes[field]) for field in axes], row.run))
 
 
-def write(out, rows, axes):
-    """results.csv, results.md and the plots of Rows; the paths."""
-    short = short_names(axes)
+def write(out: pathlib.Path, rows: list[Row], axes: dict[str, list]) -> list[pathlib.Path]:
+    """Writes results.csv, results.md and the plots; returns their paths."""
     paths = [out / 'results.csv', out / 'results.md']
     columns = list(dict.fromkeys(name for row in rows for name in row.result))
     with paths[0].open('w', newline='') as f:
@@ -50,17 +52,17 @@ def write(out, rows, axes):
     points = average(rows, axes)
     paths[1].write_text(markdown(points, rows, axes) + '\n')
     if points:
-        labels = {short[field]: field for field in axes if field != 'seed'}
-        paths += plots.sweep(points, pareto(points), labels, out)
+        labels = {name: field for field, name in short_names(axes).items() if field != 'seed'}
+        paths += plots.draw(points, pareto(points), labels, out)
     return paths
 
 
-def average(rows, axes):
-    """Finished rows that differ in nothing but the seed, as one.
+def average(rows: list[Row], axes: dict[str, list]) -> list[dict]:
+    """One point for the finished rows that differ only in the seed.
 
     Returns:
-      [{'axes', 'seeds': how many, 'losses': {seed: test loss}, name: (mean, sample std, min, max),
-        'within': sample std of the test loss once every seed's mean over the points is taken out}]; a std of one value is NaN.
+      [{'axes', 'seeds': their number, 'losses': {seed: test loss}, and for each result (mean, sample std, min, max),
+        'within': sample std of the test loss after subtracting each seed's mean over all points}]; the std of one value is NaN.
     """
     groups = {}
     for row in rows:
@@ -76,25 +78,25 @@ def average(rows, axes):
                 point[name] = (*_mean_and_std(values), min(values), max(values))
         points.append(point)
     common = set.intersection(*(set(p['losses']) for p in points)) if points else ()
-    level = {seed: np.mean([p['losses'][seed] for p in points]) for seed in common}
+    seed_mean = {seed: np.mean([p['losses'][seed] for p in points]) for seed in common}
     for p in points:
-        rest = [p['losses'][seed] - level[seed] for seed in common]
-        p['within'] = _mean_and_std(rest)[1] if rest else float('nan')
+        residuals = [p['losses'][seed] - seed_mean[seed] for seed in common]
+        p['within'] = _mean_and_std(residuals)[1] if residuals else float('nan')
     return points
 
 
-def pareto(points, cost='mflops', loss='test_loss'):
-    """The points that no other one beats in both cost and loss, by ascending cost."""
+def pareto(points: list[dict]) -> list[dict]:
+    """The points that no other point beats in both FLOPs and test loss, by ascending FLOPs."""
     best, front = np.inf, []
-    for point in sorted(points, key=lambda p: (p[cost][0], p[loss][0])):
-        if point[loss][0] < best:
-            best = point[loss][0]
+    for point in sorted(points, key=lambda p: (p['mflops'][0], p['test_loss'][0])):
+        if point['test_loss'][0] < best:
+            best = point['test_loss'][0]
             front.append(point)
     return front
 
 
-def markdown(points, rows, axes):
-    """The averaged points as a table, the Pareto front marked; below it every run that did not finish, and why."""
+def markdown(points: list[dict], rows: list[Row], axes: dict[str, list]) -> str:
+    """The points as a table with the Pareto front marked; below it, every run that did not finish, and why."""
     short = short_names(axes)
     fields = [field for field in axes if field != 'seed']
     head = [*(short[f] for f in fields), 'seeds', 'parameters', 'test loss', 'bits/byte', 'active', 'attended', 'MFLOPs']
@@ -105,7 +107,7 @@ def markdown(points, rows, axes):
     with_spread = lambda mean, std: f'{mean:.4f}' + ('' if np.isnan(std) else f' ± {std:.4f}')
     number = lambda p, name, digits: f'{p[name][0]:.{digits}f}' if name in p else '–'
     for p in points:
-        # Seed by seed, since a seed's data and initial weights move all points alike.
+        # Compared seed by seed, because data and initial weights shift the losses of all points alike.
         behind = [loss - best['losses'][seed] for seed, loss in p['losses'].items() if seed in best['losses']]
         active = f'{p["active"][0]:.1%}' if 'active' in p else '–'
         lines.append('| ' + ' | '.join([
@@ -128,17 +130,17 @@ def _mean_and_std(values):
 
 def _row(out, name, cfg, axes):
     values = {field: config.fields(cfg)[field] for field in axes}
-    summary, ended = out / 'runs' / name / 'summary.json', out / 'logs' / f'{name}.json'
+    summary, exit_record = out / 'runs' / name / 'summary.json', out / 'logs' / f'{name}.json'
     if summary.exists():
-        return Row(name, values, 'done', _figures(cfg, json.loads(summary.read_text())))
-    end = json.loads(ended.read_text()) if ended.exists() else {}
+        return Row(name, values, 'done', _result(cfg, json.loads(summary.read_text())))
+    end = json.loads(exit_record.read_text()) if exit_record.exists() else {}
     if end.get('exit_code') not in (None, 0, Preempted.exit_code):
         return Row(name, values, f'failed, exit code {end["exit_code"]}: {end["message"]}')
-    step, _ = latest(summary.parent)
+    step, _ = latest_metrics(summary.parent)
     return Row(name, values, f'unfinished, at step {step}' if step or summary.parent.exists() else 'not started')
 
 
-def _figures(cfg, summary):
+def _result(cfg, summary):
     model, test = pipeline.tokenizer_for(cfg)[1].model, summary['test']
     context = cfg.data.seq_len
     active = np.array(test['active_by_layer']) * model.ffn.d_ff if 'active_by_layer' in test else None

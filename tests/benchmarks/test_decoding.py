@@ -10,15 +10,15 @@ from tests.helpers import small
 
 
 @pytest.fixture(scope='module')
-def models():
-    """ModelConfigs, Spark and dense."""
-    return [small(kind, **{'model.n_layers': 2}).model for kind in ('spark', 'dense')]
+def cfgs():
+    """Spark and dense."""
+    return [small(kind, **{'model.n_layers': 2}) for kind in ('spark', 'dense')]
 
 
 @pytest.mark.slow
-def test_rows_of_every_benchmark(models):
-    rows = decoding.ffn_decode(*models, repeats=1, layers=2)
-    rows += decoding.decode(*models, repeats=1, contexts=(16,)) + decoding.prefill(*models, repeats=1, length=32, chunk=8)
+def test_rows_of_every_benchmark(cfgs):
+    rows = decoding.ffn_decode(*cfgs, repeats=1, layers=2)
+    rows += decoding.decode(*cfgs, repeats=1, contexts=(16,)) + decoding.prefill(*cfgs, repeats=1, length=32, chunk=8)
     found = [row['name'].partition(':')[0] for row in rows]
     assert [found.count(name) for name in ('ffn_decode', 'decode', 'prefill')] == [3 + cpu.available(), 4, 1]
     assert all(row['ours_ms'] > 0 < row['baseline_ms'] for row in rows)
@@ -26,15 +26,15 @@ def test_rows_of_every_benchmark(models):
     assert 0 < spark['spark_active'] < 96 and spark['limit_by_bytes'] > 1 and spark['peak_memory_over_that'] > 0
 
 
-def test_bytes_of_a_step(models):
+def test_bytes_of_a_step(cfgs):
     """By hand: all weights but the records that slept, and the cache up to where it is filled."""
-    decoder = decoding.Decoder(models[1], 'bfloat16', 16, 40)
+    decoder = decoding.Decoder(cfgs[1].model, 'bfloat16', 16, 40)
     decoder.step()
     weights = sum(x.nbytes for x in jax.tree.leaves(decoder.weights)) - decoder.weights['final_norm'].nbytes
     ring, whole = (sum(x.nbytes / x.shape[2] for x in layer.values()) for layer in decoder.cache.layers[:2])
     np.testing.assert_allclose(decoder.bytes(), weights + 17 * (ring + whole))
     np.testing.assert_allclose(decoder.bytes() - decoder.bytes(head=False), decoder.weights['embedding'].values.nbytes)
-    spark = decoding.Decoder(models[0], 'bfloat16', 16, 40)
+    spark = decoding.Decoder(cfgs[0].model, 'bfloat16', 16, 40)
     spark.step()
     everything = sum(x.nbytes for x in jax.tree.leaves(spark.weights))
     records = sum(w['records'].values.nbytes for w in spark.weights['layers'])

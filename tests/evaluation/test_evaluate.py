@@ -55,7 +55,7 @@ def test_sums_outlive_the_int32_they_are_made_in(run, monkeypatch):
     workdir, _ = run
     model = evaluate.load(workdir)
     whole, _ = evaluate.evaluate(model, 'train')
-    monkeypatch.setattr(evaluate, 'DRAIN', 2)
+    monkeypatch.setattr(evaluate, 'FETCH_EVERY', 2)
     drained, sums = evaluate.evaluate(model, 'train')
     assert sums['attended'].dtype == np.int64
     for a, b in zip(drained['layers'], whole['layers'], strict=True):
@@ -86,7 +86,7 @@ def test_flops_follow_what_was_measured(evaluated):
 
 def test_plots_are_pictures_of_every_layer(evaluated, tmp_path):
     model, report, sums = evaluated
-    paths = plots.evaluation(model.cfg.model, report, sums, 1, tmp_path / 'new' / 'place')
+    paths = plots.draw(model.cfg.model, report, sums, 1, tmp_path / 'new' / 'place')
     assert [p.name for p in paths] == ['activity.png', 'scores_1.png', 'attended.png']
     assert all(p.read_bytes().startswith(b'\x89PNG') and p.stat().st_size > 10_000 for p in paths)
 
@@ -110,10 +110,10 @@ def test_a_run_of_many_devices_is_evaluated_on_what_is_here(run):
     from spark.config import load
 
     cfg = load(workdir / 'config.json')
-    own, devices = evaluate._fit(cfg, jax.devices())
+    own, devices = evaluate._fit_mesh(cfg, jax.devices())
     assert own == cfg and len(devices) == 8
     mesh = cfg.mesh.model_copy(update={'data': 2, 'fsdp': 16, 'model': 2})
-    fitted, devices = evaluate._fit(cfg.model_copy(update={'mesh': mesh}), jax.devices())
+    fitted, devices = evaluate._fit_mesh(cfg.model_copy(update={'mesh': mesh}), jax.devices())
     assert (fitted.mesh.fsdp, fitted.mesh.model, len(devices)) == (8, 1, 8)
-    odd, devices = evaluate._fit(cfg.model_copy(update={'mesh': mesh}), jax.devices()[:5])
+    odd, devices = evaluate._fit_mesh(cfg.model_copy(update={'mesh': mesh}), jax.devices()[:5])
     assert len(devices) == 1 and odd.data.batch_size == 8

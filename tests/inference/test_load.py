@@ -36,7 +36,7 @@ from spark.inference.load import load
 
 load(pathlib.Path(sys.argv[1]), dtype='bfloat16')  # compiles
 before = decoding.memory('VmRSS')
-decoding.forget_peak()
+decoding.reset_peak()
 served = load(pathlib.Path(sys.argv[1]), dtype='bfloat16')
 print(sum(x.nbytes for x in jax.tree.leaves(served.weights)), decoding.memory('VmHWM') - before)
 """

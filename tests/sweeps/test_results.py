@@ -3,8 +3,8 @@
 import numpy as np
 
 from spark import config
-from spark.sweeps import grid as sweep
 from spark.sweeps import results
+from spark.sweeps.grid import prepare_directory
 from tests.helpers import grid
 
 
@@ -45,7 +45,7 @@ def test_seeds_are_averaged_and_the_front_is_what_nothing_beats(tmp_path):
 
 def test_config_of_a_run_is_what_its_row_says(tmp_path):
     base, axes, runs = grid('model.ffn.k=4,8', 'seed=0')
-    sweep.claim(tmp_path, base, axes, runs)
+    prepare_directory(tmp_path, base, axes, runs)
     rows = results.collect(tmp_path, axes, runs)
     assert [(r.axes['model.ffn.k'], r.status) for r in rows] == [(4, 'not started'), (8, 'not started')]
     (tmp_path / 'logs' / f'{runs[0].name}.json').write_text('{"exit_code": 4, "message": "DataError: gone"}')

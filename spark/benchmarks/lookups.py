@@ -1,0 +1,80 @@
+"""Statistical top-k, the Spark FFN and Spark attention by themselves, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from spark import ops
+from spark.benchmarks.timing import interleaved, row
+from spark.config import FFNConfig
+from spark.kernels import blockwise
+from spark.nn.ffn import FFN
+
+
+def _forward_backward(f, cotangent):
+    """A jitted function that returns f's value and the gradients of all of f's arguments."""
+
+    def both(*args):
+        y, backward = jax.vjp(f, *args)
+        return y, backward(cotangent)
+
+    return jax.jit(both)
+
+
+def topk(repeats: int = 5) -> list[dict]:
+    """Top-k alone and as the activation GELU ∘ TopK: statistical against exact, approximate, and plain GELU."""
+    tokens, d, k = 4096, 13824, 1106
+    x, cotangent = jax.random.normal(jax.random.key(0), (2, tokens, d))
+    kinds = {'statistical': ops.statistical_topk, 'exact': ops.exact_topk, 'approx, recall 0.95': ops.approx_topk}
+    functions = {name: lambda x, f=f: f(x, k) for name, f in kinds.items()}
+    functions |= {f'GELU ∘ {name}': lambda x, f=f: jax.nn.gelu(f(x, k)) for name, f in kinds.items()}
+    functions['GELU'] = jax.nn.gelu
+    ms = interleaved({name: functools.partial(_forward_backward(f, cotangent), x) for name, f in functions.items()}, repeats)
+    active = float(jnp.mean(ops.statistical_topk(x, k) > 0))
+    details = {'shape': [tokens, d], 'k': k, 'active': active, 'approx_is_a_sort': jax.default_backend() != 'tpu'}
+    pairs = [('statistical', name) for name in list(kinds)[1:]]
+    pairs += [(f'GELU ∘ {ours}', f'GELU ∘ {baseline}') for ours, baseline in pairs] + [('GELU ∘ statistical', 'GELU')]
+    return [row(f'topk: {ours} against {baseline}', ms[ours], ms[baseline], **details) for ours, baseline in pairs]
+
+
+def ffn(repeats: int = 11) -> list[dict]:
+    """A Spark FFN against the gated FFN of equal parameters, which has the same matmul FLOPs in training."""
+    tokens, D, F = 1024, 2304, 9216
+    x, cotangent = jax.random.normal(jax.random.key(0), (2, 1, tokens, D))
+    cfgs = {'spark': FFNConfig(kind='spark', d_ff=F * 3 // 2, k=1106, r=1024), 'gated': FFNConfig(kind='gated', d_ff=F)}
+    steps = {}
+    for name, cfg in cfgs.items():
+        module = FFN(cfg, jnp.float32)
+        variables = jax.jit(lambda key, module=module: module.init(key, x))(jax.random.key(1))
+        steps[name] = functools.partial(_forward_backward(module.apply, cotangent), variables, x)
+    ms = interleaved(steps, repeats)
+    flops = 3 * 2 * tokens * 3 * D * F
+    details = {'tokens': tokens, 'd_model': D, 'time_ratio': ms['spark'] / ms['gated'], 'gflops_per_s': flops / ms['spark'] / 1e6}
+    return [row('ffn: Spark against gated', ms['spark'], ms['gated'], **details)]
+
+
+def attention(repeats: int = 3) -> list[dict]:
+    """Blockwise attention of one layer of 2B with half the heads, batch 1; and its temporary memory as compiled."""
+    N, G, d = 2, 2, 256
+    specs = {'spark': blockwise.Spec(r=128, k=256, logit_cap=50.0), 'dense': blockwise.Spec(logit_cap=50.0)}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(spec, q, k, v, cotangent):
+        starts = blockwise.visible_starts(jnp.ones((1, q.shape[3]), jnp.int32))
+        y, backward = jax.vjp(lambda *x: blockwise.attention(*x, starts, spec)[0], q, k, v)
+        return y, backward(cotangent)
+
+    shapes = lambda L: [(1, N, G, L, d), (1, N, L, d), (1, N, L, d), (1, N, G, L, d)]
+    memory = {}
+    for L in (2048, 8192, 32768):
+        structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes(L)]
+        analysis = step.lower(specs['spark'], *structs).compile().memory_analysis()
+        memory[f'temporary_mb_at_{L}'] = analysis.temp_size_in_bytes / 1e6
+    rows = []
+    for L in (2048, 8192):
+        keys = jax.random.split(jax.random.key(0), 4)
+        q, *rest = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes(L), strict=True))
+        ms = interleaved({name: functools.partial(step, spec, q / d**0.5, *rest) for name, spec in specs.items()}, repeats)
+        rows.append(row(f'attention: Spark against dense, {L} tokens', ms['spark'], ms['dense'], **memory))
+    return rows

@@ -1,0 +1,136 @@
+"""Training the runs of a sweep: one after another on this machine, or as SLURM jobs."""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+from collections.abc import Callable
+
+import filelock
+from tqdm import tqdm
+
+from spark import config
+from spark.config import ExperimentConfig
+from spark.errors import ConfigError, Preempted
+from spark.runtime import stop_signals
+from spark.sweeps.grid import Run
+
+
+def train_command(train: list[str], config_path: str, overrides: dict, base: ExperimentConfig, run: Run, out: pathlib.Path):
+    """The words of the shell command that trains a run.
+
+    `train` are those before the flags, such as ['python', 'scripts/train.py']; `overrides` are the {field: value} of the
+    command line that turned the file at `config_path` (PATH[:VARIANT]) into `base`.
+    """
+    before, after = config.fields(base), config.fields(run.cfg)
+    changed = overrides | {field: value for field, value in after.items() if value != before[field]}
+    flags = [f'--config.{field}={value}' for field, value in changed.items()]
+    return [*train, f'--config={config_path}', f'--workdir={out / "runs" / run.name}', *flags]
+
+
+def is_finished(out: pathlib.Path, run: Run) -> bool:
+    return (out / 'runs' / run.name / 'summary.json').exists()
+
+
+def execute(command: list[str], out: pathlib.Path, name: str, tick: Callable[[], None] = lambda: None) -> int:
+    """Runs a command and returns its exit code.
+
+    Its output is appended to OUT/logs/NAME.log; its exit code and error message go to NAME.json. A first SIGTERM or SIGINT is
+    passed on to the command, so that a training run saves its state; a second one kills it. `tick` is called twice a second.
+
+    Raises:
+      Preempted: the command was stopped by a signal.
+      filelock.Timeout: another process is executing this run.
+    """
+    log = out / 'logs' / f'{name}.log'
+    with filelock.FileLock(log.with_suffix('.lock'), timeout=0), log.open('ab') as output:
+        start = output.tell()
+        # In a session of its own, so that Ctrl-C does not reach it twice.
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        with stop_signals(lambda n: process.terminate() if n == 1 else process.kill()) as signals:
+            while True:
+                try:
+                    code = process.wait(timeout=0.5)
+                    break
+                except subprocess.TimeoutExpired:
+                    tick()
+        lines = log.read_bytes()[start:].decode('utf-8', 'replace').replace('\r', '\n').split('\n')
+        last = next((s for s in reversed(lines) if 'Error: ' in s), next((s for s in reversed(lines) if s.strip()), ''))
+        record = {'exit_code': code, 'message': last if code else ''}
+        log.with_suffix('.json').write_text(json.dumps(record) + '\n')
+    if signals or code == Preempted.exit_code:
+        raise Preempted(f'stopped in {name} of {out}; run the same command to resume')
+    return code
+
+
+def run_locally(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path):
+    """Trains the runs that are not finished, one after another; `commands` is {run name: its command}.
+
+    Raises:
+      Preempted: a signal came; the state of the current run is saved.
+    """
+    steps = {run.name: run.cfg.train.steps for run in runs}
+    done = sum(steps[run.name] for run in runs if is_finished(out, run))
+    with tqdm(total=sum(steps.values()), initial=done, desc='sweep', unit='step') as bar:
+        for i, run in enumerate(runs):
+            if is_finished(out, run):
+                continue
+            before = bar.n
+
+            def tick(i=i, run=run, before=before):
+                step, loss = latest_metrics(out / 'runs' / run.name)
+                bar.n = before + step
+                bar.set_postfix_str(f'run {i + 1} of {len(runs)}: {run.name}' + (f', loss {loss:.3f}' if loss else ''))
+
+            tick()
+            try:
+                code = execute(commands[run.name], out, run.name, tick)
+            except filelock.Timeout:
+                bar.write(f'{run.name}: another process is training it')
+                continue
+            bar.n = before + steps[run.name]
+            bar.refresh()
+            if code:
+                bar.write(f'{run.name}: failed with exit code {code}, see {out}/logs/{run.name}.log')
+
+
+def submit(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path, parameters: dict) -> dict[str, str]:
+    """Submits the runs that are not finished to SLURM, one job per run; returns {run name: job id}.
+
+    `parameters` are those of `submitit.SlurmExecutor.update_parameters`, such as time, partition, gpus_per_node.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise ConfigError("--launcher=slurm needs submitit: pip install 'spark-transformer[slurm]'") from None
+    jobs, folder = {}, out.absolute() / 'slurm'
+    try:
+        executor = submitit.SlurmExecutor(folder=folder)
+        executor.update_parameters(**{'job_name': out.name, **parameters})
+        for run in runs:
+            job_file = out / 'logs' / f'{run.name}.job'
+            if is_finished(out, run):
+                continue
+            if job_file.exists():
+                earlier = submitit.SlurmJob(folder=folder, job_id=job_file.read_text().strip())
+                if not earlier.done():
+                    print(f'{run.name}: job {earlier.job_id} has not ended')
+                    continue
+            job = executor.submit(execute, commands[run.name], out.absolute(), run.name)
+            job_file.write_text(f'{job.job_id}\n')
+            jobs[run.name] = job.job_id
+    except Exception as e:  # submitit raises exceptions of many kinds
+        raise ConfigError(f'--launcher=slurm: {type(e).__name__}: {e}') from None
+    return jobs
+
+
+def latest_metrics(workdir: pathlib.Path) -> tuple[int, float | None]:
+    """(step, loss) of the last complete line of training metrics in a run directory; (0, None) if there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError), (workdir / 'metrics.jsonl').open('rb') as f:
+        f.seek(max(f.seek(0, os.SEEK_END) - 20_000, 0))
+        for line in reversed(f.read().split(b'\n')[:-1]):
+            record = json.loads(line)
+            if record['split'] == 'train':
+                return record['step'], record['loss'] if isinstance(record['loss'], float) else None
+    return 0, None
