@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from spark import config, errors
-from spark.runtime import join_processes, run_directory, use_huge_pages, write_json
+from spark.runtime import initialize_distributed, run_directory, use_huge_pages, write_json
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with an optional variant: PATH[:VARIANT].')
 RESTORE = flags.DEFINE_string('restore_from', None, 'A run, or a checkpoints/STEP of one: a new run starts from its weights.')
@@ -40,7 +40,7 @@ def main():
     # Imported here, so that a wrong config is told before jax starts.
     import jax
 
-    join_processes()
+    initialize_distributed()
 
     from spark.training.run import train
 

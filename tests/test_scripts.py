@@ -99,7 +99,7 @@ def test_the_same_seed_gives_the_same_run(place):
         (['--wrokdir=x'], 2, "Unknown command line flag 'wrokdir'. Did you mean: workdir ?"),
         (['extra'], 2, "unexpected argument 'extra'"),
         (['--config.data.source=text:/no/where.txt'], 4, 'text:/no/where.txt: no file matches'),
-        (['--config.data.source=stdlb'], 2, "'stdlb' is no source; want stdlib"),
+        (['--config.data.source=stdlb'], 2, "'stdlb' is not a source; want stdlib"),
         (['--config.data.tokenizer=hf:/no/where.json'], 4, 'No such file'),
         (['--config.optimizer.lr=1e30', '--config.optimizer.clip=0', '--workdir={}/diverged'], 3, 'loss'),
     ],
