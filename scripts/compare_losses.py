@@ -2,8 +2,8 @@
 
     python scripts/compare_losses.py OLD_REV NEW_REV [--config=configs/tiny.py[:VARIANT]] [--steps=20]
 
-Both revisions train with this Python in temporary worktrees, with the compiled kernels of this checkout. `loss` and `grad_norm` are
-compared in every record that both write. Exit codes: 0 equal, 1 different, 2 a revision that cannot be trained.
+Both revisions train with this Python in temporary worktrees, with the compiled kernels of this checkout. `loss` and `grad_norm`
+are compared in every record that both write. Exit codes: 0 equal, 1 different, 2 a revision that cannot be trained.
 """
 
 import json
@@ -47,13 +47,14 @@ def main():
     if len(REVISIONS) != 2:
         raise errors.ConfigError(f'{len(REVISIONS)} revisions: want OLD_REV NEW_REV')
     with tempfile.TemporaryDirectory() as scratch:
-        old, new = (train(revision, pathlib.Path(scratch) / name) for revision, name in zip(REVISIONS, ('old', 'new'), strict=True))
+        old, new = (train(revision, pathlib.Path(scratch) / str(i)) for i, revision in enumerate(REVISIONS))
     subprocess.run(['git', '-C', str(ROOT), 'worktree', 'prune'], check=True)
     both = sorted(old.keys() & new.keys())
     different = [key for key in both if old[key] != new[key]]
     for step, split, name in different[:10]:
         print(f'step {step}, {split} {name}: {old[step, split, name]!r} became {new[step, split, name]!r}')
-    print(f'{len(both)} values of {STEPS.value} steps compared: ' + (f'{len(different)} differ' if different else 'bitwise equal'))
+    verdict = f'{len(different)} differ' if different else 'bitwise equal'
+    print(f'{len(both)} values of {STEPS.value} steps compared: {verdict}')
     sys.exit(1 if different or not both else 0)
 
 

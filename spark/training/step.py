@@ -52,7 +52,7 @@ class Trainer:
         )
         self.n_params = sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
         self._batch_sharding = sharding.batch_sharding(self.mesh)
-        # Does the step skip bad updates? Skipping makes XLA sum gradients over slices in float32, a quarter more bytes on the slow
+        # Does the step skip bad updates? That makes XLA sum gradients over slices in float32, a quarter more bytes on the slow
         # network. So several slices skip only if train.max_skips asks for it; a run still stops before it saves a bad state.
         self.guarded = cfg.train.max_skips > 0 or cfg.mesh.slices == 1
         self.train_step = jax.jit(
