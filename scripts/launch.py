@@ -69,10 +69,10 @@ def main():
     if not DRY_RUN.value:
         launch(via, described, ROOT)
         return
-    for command in ENGINES[via].commands(described, ROOT):
-        print(command)
-        if command.script:
-            print('', command.script, sep='\n')
+    for words, script in ENGINES[via].commands(described, ROOT):
+        print(shlex.join(words))
+        if script:
+            print('', script, sep='\n')
 
 
 if __name__ == '__main__':

@@ -89,9 +89,6 @@ def initialize_distributed() -> None:
 
     A job is described by JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by the environment of
     SLURM, Open MPI, Kubernetes (an indexed job or JobSet) or Cloud TPU.
-
-    Raises:
-      ConfigError: the three variables are inconsistent.
     """
     import jax
 

@@ -25,11 +25,9 @@ def _checksums(arrays):
 
 @jax.jit
 def checksum(x: jax.Array | np.ndarray, start: np.ndarray, shape: np.ndarray) -> jax.Array:
-    """The contribution of a block to the checksum of its array; those of disjoint blocks add up, modulo 2³².
+    """The contribution to its array's checksum of a block x; the contributions of blocks add up, modulo 2³².
 
-    Args:
-      x: the block.
-      start, shape: the index of its first element, and the shape of the whole array; uint32.
+    `start` is the index of the block's first element, `shape` that of the whole array; both uint32.
     """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)

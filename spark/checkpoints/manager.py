@@ -77,13 +77,7 @@ class Checkpoints:
     def restore_newest(self, abstract_state: Any) -> tuple[int, Any, Any] | None:
         """(step, state, data) of the newest undamaged checkpoint; None if there are no checkpoints.
 
-        Newer ones that are damaged are moved to WORKDIR/damaged, with a warning.
-
-        Args:
-          abstract_state: a tree of shapes, dtypes and shardings.
-
-        Raises:
-          DamagedError: all are damaged. CheckpointError: they are of another model.
+        Newer ones that are damaged are moved to WORKDIR/damaged, with a warning. Raises as `restore` does.
         """
         steps, restored, damaged = self.steps(), None, []
         for step in reversed(steps):
@@ -100,44 +94,24 @@ class Checkpoints:
             tqdm.write(f'Warning: {error}. It was moved to {DAMAGED_DIR}/; {lost} steps are lost and trained again')
         return restored
 
-    def restore(self, step: int, abstract_state: Any) -> tuple[Any, Any]:
+    def restore(self, step: int, abstract: Any, partial: bool = False) -> tuple[Any, Any]:
         """(state, data) of a step.
+
+        `abstract` is a tree of shapes, dtypes and shardings; if `partial`, it is a part of the state, maybe with other dtypes.
 
         Raises:
           DamagedError: it cannot be read, or a checksum differs. CheckpointError: it is of another model.
         """
-        return self._restore(step, abstract_state)
-
-    def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """The parameters of a step, or the part of them that `abstract_params` names. Raises as `restore` does."""
-        return self._restore(step, {'params': abstract_params}, partial=True)[0]['params']
-
-    def stored(self, step: int, abstract_params: Any, tick: Callable[[int], None] = lambda n: None) -> Any:
-        """The parameters of a step as a tree of `StoredArray`, to read piece by piece; raises as `restore` does.
-
-        Args:
-          step: that of the checkpoint.
-          abstract_params: shapes, and the dtypes to cast to.
-          tick: called with the number of elements of each piece that was read.
-        """
-        tree = {'params': abstract_params}
-        saved = self._metadata(step, tree, partial=True)['checksums']
-        state = self._path(step) / 'state'
-        arrays = [StoredArray(state, name, x.dtype, saved[name], tick) for name, x in by_path(tree).items()]
-        return jax.tree.unflatten(jax.tree.structure(tree), arrays)['params']
-
-    def _restore(self, step, abstract, partial=False):
-        """(tree, data) of a step; `partial`: the tree is a part of what was saved."""
         metadata, restored, error = None, None, None
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
         try:
             metadata = self._metadata(step, abstract, partial)
             restored = ocp.PyTreeCheckpointHandler().restore(self._path(step) / 'state', args=args)
-        except CheckpointError as e:
-            if not isinstance(e, DamagedError):
-                raise
+        except DamagedError as e:
             error = e
+        except CheckpointError:
+            raise
         except Exception as e:
             error = DamagedError(f'{self.directory}/{step}: cannot be restored: {root_cause(e)}')
         # All processes restore this checkpoint, or none does.
@@ -148,6 +122,21 @@ class Checkpoints:
             raise error or DamagedError(f'{self.directory}/{step}: cannot be restored in another process')
         self._verify(step, restored, metadata['checksums'])
         return restored, metadata['data']
+
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """The parameters of a step, or those of them that `abstract_params` names; raises as `restore` does."""
+        return self.restore(step, {'params': abstract_params}, partial=True)[0]['params']
+
+    def stored(self, step: int, abstract_params: Any, tick: Callable[[int], None] = lambda n: None) -> Any:
+        """The parameters of a step as a tree of `StoredArray`, to read piece by piece; raises as `restore` does.
+
+        `abstract_params` has the dtypes to cast to; `tick` is called with the number of elements of each piece that was read.
+        """
+        tree = {'params': abstract_params}
+        saved = self._metadata(step, tree, partial=True)['checksums']
+        state = self._path(step) / 'state'
+        arrays = [StoredArray(state, name, x.dtype, saved[name], tick) for name, x in by_path(tree).items()]
+        return jax.tree.unflatten(jax.tree.structure(tree), arrays)['params']
 
     def _metadata(self, step, abstract, partial=False):
         """{'data': position in the data, 'checksums': {path: int}} of a step, if it was saved from a tree like `abstract`."""
@@ -223,11 +212,7 @@ class Checkpoints:
 
 
 def open_checkpoint(workdir: epath.PathLike, step: int | None = None) -> tuple[Checkpoints, int]:
-    """The Checkpoints of a run, and the step that was asked for, or the newest.
-
-    Raises:
-      CheckpointError: there is no such checkpoint.
-    """
+    """(the Checkpoints of a run, the step that was asked for or the newest); a CheckpointError if there is none."""
     directory = epath.Path(workdir) / 'checkpoints'
     checkpoints = Checkpoints(directory) if directory.is_dir() else None
     steps = checkpoints.steps() if checkpoints else []

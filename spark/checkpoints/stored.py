@@ -16,11 +16,10 @@ class StoredArray:
 
     It is read chunk by chunk, as it is stored, so that little is in memory besides the result. Chunks begin at multiples of
     `aligned` rows. Reading raises a DamagedError if a chunk cannot be read, and, when every row has been read, if the checksum
-    is not the saved one.
+    is not the saved one. `tick` is called with the number of elements of each chunk that was read.
     """
 
     def __init__(self, directory: epath.Path, name: str, dtype: np.dtype, saved_checksum: int, tick: Callable[[int], None]):
-        """`directory` is that of the saved state; `tick` is called with the number of elements of each chunk that was read."""
         self._directory, self._name, self._unaccounted, self._tick = directory, name, saved_checksum, tick
         self._store = self._checked(lambda: ts.open({
             'driver': 'zarr', 'kvstore': {'driver': 'ocdbt',

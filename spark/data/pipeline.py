@@ -42,7 +42,7 @@ def train_dataset(cfg: DataConfig, seed: int, tokenizer: Tokenizer) -> grain.Ite
 
 
 class EvalDataset:
-    """The batches of a split in order, once, without dropping any; the last one is padded."""
+    """The batches of a split, 'validation', 'test' or 'train', in order, once, without dropping any; the last one is padded."""
 
     def __init__(self, cfg: DataConfig, split: str, tokenizer: Tokenizer):
         self._cfg, self._tokenizer = cfg, tokenizer
@@ -58,11 +58,6 @@ class EvalDataset:
         lengths = self._documents.map(lambda text: len(self._tokenizer.encode(text)) + 1)
         tokens = sum(lengths.to_iter_dataset(_read_options(self._cfg)))
         return -(-tokens // (self._cfg.batch_size * self._cfg.seq_len))
-
-
-def eval_dataset(cfg: DataConfig, split: str, tokenizer: Tokenizer) -> EvalDataset:
-    """The `EvalDataset` of a split, 'validation', 'test' or 'train'."""
-    return EvalDataset(cfg, split, tokenizer)
 
 
 def held_out(cfg: DataConfig, split: str) -> list[sources.Documents]:

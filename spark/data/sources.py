@@ -98,8 +98,16 @@ def _open_part(part, split, cfg, held_out_source):
         return _tfds(part, _stdlib_builder(cfg), split)
     kind, _, rest = part.partition(':')
     if kind == 'tfds':
-        return _tfds(part, _tfds_builder(part, rest), split)
-    files = _files(part, rest)
+        import tensorflow_datasets as tfds
+
+        try:
+            builder = tfds.builder(rest)
+        except Exception as e:
+            raise DataError(f'{part}: {e}') from e
+        return _tfds(part, builder, split)
+    files = sorted(pathlib.Path(f) for f in glob.glob(os.path.expanduser(rest), recursive=True) if os.path.isfile(f))
+    if not files:
+        raise DataError(f'{part}: no file matches')
     if kind == 'text':
         files = [_prepare_text(part, files, cache_dir(cfg))]
     try:
@@ -123,13 +131,6 @@ def _split(part, n, split, holdout):
     return np.sort(chosen)
 
 
-def _files(part, pattern):
-    files = sorted(pathlib.Path(f) for f in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(f))
-    if not files:
-        raise DataError(f'{part}: no file matches')
-    return files
-
-
 def _stdlib_builder(cfg):
     from spark.data.stdlib_corpus.stdlib_corpus_dataset_builder import Builder
 
@@ -143,15 +144,6 @@ def _stdlib_builder(cfg):
     except (OSError, UnicodeError, SyntaxError) as e:
         raise DataError(f'stdlib: cannot be prepared in {home}: {e}') from e
     return builder
-
-
-def _tfds_builder(part, name):
-    import tensorflow_datasets as tfds
-
-    try:
-        return tfds.builder(name)
-    except Exception as e:
-        raise DataError(f'{part}: {e}') from e
 
 
 def _tfds(part, builder, split):

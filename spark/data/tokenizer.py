@@ -1,29 +1,17 @@
-"""Tokenizers, chosen by one string: bytes | sentencepiece:FILE | hf:FILE; and how to train one."""
+"""Tokenizers, chosen by one string: bytes | sentencepiece:FILE | hf:FILE; and how to train one.
+
+A tokenizer has `vocab_size`, the ids `bos` and `eos`, `encode`, which adds neither, and `decode`, which drops special tokens.
+"""
 
 import io
 import pathlib
 from collections.abc import Iterable
-from typing import Protocol
 
 import numpy as np
 import sentencepiece
 import tokenizers
 
 from spark.errors import ConfigError, DataError
-
-
-class Tokenizer(Protocol):
-    """Text to ids and back."""
-
-    vocab_size: int
-    bos: int
-    eos: int
-
-    def encode(self, text: str) -> np.ndarray:
-        """int32 ids, without BOS or EOS."""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text, without special tokens."""
 
 
 class ByteTokenizer:
@@ -86,6 +74,9 @@ class HFTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+Tokenizer = ByteTokenizer | SentencePieceTokenizer | HFTokenizer
 
 
 def load(spec: str) -> Tokenizer:

@@ -78,7 +78,7 @@ def collect(model, split, layer):
         'tokens': np.zeros((), np.int32),
     }
     best = jax.device_put(best, everywhere)
-    dataset = pipeline.eval_dataset(cfg.data, split, model.tokenizer)
+    dataset = pipeline.EvalDataset(cfg.data, split, model.tokenizer)
     with trainer.context(), contextlib.closing(iter(dataset)) as batches:
         for batch in tqdm(batches, desc=f'neurons of layer {layer}', unit='batch', leave=False):
             best = step(model.params, trainer.put(batch), best)

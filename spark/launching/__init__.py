@@ -6,6 +6,7 @@ the commands that launch a job of the git repository `root`. An exact git revisi
 """
 
 import pathlib
+import shlex
 import shutil
 import subprocess
 
@@ -37,8 +38,9 @@ def launch(via: str, job: Job, root: pathlib.Path) -> None:
     if not shutil.which(program):
         raise ConfigError(f'--via={via}: {program} is not on the PATH; --dry_run prints what would run')
     for command in ENGINES[via].commands(job, root):
-        command.write_script()
-        print(f'$ {command}', flush=True)
+        if command.script:
+            pathlib.Path(command.words[-1]).write_text(command.script)
+        print(f'$ {shlex.join(command.words)}', flush=True)
         code = subprocess.run(command.words).returncode
         if code:
             raise ConfigError(f'--via={via}: {command.words[0]} ended with exit code {code}')

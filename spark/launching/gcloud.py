@@ -3,7 +3,7 @@
 import pathlib
 import shlex
 
-from spark.launching.job import Command, Job, git_archive, option_flags, parse_topology, restart_loop
+from spark.launching.job import Command, Job, parse_topology, restart_loop
 
 PROGRAM = 'gcloud'
 OPTIONS = {'zone': None, 'project': '', 'spot': '', 'version': ''}
@@ -13,7 +13,8 @@ RUNTIMES = {'v4': 'tpu-ubuntu2204-base', 'v5e': 'v2-alpha-tpuv5-lite', 'v5p': 'v
 def commands(job: Job, root: pathlib.Path) -> list[Command]:
     """Archive the revision, create the VMs, copy the archive, and start the training in the background."""
     kind, accelerator, _ = parse_topology(job.topology)
-    tpu, where, archive = ['gcloud', 'compute', 'tpus', 'tpu-vm'], option_flags(job, 'zone', 'project'), f'{job.archive}.tar'
+    tpu, archive = ['gcloud', 'compute', 'tpus', 'tpu-vm'], f'{job.archive}.tar'
+    where = [f'--{name}={job.options[name]}' for name in ('zone', 'project') if name in job.options]
     start = (
         f'mkdir -p {job.name} && tar -xf {job.name}.tar -C {job.name} && cd {job.name} && python3 -m venv .venv && '
         f". .venv/bin/activate && pip install -q '.[tpu,gcs]' && "
@@ -21,7 +22,7 @@ def commands(job: Job, root: pathlib.Path) -> list[Command]:
     )
     version, spot = job.options.get('version', RUNTIMES[kind]), ['--spot'] if job.options.get('spot') else []
     return [
-        Command([*git_archive(job, root), '-o', archive]),
+        Command(['git', '-C', str(root), 'archive', job.revision, '-o', archive]),
         Command([*tpu, 'create', job.name, f'--accelerator-type={accelerator}', *where, f'--version={version}', *spot]),
         Command([*tpu, 'scp', archive, f'{job.name}:{job.name}.tar', '--worker=all', *where]),
         Command([*tpu, 'ssh', job.name, '--worker=all', *where, f'--command={start}']),

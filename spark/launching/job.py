@@ -1,4 +1,4 @@
-"""What all engines share: a job, its revision, its topology, and the shell lines that train it."""
+"""What the engines share: a job, its revision, its topology, and the shell lines that train it."""
 
 import math
 import pathlib
@@ -31,18 +31,10 @@ class Job(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A shell command. If it has a script, that is first written to the path that is its last word."""
+    """The words of a shell command; a script, if it has one, is first written to the path that is the last word."""
 
     words: list[str]
     script: str = ''
-
-    def write_script(self) -> None:
-        """Writes the script, if there is one."""
-        if self.script:
-            pathlib.Path(self.words[-1]).write_text(self.script)
-
-    def __str__(self):
-        return shlex.join(self.words)
 
 
 def parse_topology(text: str) -> tuple[str, str, int]:
@@ -67,20 +59,10 @@ def git_revision(root: pathlib.Path, allow_changes: bool = False) -> str:
     return head.stdout.strip()
 
 
-def git_archive(job: Job, root: pathlib.Path) -> list[str]:
-    """The words of the command that writes the job's revision to stdout as a tar file."""
-    return ['git', '-C', str(root), 'archive', job.revision]
-
-
 def unpack(job: Job, root: pathlib.Path, directory: str) -> Command:
     """The command that unpacks the job's revision into a directory."""
-    target = shlex.quote(directory)
-    return Command(['bash', '-c', f'mkdir -p {target} && {shlex.join(git_archive(job, root))} | tar -x -C {target}'])
-
-
-def option_flags(job: Job, *names: str) -> list[str]:
-    """--NAME=VALUE of those options that are set."""
-    return [f'--{name}={job.options[name]}' for name in names if name in job.options]
+    target, archive = shlex.quote(directory), shlex.join(['git', '-C', str(root), 'archive', job.revision])
+    return Command(['bash', '-c', f'mkdir -p {target} && {archive} | tar -x -C {target}'])
 
 
 def train_line(job: Job) -> str:

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from spark.launching.job import Command, Job, option_flags, parse_topology, train_line, unpack
+from spark.launching.job import Command, Job, parse_topology, train_line, unpack
 
 PROGRAM = 'xpk'
 OPTIONS = {
@@ -12,9 +12,10 @@ OPTIONS = {
 
 def commands(job: Job, root: pathlib.Path) -> list[Command]:
     """Unpack the revision, and create a workload from it."""
+    options = [f'--{name}={job.options[name]}' for name in OPTIONS if name in job.options]
     create = [
         'xpk', 'workload', 'create', f'--workload={job.name}', f'--tpu-type={parse_topology(job.topology)[1]}',
-        f'--num-slices={job.slices}', *option_flags(job, *OPTIONS), f'--script-dir={job.archive}',
+        f'--num-slices={job.slices}', *options, f'--script-dir={job.archive}',
         '--restart-on-exit-codes=75', '--termination-grace-period-seconds=600',
         # exec, so that SIGTERM reaches Python
         f"--command=pip install -q '.[tpu,gcs]' && exec {train_line(job)}",

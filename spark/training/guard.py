@@ -51,12 +51,8 @@ def judge(cfg: TrainConfig, guard: Guard, objective: jax.Array, norm: jax.Array)
 def first_not_finite(trainer: Any, params: dict, batch: dict) -> str:
     """Says where the first number that is not finite appears: in a parameter, a module's output, the loss or a gradient.
 
-    Repeats the forward and backward pass of the train step, and checks every module.
-
-    Args:
-      trainer: a Trainer, inside its context.
-      params: those before the update.
-      batch: host arrays, as from spark.data.pipeline.
+    Repeats the forward and backward pass of the train step on `params`, those before the update, and a batch of host arrays, and
+    checks every module. Runs inside the context of the Trainer.
     """
     n, order = trainer.cfg.train.accumulate, []
     probe = jax.jit(lambda params, rows: _probe(trainer, params, rows, order))

@@ -82,8 +82,7 @@ class Profiler:
 class Log:
     """Turns a step's sums on the device into metrics one step later, so that reading them never holds up the next step.
 
-    Args:
-      params_before: returns (the parameters before a bad update, words about them), to find what is not finite.
+    `params_before` returns (the parameters before a bad update, words about them), to find what is not finite.
     """
 
     def __init__(

@@ -24,13 +24,9 @@ CACHE_DIR = 'JAX_COMPILATION_CACHE_DIR'
 
 
 def train(cfg: ExperimentConfig, workdir: epath.PathLike) -> tuple[dict, Trainer, TrainState]:
-    """Trains to cfg.train.steps; resumes from the newest checkpoint in `workdir` if there is one.
+    """Trains to cfg.train.steps, from the newest checkpoint in `workdir` if there is one; (summary, trainer, final state).
 
-    Returns:
-      (summary, trainer, state): `summary` is a dict for people, `state` the final TrainState.
-
-    Raises:
-      SparkError: with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
+    Raises a SparkError with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
     """
     # XLA's errors are translated before anything is closed, since closing may wait for processes that have died.
     with contextlib.ExitStack() as stack, _translated_errors():
@@ -42,9 +38,7 @@ def train(cfg: ExperimentConfig, workdir: epath.PathLike) -> tuple[dict, Trainer
 class Run:
     """The state of a run: its step, parameters and data iterator, whether they are evaluated and saved, and where it reports.
 
-    Args:
-      cfg, workdir: as for `train`.
-      stack: closes what the run opens.
+    What it opens is closed by `stack`.
     """
 
     def __init__(self, cfg: ExperimentConfig, workdir: epath.Path, stack: contextlib.ExitStack):
@@ -57,7 +51,7 @@ class Run:
             config.check_devices(self.cfg, jax.device_count())
             # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
             dataset = pipeline.train_dataset(cfg.data, cfg.seed, tokenizer)
-            self.held_out = {split: pipeline.eval_dataset(cfg.data, split, tokenizer) for split in ('validation', 'test')}
+            self.held_out = {split: pipeline.EvalDataset(cfg.data, split, tokenizer) for split in ('validation', 'test')}
             claim_directory(workdir, cfg)
             if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
                 jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
@@ -252,8 +246,7 @@ def _check_nothing_lost(workdir, save_every):
 def claim_directory(workdir: epath.Path, cfg: ExperimentConfig) -> None:
     """Writes config.json to a new run directory, or compares the one that is there: only `config.HOW` may change.
 
-    Raises:
-      ConfigError: the directory belongs to a run with another config, or holds files but no run.
+    Raises a ConfigError if the directory belongs to a run with another config, or holds files but no run.
     """
     path = workdir / 'config.json'
     if path.exists():

@@ -32,11 +32,9 @@ class TrainState:
 
 
 class Trainer:
-    """The compiled parts of a run on a mesh: initial state, train step, eval step.
+    """The compiled parts of a run on a mesh of some devices (None: all): initial state, train step, eval step.
 
-    Args:
-      cfg: an ExperimentConfig with model.vocab_size filled in.
-      devices: those to run on; None for all.
+    model.vocab_size of the config must be filled in.
     """
 
     def __init__(self, cfg: ExperimentConfig, devices: Sequence[jax.Device] | None = None):

@@ -17,10 +17,8 @@ class MetricsWriter:
     """Appends one JSON object per call to WORKDIR/metrics.jsonl, and its numbers to WORKDIR/tensorboard.
 
     A run that resumes at `step` drops the records after that step, and does not write again those that are kept: no step
-    appears twice. In a bucket, where files cannot be appended to, `flush` writes the whole file again.
-
-    Raises:
-      CheckpointError: from any method, if the files cannot be written.
+    appears twice. In a bucket, where files cannot be appended to, `flush` writes the whole file again. Every method raises a
+    CheckpointError if the files cannot be written.
     """
 
     def __init__(self, workdir: epath.Path, step: int):

@@ -16,7 +16,7 @@ from spark.nn.layers import METRICS
 from spark.nn.transformer import activity
 from spark.training import loss, optimizer, sharding, trackers
 from spark.training import run as train_module
-from spark.training.run import claim, train
+from spark.training.run import claim_directory, train
 from spark.training.step import Trainer
 from spark.training.trackers import MetricsWriter
 from tests.helpers import model_and_params, records, small, write_corpus
@@ -307,10 +307,10 @@ def test_metrics_in_a_bucket(monkeypatch):
     monkeypatch.setattr(fsspec, 'filesystem', lambda name, **_: Bucket())
     monkeypatch.setattr(trackers.tensorboardX, 'SummaryWriter', lambda *_, **__: mock.Mock())
     workdir = epath.Path('gs://bucket/run')
-    claim(workdir, small())
-    claim(workdir, small())
+    claim_directory(workdir, small())
+    claim_directory(workdir, small())
     with pytest.raises(ConfigError, match='belongs to a run with seed = 0, now 1'):
-        claim(workdir, small(seed=1))
+        claim_directory(workdir, small(seed=1))
     for start, steps in [(0, (1, 2, 3)), (2, (3, 4))]:
         writer = MetricsWriter(workdir, start)
         for step in steps:
