@@ -123,6 +123,19 @@ def test_missing_files_and_help(place):
         assert nothing.returncode == 2 and nothing.stderr.count('\n') == 1
 
 
+@pytest.mark.slow
+def test_losses_of_two_revisions_are_compared(place):
+    tmp, _ = place
+    text = (tmp / 'config.py').read_text()
+    (tmp / 'varying.py').write_text(text.replace('    return c', '    import os; c.seed = os.getpid()\n    return c'))
+    for name, code, words in [('config', 0, 'values of 4 steps compared: bitwise equal'), ('varying', 1, 'differ')]:
+        command = script('compare_losses.py', 'HEAD', 'HEAD', f'--config={tmp}/{name}.py', '--steps=4')
+        done = subprocess.run(command, env=environment(tmp), capture_output=True, text=True, timeout=300)
+        assert done.returncode == code and words in done.stdout.splitlines()[-1], done
+    done = subprocess.run(script('compare_losses.py', 'HEAD'), env=environment(tmp), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and '1 revisions: want OLD_REV NEW_REV' in done.stderr
+
+
 def test_train_a_tokenizer(place):
     tmp, _ = place
     args = ['tokenizer.py', f'--source=text:{tmp}/*.txt', f'--out={tmp}/t.model']

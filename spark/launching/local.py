@@ -13,7 +13,7 @@ from spark.runtime import stop_signals
 def run(words: list[str], processes: int, revision: str, restarts: int) -> int:
     """Runs a command in several processes of one JAX program, and again while they exit with 75; returns the exit code.
 
-    If one process fails, the others are killed. Raises Preempted if a SIGTERM or Ctrl-C came and was forwarded: the state is saved.
+    If one process fails, the others are killed. Raises Preempted if a SIGTERM or Ctrl-C was forwarded, and the state is saved.
     """
     for restart in range(restarts + 1):
         if restart:
