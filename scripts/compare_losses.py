@@ -24,19 +24,21 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 REVISIONS = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
 
 
+def worktree(*words):
+    subprocess.run(['git', '-C', str(ROOT), 'worktree', *words], check=True)
+
+
 def train(revision, scratch):
     """{(step, split, metric): value} of a run at a revision, in the directory `scratch`."""
     tree, workdir = scratch / 'tree', scratch / 'run'
     overrides = {'train.steps': STEPS.value, 'train.log_every': 1, 'optimizer.warmup_steps': STEPS.value // 4, 'sample.tokens': 0}
     words = [f'--config={CONFIG.value}', f'--workdir={workdir}', *(f'--config.{name}={n}' for name, n in overrides.items())]
-    git = lambda *words: subprocess.run(['git', '-C', str(ROOT), 'worktree', *words], check=True)
     try:
-        git('add', '--quiet', '--detach', str(tree), revision)
+        worktree('add', '--quiet', '--detach', str(tree), revision)
         for kernels in (ROOT / 'spark' / 'kernels').glob('_cpu*.so'):
             shutil.copy(kernels, tree / 'spark' / 'kernels')
         env = os.environ | {'PYTHONPATH': str(tree)}
         subprocess.run([sys.executable, 'scripts/train.py', *words], cwd=tree, env=env, check=True)
-        git('remove', '--force', str(tree))
     except subprocess.CalledProcessError as e:
         raise errors.ConfigError(f'{revision} cannot be trained: {e}') from None
     records = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
@@ -46,9 +48,11 @@ def train(revision, scratch):
 def main():
     if len(REVISIONS) != 2:
         raise errors.ConfigError(f'{len(REVISIONS)} revisions: want OLD_REV NEW_REV')
-    with tempfile.TemporaryDirectory() as scratch:
-        old, new = (train(revision, pathlib.Path(scratch) / str(i)) for i, revision in enumerate(REVISIONS))
-    subprocess.run(['git', '-C', str(ROOT), 'worktree', 'prune'], check=True)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            old, new = (train(revision, pathlib.Path(scratch) / str(i)) for i, revision in enumerate(REVISIONS))
+    finally:
+        worktree('prune')
     both = sorted(old.keys() & new.keys())
     different = [key for key in both if old[key] != new[key]]
     for step, split, name in different[:10]:
