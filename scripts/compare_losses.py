@@ -24,11 +24,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 REVISIONS = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
 
 
-def worktree(*words):
+def worktree(*words: str) -> None:
     subprocess.run(['git', '-C', str(ROOT), 'worktree', *words], check=True)
 
 
-def train(revision, scratch):
+def train(revision: str, scratch: pathlib.Path) -> dict:
     """{(step, split, metric): value} of a run at a revision, in the directory `scratch`."""
     tree, workdir = scratch / 'tree', scratch / 'run'
     overrides = {'train.steps': STEPS.value, 'train.log_every': 1, 'optimizer.warmup_steps': STEPS.value // 4, 'sample.tokens': 0}
@@ -45,7 +45,7 @@ def train(revision, scratch):
     return {(r['step'], r['split'], name): r[name] for r in records for name in ('loss', 'grad_norm') if name in r}
 
 
-def main():
+def main() -> None:
     if len(REVISIONS) != 2:
         raise errors.ConfigError(f'{len(REVISIONS)} revisions: want OLD_REV NEW_REV')
     try:

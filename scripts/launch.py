@@ -30,7 +30,7 @@ DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print the commands, and run nothi
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def main():
+def main() -> None:
     for name, flag in [('config', CONFIG), ('workdir', WORKDIR)]:
         if not flag.value:
             raise errors.ConfigError(f'--{name} is missing; see --help')
