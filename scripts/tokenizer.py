@@ -16,7 +16,7 @@ from spark.data import sources, tokenizer
 
 SOURCE = flags.DEFINE_string('source', 'stdlib', f'Text to train on: {sources.KINDS}.')
 VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 2048, 'Pieces, with 256 bytes and 3 specials.', lower_bound=300)
-MAX_DOCUMENTS = flags.DEFINE_integer('max_documents', 100_000, 'Train on at most so many documents, evenly spread over the source.', lower_bound=1)
+MAX_DOCUMENTS = flags.DEFINE_integer('max_documents', 100_000, 'Use at most so many, spread evenly.', lower_bound=1)
 OUT = flags.DEFINE_string('out', None, 'The file to write.')
 
 
