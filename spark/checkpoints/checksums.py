@@ -24,7 +24,7 @@ def _checksums(arrays):
 
 
 @jax.jit
-def checksum(x: jax.Array | np.ndarray, start: np.ndarray, shape: np.ndarray) -> jax.Array:
+def checksum(x: jax.Array | np.ndarray, start: jax.Array | np.ndarray, shape: jax.Array | np.ndarray) -> jax.Array:
     """The contribution to its array's checksum of a block x; the contributions of blocks add up, modulo 2³².
 
     `start` is the index of the block's first element, `shape` that of the whole array; both uint32.
