@@ -1,6 +1,7 @@
 """What is handed to the engines, word for word; and local jobs, in real processes."""
 
 import os
+import pathlib
 import shlex
 import signal
 import subprocess
@@ -24,7 +25,7 @@ def job(via, *settings, workdir='gs://bucket/runs/big', **more):
 
 
 def commands(via, job):
-    return [command.words for command in ENGINES[via].commands(job, '/repo')]
+    return [command.words for command in ENGINES[via].commands(job, pathlib.Path('/repo'))]
 
 
 TRAIN = (
@@ -58,7 +59,7 @@ def test_slurm():
     unpack, submit = commands('slurm', mine)
     source = '/shared/runs/big.source-0123456789ab'
     assert submit == ['sbatch', f'{source}/launch.sbatch'] and source in unpack[-1]
-    script = ENGINES['slurm'].commands(mine, '/repo')[1].script
+    script = ENGINES['slurm'].commands(mine, pathlib.Path('/repo'))[1].script
     assert {
         '#SBATCH --nodes=4', '#SBATCH --gres=gpu:8', '#SBATCH --signal=TERM@600', f'cd {source}',
         f'srun {TRAIN.replace("gs://bucket/runs/big", shared)}', '[ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"',
