@@ -27,7 +27,5 @@ def decayed(params: Any) -> Any:
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """AdamW with clipping by the global gradient norm."""
-    adamw = optax.adamw(
-        schedule(cfg, steps), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
-    )
+    adamw = optax.adamw(schedule(cfg, steps), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=decayed)
     return optax.chain(optax.clip_by_global_norm(cfg.clip), adamw) if cfg.clip else adamw

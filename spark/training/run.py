@@ -70,9 +70,7 @@ class Run:
             self.watchdog.alive('compiling', slow=True)
             with self.clock.during('compile'):
                 self.train_step = self.trainer.compile_train_step()
-        self.bar = tqdm(
-            total=cfg.train.steps, initial=self.step, desc='train', unit='step', disable=jax.process_index() != 0
-        )
+        self.bar = tqdm(total=cfg.train.steps, initial=self.step, desc='train', unit='step', disable=jax.process_index() != 0)
         stack.callback(self.bar.close)
         self.log = Log(self.trainer, self.writer, self.bar, self.step, self.clock, self._params_before)
 
