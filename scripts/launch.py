@@ -3,7 +3,7 @@
     python scripts/launch.py --config=PATH[:VARIANT] --workdir=gs://BUCKET/RUN --via=xpk|gcloud|slurm|local \
         [--topology=v5e-256] [--processes=N] [--set=NAME=VALUE …] [--config.x.y=value …] [--dry_run]
 
-What runs elsewhere is the committed revision, which is copied there; a run that was preempted (exit code 75) is started again.
+Other machines run the committed revision, which is copied there. A run that was preempted (exit code 75) is started again.
 --dry_run prints the commands. The config is checked first, also against the number of devices. Exit codes: 0 launched (local:
 done), 2 bad config, or an engine that fails, 75 stopped (local); otherwise that of scripts/train.py (local).
 """
@@ -20,59 +20,59 @@ from spark import config, errors
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with an optional variant: PATH[:VARIANT].')
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory that all hosts see: gs://… or a shared file system.')
-VIA = flags.DEFINE_enum('via', 'local', ['local', 'slurm', 'gcloud', 'xpk'], 'What starts it.')
-TOPOLOGY = flags.DEFINE_string('topology', None, 'Of gcloud and xpk: v5e-256, or v5e:16x16; of each of mesh.slices slices.')
-PROCESSES = flags.DEFINE_integer('processes', 1, 'Of local: how many.', lower_bound=1)
-RESTARTS = flags.DEFINE_integer('restarts', 100, 'Of local: how often to start again after a preemption.', lower_bound=0)
+VIA = flags.DEFINE_enum('via', 'local', ['local', 'slurm', 'gcloud', 'xpk'], 'What starts the run.')
+TOPOLOGY = flags.DEFINE_string('topology', None, 'For gcloud and xpk: of each slice, such as v5e-256 or v5e:16x16.')
+PROCESSES = flags.DEFINE_integer('processes', 1, 'For local: the number of processes.', lower_bound=1)
+RESTARTS = flags.DEFINE_integer('restarts', 100, 'For local: how often to start again after a preemption.', lower_bound=0)
 SET = flags.DEFINE_multi_string('set', [], 'NAME=VALUE for the engine, such as zone=…, cluster=…, nodes=4, partition=….')
-NAME = flags.DEFINE_string('name', None, 'Of the job; default: made from the workdir.')
+NAME = flags.DEFINE_string('name', None, 'The name of the job; default: made from the workdir.')
 DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print the commands, and run nothing.')
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def main():
+def main() -> None:
     for name, flag in [('config', CONFIG), ('workdir', WORKDIR)]:
         if not flag.value:
             raise errors.ConfigError(f'--{name} is missing; see --help')
     cfg = config.validate(CONFIG.value)
-    from spark.launching import launch
+    from spark.launching import ENGINES, job, launch, local, parse_options
 
     via = VIA.value
-    elsewhere = via in ('gcloud', 'xpk')
-    if elsewhere != bool(TOPOLOGY.value):
-        want = 'want such as v5e-256' if elsewhere else f'not for --via={via}'
+    on_tpu = via in ('gcloud', 'xpk')
+    if on_tpu != bool(TOPOLOGY.value):
+        want = 'want such as v5e-256' if on_tpu else f'not for --via={via}'
         raise errors.ConfigError(f'--topology={TOPOLOGY.value}: {want}')
     if via != 'local' and PROCESSES.value != 1:
-        raise errors.ConfigError(f'--processes={PROCESSES.value}: of --via=local; --via={via} starts one per host')
-    if elsewhere and not WORKDIR.value.startswith(('gs://', '/')):
+        raise errors.ConfigError(f'--processes={PROCESSES.value}: only for --via=local; --via={via} starts one per host')
+    if on_tpu and not WORKDIR.value.startswith(('gs://', '/')):
         raise errors.ConfigError(f'--workdir={WORKDIR.value}: want gs://BUCKET/…, or an absolute path that all hosts see')
-    options = launch.options(via, SET.value)
-    if elsewhere:
-        config.check_devices(cfg, launch.topology(TOPOLOGY.value)[2] * cfg.mesh.slices)
+    options = parse_options(via, SET.value)
+    if on_tpu:
+        config.check_devices(cfg, job.parse_topology(TOPOLOGY.value)[2] * cfg.mesh.slices)
     if via == 'gcloud' and cfg.mesh.slices > 1:
-        raise errors.ConfigError(f'mesh.slices = {cfg.mesh.slices}: one slice for --via=gcloud; --via=xpk starts several')
-    revision = launch.revision(ROOT, changed_is_fine=via == 'local')
+        raise errors.ConfigError(f'mesh.slices = {cfg.mesh.slices}: --via=gcloud starts one slice; --via=xpk starts several')
+    revision = job.git_revision(ROOT, allow_changes=via == 'local')
     workdir = WORKDIR.value if '://' in WORKDIR.value else str(pathlib.Path(WORKDIR.value).absolute())
     name = NAME.value or re.sub('[^a-z0-9]+', '-', pathlib.Path(workdir).name.lower()).strip('-')[:39] or 'spark'
     train = [arg for arg in sys.argv[1:] if re.match('--?config[.]', arg)] + [f'--workdir={workdir}']
     given = next(arg.partition('=')[2] for arg in sys.argv if re.match('--?config=', arg))
     if via != 'local' and not pathlib.Path(given.partition(':')[0]).resolve().is_relative_to(ROOT):
-        raise errors.ConfigError(f'--config={given}: want a file of the repository {ROOT}, which is what goes there')
+        raise errors.ConfigError(f'--config={given}: want a file of the repository {ROOT}, which is copied to the other machines')
     train.insert(0, f'--config={given if via == "local" else pathlib.Path(given).resolve().relative_to(ROOT)}')
-    job = launch.Job(name, train, workdir, revision, TOPOLOGY.value, cfg.mesh.slices, options)
     if via == 'local':
         words = [sys.executable, str(ROOT / 'scripts' / 'train.py'), *train]
         if DRY_RUN.value:
             print(f'{PROCESSES.value} × {shlex.join(words)}')
             return
-        sys.exit(launch.run_locally(words, PROCESSES.value, revision, RESTARTS.value))
+        sys.exit(local.run(words, PROCESSES.value, revision, RESTARTS.value))
+    described = job.Job(name, train, workdir, revision, TOPOLOGY.value, cfg.mesh.slices, options)
     if not DRY_RUN.value:
-        launch.execute(via, job, ROOT)
+        launch(via, described, ROOT)
         return
-    for words in launch.commands(via, job, ROOT):
+    for words, script in ENGINES[via].commands(described, ROOT):
         print(shlex.join(words))
-        if words[0] == 'sbatch':
-            print('', launch.slurm_script(job), sep='\n')
+        if script:
+            print('', script, sep='\n')
 
 
 if __name__ == '__main__':

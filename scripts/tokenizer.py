@@ -16,11 +16,11 @@ from spark.data import sources, tokenizer
 
 SOURCE = flags.DEFINE_string('source', 'stdlib', f'Text to train on: {sources.KINDS}.')
 VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 2048, 'Pieces, with 256 bytes and 3 specials.', lower_bound=300)
-MAX_DOCUMENTS = flags.DEFINE_integer('max_documents', 100_000, 'At most so many documents, spread over each part.', lower_bound=1)
+MAX_DOCUMENTS = flags.DEFINE_integer('max_documents', 100_000, 'Use at most so many, spread evenly.', lower_bound=1)
 OUT = flags.DEFINE_string('out', None, 'The file to write.')
 
 
-def main():
+def main() -> None:
     if not OUT.value:
         raise errors.ConfigError('--out is missing; see --help')
     out = pathlib.Path(OUT.value)

@@ -1,4 +1,4 @@
-"""Train a model; run the same command again to go on after any interruption.
+"""Train a model; after any interruption, run the same command again to resume.
 
     python scripts/train.py --config=configs/tiny.py[:VARIANT] --workdir=DIR [--config.x.y=value …] [--json=FILE]
 
@@ -12,24 +12,24 @@ import os
 import signal
 
 for _number in (signal.SIGINT, signal.SIGTERM):
-    # Before anything has begun, nothing is lost; train() has its own handlers.
+    # Until train() sets its own handlers there is nothing to save.
     signal.signal(_number, lambda *_: os._exit(75))
-    # Registered first, so called last: Python then drops its handlers, and a signal would kill what has ended already.
+    # Registered first, so called last: Python then drops its handlers, and a late signal would change the exit code.
     atexit.register(signal.signal, _number, signal.SIG_IGN)
 
 from absl import flags
 from ml_collections import config_flags
 
 from spark import config, errors
-from spark.runtime import join_processes, run_directory, use_huge_pages, write_json
+from spark.runtime import initialize_distributed, run_directory, use_huge_pages, write_json
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with an optional variant: PATH[:VARIANT].')
-RESTORE = flags.DEFINE_string('restore_from', None, 'A run, or a checkpoints/STEP of one: a new run starts from its weights.')
-WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory, or gs://…: new, or one of the same config to go on with.')
+RESTORE = flags.DEFINE_string('restore_from', None, 'A run, or a checkpoints/STEP of one, whose weights a new run starts from.')
+WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory, or gs://…: a new one, or that of a run to resume.')
 JSON = flags.DEFINE_string('json', None, 'Also write the summary to this file.')
 
 
-def main():
+def main() -> None:
     for name, flag in [('config', CONFIG), ('workdir', WORKDIR)]:
         if not flag.value:
             raise errors.ConfigError(f'--{name} is missing; see --help')
@@ -37,17 +37,17 @@ def main():
         CONFIG.value.train.restore_from = RESTORE.value
     cfg = config.validate(CONFIG.value)
 
-    # Imported here, so that a wrong config is told before jax starts.
+    # Imported here, so that a wrong config is reported before JAX starts.
     import jax
 
-    join_processes()
+    initialize_distributed()
 
     from spark.training.run import train
 
     workdir = run_directory(WORKDIR.value)
     summary, trainer, state = train(cfg, workdir)
     summary['sample'] = continuation(cfg, trainer, state)
-    summary['revision'] = os.environ.get('SPARK_REVISION')  # of scripts/launch.py
+    summary['revision'] = os.environ.get('SPARK_REVISION')  # set by scripts/launch.py
     if jax.process_index() == 0:
         write_json(workdir / 'summary.json', summary)
         if JSON.value:
@@ -55,8 +55,8 @@ def main():
         print(table(cfg, summary))
 
 
-def continuation(cfg, trainer, state):
-    """What the model writes after cfg.sample.prompt, or None if the config asks for no sample."""
+def continuation(cfg: config.ExperimentConfig, trainer, state) -> str | None:
+    """cfg.sample.prompt and what the model writes after it; None if the config asks for no sample."""
     import jax
     import jax.numpy as jnp
 
@@ -69,16 +69,16 @@ def continuation(cfg, trainer, state):
         return None
     tokenizer = load(cfg.data.tokenizer)
     prompt = jnp.asarray([[tokenizer.bos, *tokenizer.encode(cfg.sample.prompt)]], jnp.int32)
-    with jax.set_mesh(trainer.mesh):  # without the axes of activations: one row is not spread
+    with jax.set_mesh(trainer.mesh):  # but no rules for activations, since a single row cannot be sharded
         serving = Serving(cfg.model, jnp.dtype(trainer.model.dtype).name, platform=trainer.model.platform)
         weights = jax.jit(lambda params: from_params(serving, params))(state.params)
-        how = Sampling(cfg.sample.temperature)
-        tokens = generate(serving, weights, prompt, jax.random.key(cfg.seed), n=cfg.sample.tokens, how=how)
+        sampling = Sampling(cfg.sample.temperature)
+        tokens = generate(serving, weights, prompt, jax.random.key(cfg.seed), n=cfg.sample.tokens, how=sampling)
     return cfg.sample.prompt + tokenizer.decode(jax.device_get(tokens)[0])
 
 
-def table(cfg, summary):
-    """The run in a few lines, to read and to paste."""
+def table(cfg: config.ExperimentConfig, summary: dict) -> str:
+    """The summary as a Markdown table."""
     test, f, a = summary['test'], cfg.model.ffn, cfg.model.attention
     speed, gz = summary['tokens_per_second'], test['gzip_bits_per_byte']
     rows = [

@@ -1,4 +1,4 @@
-"""A process and the machine it runs on: huge pages, its companions in other processes, whole files, how it is stopped."""
+"""The process and its machine: huge pages, joining a job of several processes, atomic file writes, requests to stop."""
 
 import contextlib
 import ctypes
@@ -8,37 +8,39 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from etils import epath
 
 from spark.errors import ConfigError
 
-# Seconds after which jax ends all processes of a job because one is silent: the watchdog comes before it, and says more.
-HEARTBEAT = 900
+# JAX ends all processes of a job when one has been silent for so long. The watchdog should act first: it prints the stacks.
+HEARTBEAT_SECONDS = 900
 
 
-def use_huge_pages():
-    """Starts the program anew with glibc's huge pages, once, on a Linux machine that computes on its CPU.
+def use_huge_pages() -> None:
+    """Restarts the program once with glibc's huge pages, on a Linux machine that computes on its CPU.
 
-    XLA:CPU allocates its temporaries for every execution, and the kernel hands them out page by page: with 2 MB pages a
-    training step of the tiny model takes about two thirds of the time. The results are the same.
+    XLA:CPU allocates its temporaries in every execution, and the kernel maps them page by page. With 2 MB pages a training
+    step of the tiny model takes about two thirds of the time. The results are the same.
     """
-    tunables, ours, stops = os.environ.get('GLIBC_TUNABLES'), 'glibc.malloc.hugetlb=1', (signal.SIGTERM, signal.SIGINT)
-    if tunables == ours:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
-    chip = os.path.exists('/dev/nvidiactl') or _chips()
-    if sys.platform != 'linux' or tunables is not None or (chip and os.environ.get('JAX_PLATFORMS') != 'cpu'):
+    tunables, huge_pages, signals = os.environ.get('GLIBC_TUNABLES'), 'glibc.malloc.hugetlb=1', (signal.SIGTERM, signal.SIGINT)
+    if tunables == huge_pages:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    accelerator = os.path.exists('/dev/nvidiactl') or _is_tpu_host()
+    if sys.platform != 'linux' or tunables is not None or (accelerator and os.environ.get('JAX_PLATFORMS') != 'cpu'):
         return
-    os.environ['GLIBC_TUNABLES'] = ours
-    signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # what comes meanwhile waits for the new program's handlers
+    os.environ['GLIBC_TUNABLES'] = huge_pages
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # a signal that comes now waits for the restarted program's handlers
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 @contextlib.contextmanager
-def freed_at_once():
-    """Inside, glibc gives freed buffers of a megabyte and more back to the system, as it does those of over 32 MB anyway.
+def freed_at_once() -> Iterator[None]:
+    """Inside, glibc returns freed buffers of a megabyte and more to the system; by default only those of over 32 MB.
 
-    While a model is read, what its many threads leave free would otherwise stay with the process: a third of the weights.
+    Otherwise the buffers that reading a model frees, in its many threads, stay with the process: a third of the weights.
     """
     threshold = -3  # M_MMAP_THRESHOLD
     _glibc('mallopt', threshold, 1 << 20)
@@ -49,8 +51,8 @@ def freed_at_once():
         trim()
 
 
-def trim():
-    """glibc gives the system what it holds free: a compiler leaves behind a tenth of a gigabyte."""
+def trim() -> None:
+    """Makes glibc return its free memory to the system: the compiler leaves a tenth of a gigabyte behind."""
     _glibc('malloc_trim', 0)
 
 
@@ -59,8 +61,8 @@ def _glibc(name, *args):
         function(*args)
 
 
-def write_text(path, text, error=ConfigError):
-    """A file, here or in a bucket (gs://…), whole or not at all; an `error` if it cannot be written."""
+def write_text(path: epath.PathLike, text: str, error: type[Exception] = ConfigError) -> None:
+    """Writes a file atomically, locally or in a bucket (gs://…); raises `error` if it cannot be written."""
     path = epath.Path(path)
     scratch = path.with_name(path.name + '.tmp')
     try:
@@ -70,82 +72,76 @@ def write_text(path, text, error=ConfigError):
         raise error(f'{path}: {e.strerror or e}') from None
 
 
-def write_json(path, value):
-    """`write_text` of a JSON value."""
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + '\n')
 
 
-def run_directory(flag):
-    """The path that --workdir names: a directory, or gs://BUCKET/…; a ConfigError without what buckets want."""
+def run_directory(flag: str) -> epath.Path:
+    """The path that --workdir names: a directory, or gs://BUCKET/…; a ConfigError if support for buckets is not installed."""
     if flag.startswith('gs://') and not importlib.util.find_spec('gcsfs'):
-        raise ConfigError(f"--workdir={flag}: a bucket wants pip install 'spark-transformer[gcs]'")
+        raise ConfigError(f"--workdir={flag}: buckets need pip install 'spark-transformer[gcs]'")
     return epath.Path(flag)
 
 
-def join_processes():
-    """Joins the processes of a job into one jax program; nothing to do in a job of one process. Before jax is used.
+def initialize_distributed() -> None:
+    """Joins the processes of a job into one JAX program. Call it before JAX is used; it does nothing for a single process.
 
-    A job is told by JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by what SLURM, Open MPI,
-    Kubernetes (an indexed job or JobSet) or Cloud TPU leave in the environment.
-
-    Raises:
-      ConfigError: the three variables do not go together.
+    A job is described by JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by the environment of
+    SLURM, Open MPI, Kubernetes (an indexed job or JobSet) or Cloud TPU.
     """
     import jax
 
-    patience = {'heartbeat_timeout_seconds': HEARTBEAT, 'shutdown_timeout_seconds': 30}
-    address = os.environ.get('JAX_COORDINATOR_ADDRESS')
-    if address:
-        numbers = [os.environ.get(name, '') for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')]
-        if not all(n.isdigit() for n in numbers) or not int(numbers[1]) < int(numbers[0]) or ':' not in address:
+    timeouts = {'heartbeat_timeout_seconds': HEARTBEAT_SECONDS, 'shutdown_timeout_seconds': 30}
+    if address := os.environ.get('JAX_COORDINATOR_ADDRESS'):
+        count, index = (os.environ.get(name, '') for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'))
+        if not (count.isdigit() and index.isdigit()) or int(index) >= int(count) or ':' not in address:
             raise ConfigError(
-                f'JAX_COORDINATOR_ADDRESS={address}, JAX_NUM_PROCESSES={numbers[0]}, JAX_PROCESS_ID={numbers[1]}: '
-                'want host:port, how many, and which, from 0'
+                f'JAX_COORDINATOR_ADDRESS={address}, JAX_NUM_PROCESSES={count}, JAX_PROCESS_ID={index}: '
+                'want host:port, the number of processes, and the index of this one, from 0'
             )
-        if int(numbers[0]) > 1:
-            jax.distributed.initialize(address, *map(int, numbers), **patience)
+        if int(count) > 1:
+            jax.distributed.initialize(address, int(count), int(index), **timeouts)
         return
-    # Of the step that srun starts: SLURM_NTASKS stands in an allocation's own shell, too, where nobody else would join.
-    several = [int(os.environ.get(name, '1')) for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')]
-    pod = _chips() and os.environ.get('JAX_PLATFORMS') in (None, 'tpu')
-    if max(several) > 1 or 'JOB_COMPLETION_INDEX' in os.environ or pod:
-        jax.distributed.initialize(**patience)
+    # The number of tasks of the srun step. SLURM_NTASKS is also set in the shell of an allocation, where no other process joins.
+    counts = [int(os.environ.get(name, '1')) for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')]
+    tpu = _is_tpu_host() and os.environ.get('JAX_PLATFORMS') in (None, 'tpu')
+    if max(counts) > 1 or 'JOB_COMPLETION_INDEX' in os.environ or tpu:
+        jax.distributed.initialize(**timeouts)
 
 
-def _chips():
-    """Is this a Cloud TPU host?"""
+def _is_tpu_host():
     return any(map(os.path.exists, ('/dev/accel0', '/dev/vfio/0')))
 
 
 @contextlib.contextmanager
-def stopping():
-    """Yields stop(): has this job been asked to stop, by SIGTERM or a first SIGINT?
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGTERM or a first SIGINT has asked this job to stop.
 
-    Of several processes, a SIGTERM to any is meant for all. All must ask equally often, and are told so at the same time
-    (`jax.experimental.multihost_utils.reached_preemption_sync_point`); a SIGINT ends the process that gets it.
+    In a job of several processes, a SIGTERM to one of them stops all. Every process must call the function equally often, and
+    all get the same answers (`jax.experimental.multihost_utils.reached_preemption_sync_point`). A SIGINT ends its process.
     """
     import jax
     from jax.experimental import multihost_utils
 
     if jax.process_count() > 1:
-        asked = itertools.count()
-        told = []
+        calls, requested = itertools.count(), False
 
-        def together():
-            if not told and multihost_utils.reached_preemption_sync_point(next(asked)):
-                told.append(True)
-            return bool(told)
+        def stop_requested():
+            nonlocal requested
+            requested = requested or multihost_utils.reached_preemption_sync_point(next(calls))
+            return requested
 
-        yield together
+        yield stop_requested
         return
-    # A second Ctrl-C is meant.
+    # A second Ctrl-C does not wait for the state to be saved.
     with stop_signals(lambda n: signal.signal(signal.SIGINT, signal.default_int_handler)) as received:
         yield lambda: bool(received)
 
 
 @contextlib.contextmanager
-def stop_signals(handle):
-    """Yields a list of the SIGTERM and SIGINT that came; `handle(n)` is called at the n-th. Outside of the main thread: never."""
+def stop_signals(handle: Callable[[int], Any]) -> Iterator[list[int]]:
+    """Yields the list of SIGTERMs and SIGINTs received so far; the n-th one also calls `handle(n)`. Main thread only."""
     received = []
 
     def handler(number, frame):
@@ -154,11 +150,11 @@ def stop_signals(handle):
         handle(len(received))
 
     try:
-        before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread: the caller handles signals
-        before = {}
+        previous = {}
     try:
         yield received
     finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+        for number, old_handler in previous.items():
+            signal.signal(number, old_handler)

@@ -1,8 +1,8 @@
 """Scripts in forks of a process that has imported everything: a case takes milliseconds instead of seconds.
 
 `python -m tests.forks` reads one JSON object per line, {argv, stops, output, seconds}, runs scripts/ARGV[0] with the rest of
-argv in a fork, where each of `stops`, such as 'spark.training.run:_compile', ends the process with 0, and answers with the
-exit code.
+argv in a fork, where each of `stops`, such as 'spark.training.step:Trainer.init_state', ends the process with 0, and answers
+with the exit code.
 """
 
 import importlib

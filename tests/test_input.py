@@ -22,7 +22,7 @@ from tests.processes import run, write_config
 QUIET = {'deadline': None, 'derandomize': True, 'database': None, 'suppress_health_check': list(HealthCheck)}
 cases = lambda n: settings(max_examples=n, **QUIET)
 # Everything before the compiler starts, which no input can make fail any more.
-BEFORE_COMPILING = 'spark.training.step:Trainer.init_state', 'spark.training.run:_compile'
+BEFORE_COMPILING = 'spark.training.step:Trainer.init_state', 'spark.training.step:Trainer.compile_train_step'
 KNOWN = {0: None, 2: 'ConfigError: ', 4: 'DataError: ', 5: ('CheckpointError: ', 'DamagedError: ')}
 
 
@@ -140,7 +140,7 @@ def test_text_files(tmp_path_factory, files, zipped):
     cfg = small(**{'data.source': eval_source, 'data.eval_source': eval_source, 'data.cache_dir': str(directory / 'cache')})
     try:
         tokenizer, cfg = pipeline.tokenizer_for(cfg)
-        batches = list(pipeline.eval_dataset(cfg.data, 'test', tokenizer))
+        batches = list(pipeline.EvalDataset(cfg.data, 'test', tokenizer))
     except DataError as e:
         assert str(directory) in str(e) and len(str(e)) < 1000
         return

@@ -99,7 +99,7 @@ def test_the_same_seed_gives_the_same_run(place):
         (['--wrokdir=x'], 2, "Unknown command line flag 'wrokdir'. Did you mean: workdir ?"),
         (['extra'], 2, "unexpected argument 'extra'"),
         (['--config.data.source=text:/no/where.txt'], 4, 'text:/no/where.txt: no file matches'),
-        (['--config.data.source=stdlb'], 2, "'stdlb' is no source; want stdlib"),
+        (['--config.data.source=stdlb'], 2, "'stdlb' is not a source; want stdlib"),
         (['--config.data.tokenizer=hf:/no/where.json'], 4, 'No such file'),
         (['--config.optimizer.lr=1e30', '--config.optimizer.clip=0', '--workdir={}/diverged'], 3, 'loss'),
     ],
@@ -121,6 +121,19 @@ def test_missing_files_and_help(place):
         assert shown.returncode == 0 and f'python scripts/{name}' in shown.stdout
         nothing = run(name, '--no_such_flag')
         assert nothing.returncode == 2 and nothing.stderr.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_losses_of_two_revisions_are_compared(place):
+    tmp, _ = place
+    text = (tmp / 'config.py').read_text()
+    (tmp / 'varying.py').write_text(text.replace('    return c', '    import os; c.seed = os.getpid()\n    return c'))
+    for name, code, words in [('config', 0, 'values of 4 steps compared: bitwise equal'), ('varying', 1, 'differ')]:
+        command = script('compare_losses.py', 'HEAD', 'HEAD', f'--config={tmp}/{name}.py', '--steps=4')
+        done = subprocess.run(command, env=environment(tmp), capture_output=True, text=True, timeout=300)
+        assert done.returncode == code and words in done.stdout.splitlines()[-1], done
+    done = subprocess.run(script('compare_losses.py', 'HEAD'), env=environment(tmp), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and '1 revisions: want OLD_REV NEW_REV' in done.stderr
 
 
 def test_train_a_tokenizer(place):

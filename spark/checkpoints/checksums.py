@@ -1,17 +1,19 @@
-"""Checksums of saved arrays, computed on the devices where the arrays lie; the same however the arrays are sharded."""
+"""Checksums of saved arrays, computed on the devices that hold them; how an array is sharded does not change them."""
 
 import json
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def checksums(tree):
-    """{path: () uint32} of a tree of arrays; computed where they lie, the same however they are sharded.
+def checksums(tree: Any) -> dict[str, jax.Array]:
+    """{path: uint32 scalar} of a tree of arrays.
 
-    Σ hash(bits of an element, its place) modulo 2³², with the finalizer of MurmurHash3: any change of a single element shows.
+    The sum over elements of hash(bits, index), modulo 2³², with the finalizer of MurmurHash3: a change of any single element
+    changes it.
     """
     return _checksums(by_path(tree))
 
@@ -22,24 +24,29 @@ def _checksums(arrays):
 
 
 @jax.jit
-def checksum(x, start, shape):
-    """Of the part of an array of a `shape` that begins at `start`, two uint32 vectors; those of parts add up."""
+def checksum(x: jax.Array | np.ndarray, start: jax.Array | np.ndarray, shape: jax.Array | np.ndarray) -> jax.Array:
+    """The contribution to its array's checksum of a block x; the contributions of blocks add up, modulo 2³².
+
+    `start` is the index of the block's first element, `shape` that of the whole array; both uint32.
+    """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}').astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
+    index = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
-        place = place * shape[axis] + start[axis] + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    h = bits ^ (place * np.uint32(0x9E3779B9) + np.uint32(0x7F4A7C15))
+        index = index * shape[axis] + start[axis] + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    h = bits ^ (index * np.uint32(0x9E3779B9) + np.uint32(0x7F4A7C15))
     h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
     return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
 
-def by_path(tree):
+def by_path(tree: Any) -> dict[str, Any]:
+    """{'params.groups.b': leaf} of a tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator='.'): x for path, x in leaves}
 
 
-def crc(data):
-    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
+def json_crc(value: Any) -> int:
+    """CRC-32 of a JSON value."""
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())

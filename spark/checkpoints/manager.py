@@ -1,264 +1,247 @@
-"""Checkpoints: the training state and the place in the data, saved together and asynchronously by Orbax, with their checksums."""
+"""Checkpoints: Orbax saves the training state asynchronously, with the position in the data and checksums of every array."""
 
-import functools
 import json
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from spark.checkpoints.checksums import by_path, checksums, crc
-from spark.checkpoints.stored import Stored
+from spark.checkpoints.checksums import by_path, checksums, json_crc
+from spark.checkpoints.stored import StoredArray
 from spark.errors import CheckpointError, DamagedError, root_cause
 
-CHUNK = 16 << 20  # bytes of a larger array that lie together; of layers that are stacked, none share a chunk
-ASIDE = 'damaged'  # WORKDIR/damaged holds the checkpoints that do not read as they were saved
+CHUNK = 16 << 20  # bytes: a larger array is stored in chunks of this size, and no chunk spans two of its stacked layers
+DAMAGED_DIR = 'damaged'  # damaged checkpoints are moved to WORKDIR/damaged
 
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step):
-        """Never. Saving asks this with a step; what `runtime.stopping` agrees on with other processes is another count."""
+        """Always False. Orbax would ask with the step, but `runtime.stop_requests` synchronizes on a count of its own."""
         del step
         return False
 
 
 class Checkpoints:
-    """WORKDIR/checkpoints, beside a config.json: the newest `keep` steps and every multiple of `keep_every`."""
+    """The checkpoints in WORKDIR/checkpoints: the newest `keep` (None: all), and every multiple of `keep_every` (0: no more)."""
 
-    def __init__(self, directory, keep=None, keep_every=0):
+    def __init__(self, directory: epath.PathLike, keep: int | None = None, keep_every: int = 0):
+        self.directory, self._saving = epath.Path(directory), False
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
-        self._manager = _Manager(directory.absolute(), options=options)
-        self.directory, self._saving = directory, False
-        # Once per step: parameters may be restored one by one.
-        self._beside, self._tree = functools.cache(self._read_beside), functools.cache(self._read_tree)
+        self._manager = _Manager(self.directory.absolute(), options=options)
 
-    def steps(self):
-        """The steps that can be restored, ascending."""
+    def steps(self) -> list[int]:
+        """The saved steps, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step, state, data):
-        """Starts saving; returns once the state is copied. Waits for an unfinished save first, and raises its error.
+    def save(self, step: int, state: Any, data: Any) -> None:
+        """Starts to save a tree of arrays, and `data`: JSON values and tuples. Returns once the arrays are copied.
 
-        Args:
-          step: an int.
-          state: a pytree of arrays.
-          data: what JSON can hold, and tuples.
+        Waits for an unfinished save first, and raises its error.
         """
         sums = {name: int(x) for name, x in jax.device_get(checksums(state)).items()}
-        data = _with_tuples(data)
-        beside = {'step': step, 'data': data, 'checksums': sums, 'crc': crc(data)}
+        data = _encode_tuples(data)
+        metadata = {'step': step, 'data': data, 'checksums': sums, 'crc': json_crc(data)}
         try:
             if self._vanished():
                 raise FileNotFoundError
-            chunked = ocp.args.StandardSave(state, save_args=jax.tree.map(_chunks, state))
-            items = ocp.args.Composite(state=chunked, data=ocp.args.JsonSave(beside))
+            chunked = ocp.args.StandardSave(state, save_args=jax.tree.map(_save_args, state))
+            items = ocp.args.Composite(state=chunked, data=ocp.args.JsonSave(metadata))
             self._manager.save(step, args=items, force=True)
         except Exception as e:
-            raise self._failed(f'step {step} cannot be saved', e) from e
+            raise self._failure(f'step {step} cannot be saved', e) from e
         self._saving = True
 
-    def check(self):
-        """Raises the error of a save that failed in the background; waits for nothing."""
+    def check(self) -> None:
+        """Raises the error of a save that failed in the background, without waiting for one that is under way."""
         if self._saving and not self._manager.is_saving_in_progress():
             self._saving = False
             self.wait()
 
-    def restore_newest(self, state):
-        """(step, state, data) of the newest checkpoint that reads as it was saved; None if there is none, damaged or not.
+    def wait(self) -> None:
+        """Waits for a save under way, and raises its error."""
+        try:
+            self._manager.wait_until_finished()  # unlike Orbax's check_for_errors, this also raises errors of finalizing
+        except Exception as e:
+            raise self._failure('the last save failed', e) from e
 
-        Newer ones that do not are put aside, with a warning. `state` gives shapes, dtypes and shardings.
+    def close(self) -> None:
+        """Waits for a save under way, and ends Orbax's threads."""
+        self.wait()
+        self._manager.close()
 
-        Raises:
-          DamagedError: none is left. CheckpointError: they are of another model.
+    def restore_newest(self, abstract_state: Any) -> tuple[int, Any, Any] | None:
+        """(step, state, data) of the newest undamaged checkpoint; None if there are no checkpoints.
+
+        Newer ones that are damaged are moved to WORKDIR/damaged, with a warning. Raises as `restore` does.
         """
-        steps, found, damaged = self.steps(), None, []
+        steps, restored, damaged = self.steps(), None, []
         for step in reversed(steps):
             try:
-                found = step, *self.restore(step, state)
+                restored = step, *self.restore(step, abstract_state)
                 break
             except DamagedError as e:
                 damaged.append((step, e))
-        if damaged and not found:
+        if damaged and not restored:
             raise DamagedError(f'{damaged[0][1]}; no checkpoint is left' + f' of {len(steps)}' * (len(steps) > 1))
         for step, error in damaged:
-            self._put_aside(step)
-            tqdm.write(f'Warning: {error}. It lies in {ASIDE}/ now; {step - found[0]} steps are lost and trained again')
-        return found
+            self._move_damaged(step)
+            lost = step - restored[0]
+            tqdm.write(f'Warning: {error}. It was moved to {DAMAGED_DIR}/; {lost} steps are lost and trained again')
+        return restored
 
-    def restore(self, step, state):
-        """(state, data) of a step; `state` gives shapes, dtypes and shardings.
+    def restore(self, step: int, abstract: Any, partial: bool = False) -> tuple[Any, Any]:
+        """(state, data) of a step.
+
+        `abstract` is a tree of shapes, dtypes and shardings; if `partial`, it is a part of the state, maybe with other dtypes.
 
         Raises:
-          DamagedError: it does not read as it was saved. CheckpointError: the trees differ, by paths.
+          DamagedError: it cannot be read, or a checksum differs. CheckpointError: it is of another model.
         """
-        path, error, restored, beside = self._path(step), None, None, None
+        metadata, restored, error = None, None, None
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
         try:
-            beside = self._beside(step)
-            self._compare(step, state)
-            args = ocp.args.PyTreeRestore(state, restore_args=ocp.checkpoint_utils.construct_restore_args(state))
-            restored = ocp.PyTreeCheckpointHandler().restore(path / 'state', args=args)
+            metadata = self._metadata(step, abstract, partial)
+            restored = ocp.PyTreeCheckpointHandler().restore(self._path(step) / 'state', args=args)
         except DamagedError as e:
             error = e
         except CheckpointError:
             raise
         except Exception as e:
             error = DamagedError(f'{self.directory}/{step}: cannot be restored: {root_cause(e)}')
-        # All processes go on with the same checkpoint, or none does.
-        fine = error is None
+        # All processes restore this checkpoint, or none does.
+        intact = error is None
         if jax.process_count() > 1:
-            fine = bool(multihost_utils.process_allgather(np.asarray(fine)).all())
-        if not fine:
+            intact = bool(multihost_utils.process_allgather(np.asarray(intact)).all())
+        if not intact:
             raise error or DamagedError(f'{self.directory}/{step}: cannot be restored in another process')
-        self._verify(step, restored, beside['checksums'])
-        return restored, beside['data']
+        self._verify(step, restored, metadata['checksums'])
+        return restored, metadata['data']
 
-    def restore_params(self, step, params):
-        """The parameters of a step alone, or some of them; `params` gives shapes, dtypes and shardings.
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """The parameters of a step, or those of them that `abstract_params` names; raises as `restore` does."""
+        return self.restore(step, {'params': abstract_params}, partial=True)[0]['params']
 
-        Raises:
-          DamagedError, CheckpointError: as of `restore`.
+    def stored(self, step: int, abstract_params: Any, tick: Callable[[int], None] = lambda n: None) -> Any:
+        """The parameters of a step as a tree of `StoredArray`, to read piece by piece; raises as `restore` does.
+
+        `abstract_params` has the dtypes to cast to; `tick` is called with the number of elements of each piece that was read.
         """
-        item = {'params': params}
-        args = ocp.args.PyTreeRestore(
-            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-        )
-        sums = self._beside(step)['checksums']
-        self._compare(step, item, partly=True)
-        try:
-            restored = ocp.PyTreeCheckpointHandler().restore(self._path(step) / 'state', args=args)
-        except Exception as e:
-            raise DamagedError(f'{self.directory}/{step}: cannot be restored: {root_cause(e)}') from e
-        self._verify(step, restored, sums)
-        return restored['params']
+        tree = {'params': abstract_params}
+        saved = self._metadata(step, tree, partial=True)['checksums']
+        state = self._path(step) / 'state'
+        arrays = [StoredArray(state, name, x.dtype, saved[name], tick) for name, x in by_path(tree).items()]
+        return jax.tree.unflatten(jax.tree.structure(tree), arrays)['params']
 
-    def stored(self, step, params, tick=lambda n: None):
-        """`params`, a tree of shapes and dtypes, as `Stored` arrays, cast to those: so a model is read piece by piece.
-
-        Raises:
-          DamagedError, CheckpointError: as of `restore`.
-        """
-        sums, item = self._beside(step)['checksums'], {'params': params}
-        self._compare(step, item, partly=True)
-        stored = [Stored(self._path(step) / 'state', name, x.dtype, sums[name], tick) for name, x in by_path(item).items()]
-        return jax.tree.unflatten(jax.tree.structure(item), stored)['params']
-
-    def close(self):
-        """`wait`, and ends the threads."""
-        self.wait()
-        self._manager.close()
-
-    def wait(self):
-        """Waits for a save under way and raises its error."""
-        try:
-            self._manager.wait_until_finished()  # unlike its check_for_errors this raises what the thread met that ends a save
-        except Exception as e:
-            raise self._failed('the last save failed', e) from e
-
-    def _path(self, step):
-        return self.directory.absolute() / str(step)
-
-    def _vanished(self):
-        # Not whether the directory exists: a write that was under way makes it anew.
-        return not (self.directory.parent / 'config.json').exists()
-
-    def _failed(self, what, error):
-        error = 'the run directory has vanished' if self._vanished() else root_cause(error)
-        return CheckpointError(f'{self.directory}: {what}: {error}; earlier checkpoints are as they were')
-
-    def _read_beside(self, step):
-        """The JSON that lies beside a state: its checksums, and the place in the data."""
+    def _metadata(self, step, abstract, partial=False):
+        """{'data': position in the data, 'checksums': {path: int}} of a step, if it was saved from a tree like `abstract`."""
         path = self._path(step) / 'data' / 'metadata'
         if not self._path(step).exists():
             raise CheckpointError(f'{self._path(step)}: no such checkpoint; there are {self.steps()}')
         try:
-            beside = json.loads(path.read_text())
-            of_step, data, sums, crc = (beside[name] for name in ('step', 'data', 'checksums', 'crc'))
+            metadata = json.loads(path.read_text())
+            saved_step, data, saved_checksums, crc = (metadata[name] for name in ('step', 'data', 'checksums', 'crc'))
         except Exception as e:
             raise DamagedError(f'{self.directory}/{step}: {path.name} cannot be read: {type(e).__name__}: {e}') from e
-        if of_step != step:
-            raise DamagedError(f'{self.directory}/{step}: is the checkpoint of step {of_step} under another name')
-        if crc != crc(data):
-            raise DamagedError(f'{self.directory}/{step}: the place in the data has checksum {crc(data)}, saved was {crc}')
-        return {'data': _without_tuples(data), 'checksums': sums}
+        if saved_step != step:
+            raise DamagedError(f'{self.directory}/{step}: is the checkpoint of step {saved_step} under another name')
+        if crc != json_crc(data):
+            raise DamagedError(
+                f'{self.directory}/{step}: the position in the data has checksum {json_crc(data)}, saved was {crc}'
+            )
+        self._compare(step, abstract, partial)
+        return {'data': _decode_tuples(data), 'checksums': saved_checksums}
 
-    def _read_tree(self, step):
-        """{path: (shape, dtype)} of the arrays of a state."""
+    def _compare(self, step, abstract, partial):
+        """Raises a CheckpointError that lists the paths at which a tree differs from the saved one.
+
+        A partial tree may lack paths, and may have other dtypes.
+        """
         try:
             metadata = ocp.PyTreeCheckpointHandler().metadata(self._path(step) / 'state')
-            return {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in by_path(metadata.tree).items()}
+            saved = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in by_path(metadata.tree).items()}
         except Exception as e:
             raise DamagedError(f'{self.directory}/{step}: cannot be restored: {root_cause(e)}') from e
-
-    def _compare(self, step, tree, partly=False):
-        """Raises a CheckpointError with the paths in which a tree, or a part with other dtypes maybe, is not what is saved."""
-        saved = self._tree(step)
-        wanted = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in by_path(tree).items()}
+        wanted = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in by_path(abstract).items()}
         show = lambda shape, dtype: f'{dtype}{list(shape)}'
         differences = [f'{path} is missing' for path in wanted if path not in saved]
-        if partly:
-            saved = {path: saved[path] for path in wanted if path in saved}
-        differences += [f'{path} is extra' for path in saved if path not in wanted]
+        if not partial:
+            differences += [f'{path} is extra' for path in saved if path not in wanted]
         for path, (shape, dtype) in wanted.items():
-            if path in saved and (saved[path][0] != shape or (not partly and saved[path][1] != dtype)):
+            if path in saved and (saved[path][0] != shape or (not partial and saved[path][1] != dtype)):
                 differences.append(f'{path} is {show(*saved[path])}, want {show(shape, dtype)}')
         if differences:
             more = f' and {len(differences) - 4} more' if len(differences) > 4 else ''
             raise CheckpointError(f'{self.directory}/{step} is of another model: {"; ".join(differences[:4])}{more}')
 
-    def _verify(self, step, tree, sums):
-        """A DamagedError that names the first array whose checksum is another."""
+    def _verify(self, step, tree, saved):
+        """Raises a DamagedError that names the first array whose checksum is not the saved one."""
         found = {name: int(x) for name, x in jax.device_get(checksums(tree)).items()}
-        wrong = [name for name in found if found[name] != sums.get(name)]
+        wrong = [name for name in found if found[name] != saved.get(name)]
         if wrong:
+            name, more = wrong[0], f' ({len(wrong)} arrays differ)' if len(wrong) > 1 else ''
             raise DamagedError(
-                f'{self.directory}/{step}: {wrong[0]} has checksum {found[wrong[0]]:08x}, saved was {sums.get(wrong[0], 0):08x}'
-                + (f' ({len(wrong)} arrays differ)' if len(wrong) > 1 else '')
+                f'{self.directory}/{step}: {name} has checksum {found[name]:08x}, saved was {saved.get(name, 0):08x}{more}'
             )
 
-    def _put_aside(self, step):
+    def _move_damaged(self, step):
         if jax.process_index() == 0:
-            aside = self.directory.parent / ASIDE
-            aside.mkdir(exist_ok=True)
+            target = self.directory.parent / DAMAGED_DIR
+            target.mkdir(exist_ok=True)
             names = (f'{step}' + f'-{i}' * (i > 0) for i in range(1000))
-            self._path(step).rename(next(aside / name for name in names if not (aside / name).exists()))
+            self._path(step).rename(next(target / name for name in names if not (target / name).exists()))
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f'put aside {step}')
+            multihost_utils.sync_global_devices(f'moved damaged {step}')
         self._manager.reload()
 
+    def _path(self, step):
+        return self.directory.absolute() / str(step)
 
-def _chunks(x):
-    """How an array is cut in the file: what is stacked by layer so that a layer can be read alone."""
+    def _vanished(self):
+        # Whether `directory` exists says nothing: a write that was under way creates it again.
+        return not (self.directory.parent / 'config.json').exists()
+
+    def _failure(self, what, error):
+        cause = 'the run directory has vanished' if self._vanished() else root_cause(error)
+        return CheckpointError(f'{self.directory}: {what}: {cause}; earlier checkpoints are as they were')
+
+
+def open_checkpoint(workdir: epath.PathLike, step: int | None = None) -> tuple[Checkpoints, int]:
+    """(the Checkpoints of a run, the step that was asked for or the newest); a CheckpointError if there is none."""
+    directory = epath.Path(workdir) / 'checkpoints'
+    checkpoints = Checkpoints(directory) if directory.is_dir() else None
+    steps = checkpoints.steps() if checkpoints else []
+    if not steps:
+        raise CheckpointError(f'{directory}: no checkpoint yet; train first')
+    if step is not None and step not in steps:
+        raise CheckpointError(f'{directory}: no step {step}; there are {", ".join(map(str, steps))}')
+    return checkpoints, steps[-1] if step is None else step
+
+
+def _save_args(x):
+    """How an array is stored: a large one in chunks, of which none spans two stacked layers, so that one layer can be read."""
     if x.nbytes <= CHUNK:
         return ocp.SaveArgs()
     return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if x.ndim > 2 else ())
 
 
-def _with_tuples(x):
-    """A value whose tuples JSON cannot tell from lists, for JSON: Grain's iterators compare parts of their state with tuples."""
+def _encode_tuples(x):
+    """Makes tuples distinguishable from lists in JSON: Grain's iterators compare parts of their state with tuples."""
     if isinstance(x, dict):
-        return {name: _with_tuples(v) for name, v in x.items()}
+        return {name: _encode_tuples(v) for name, v in x.items()}
     if isinstance(x, list | tuple):
-        items = [_with_tuples(v) for v in x]
+        items = [_encode_tuples(v) for v in x]
         return {'tuple': items} if isinstance(x, tuple) else items
     return x
 
 
-def _without_tuples(x):
-    """The inverse of `_with_tuples`."""
+def _decode_tuples(x):
+    """The inverse of `_encode_tuples`."""
     if isinstance(x, dict):
-        return tuple(map(_without_tuples, x['tuple'])) if x.keys() == {'tuple'} else {n: _without_tuples(v) for n, v in x.items()}
-    return [_without_tuples(v) for v in x] if isinstance(x, list) else x
-
-
-def open_checkpoint(workdir, step):
-    """(the Checkpoints of a run, the step asked for or the newest)."""
-    where = workdir / 'checkpoints'
-    checkpoints = Checkpoints(where) if where.is_dir() else None
-    steps = checkpoints.steps() if checkpoints else []
-    if not steps:
-        raise CheckpointError(f'{where}: no checkpoint yet; train first')
-    if step is not None and step not in steps:
-        raise CheckpointError(f'{where}: no step {step}; there are {", ".join(map(str, steps))}')
-    return checkpoints, steps[-1] if step is None else step
+        return tuple(map(_decode_tuples, x['tuple'])) if x.keys() == {'tuple'} else {n: _decode_tuples(v) for n, v in x.items()}
+    return [_decode_tuples(v) for v in x] if isinstance(x, list) else x

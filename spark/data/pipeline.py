@@ -1,35 +1,33 @@
 """Documents to batches with Grain: shuffle, tokenize, concatenate and split into rows, batch, prefetch.
 
-Each process walks the one global stream, of which its devices take what is theirs. So the stream's state is the same
-small dict everywhere, and a run goes on exactly where it was on any number of processes.
+Every process reads the whole global stream, and its devices take their part of each batch. So the state of the stream is the
+same small dict in all processes, and a run resumes exactly where it was on any number of processes.
 
-A document of tokens t₁ … t_n becomes inputs BOS t₁ … t_n and targets t₁ … t_n EOS: every token is predicted once,
+A document of tokens t₁ … t_n becomes inputs BOS t₁ … t_n and targets t₁ … t_n EOS: every token is predicted exactly once,
 wherever rows are cut.
 """
 
+import functools
 import zlib
+from collections.abc import Iterator
 
 import grain
 import numpy as np
 
+from spark.config import DataConfig, ExperimentConfig
 from spark.data import sources
+from spark.data.tokenizer import Tokenizer
 from spark.data.tokenizer import load as load_tokenizer
 from spark.errors import ConfigError
 
-HASH = 'crc'  # checksum of a batch, for logs
+HASH = 'crc'  # key of a batch's checksum, for logs
 
 
-def train_dataset(cfg, seed, tokenizer):
-    """An endless (or data.epochs long) `grain.IterDataset` of shuffled training batches.
+def train_dataset(cfg: DataConfig, seed: int, tokenizer: Tokenizer) -> grain.IterDataset:
+    """Shuffled training batches, without end or for data.epochs.
 
-    Args:
-      cfg: a DataConfig.
-      seed: of the shuffles.
-      tokenizer: see spark.data.tokenizer.
-
-    Returns:
-      Batches: a dict of int32 arrays (batch_size, seq_len): `tokens`, `targets`, `positions` in the document,
-      `segments` (1, 2, … by document, 0 for padding), `bytes` of text per target; and `crc`, an int.
+    A batch is a dict of int32 arrays (batch_size, seq_len): `tokens`, `targets`, `positions` in the document, `segments`
+    (1, 2, … by document, 0 for padding), `bytes` of text per target; and `crc`, an int.
     """
     parts = sources.open_source(cfg.source, 'train', cfg)
     datasets = [
@@ -43,28 +41,41 @@ def train_dataset(cfg, seed, tokenizer):
     return _batches(rows, cfg, drop_remainder=True)
 
 
-def eval_dataset(cfg, split, tokenizer):
-    """The batches of a split ('validation', 'test', or 'train') in order, once, none dropped; the last one is padded."""
-    documents = held_out(cfg, split)
-    in_order = grain.MapDataset.concatenate([grain.MapDataset.source(d) for d in documents])
-    return _batches(_rows(in_order, cfg, tokenizer), cfg, drop_remainder=False)
+class EvalDataset:
+    """The batches of a split, 'validation', 'test' or 'train', in order, once, without dropping any; the last one is padded."""
+
+    def __init__(self, cfg: DataConfig, split: str, tokenizer: Tokenizer):
+        self._cfg, self._tokenizer = cfg, tokenizer
+        self._documents = grain.MapDataset.concatenate([grain.MapDataset.source(d) for d in held_out(cfg, split)])
+        self._batches = _batches(_rows(self._documents, cfg, tokenizer), cfg, drop_remainder=False)
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self._batches)
+
+    @functools.cached_property
+    def n_batches(self) -> int:
+        """How many batches there are. Only tokenizing the whole split can tell, so the first use takes as long as that."""
+        lengths = self._documents.map(lambda text: len(self._tokenizer.encode(text)) + 1)
+        tokens = sum(lengths.to_iter_dataset(_read_options(self._cfg)))
+        return -(-tokens // (self._cfg.batch_size * self._cfg.seq_len))
 
 
-def held_out(cfg, split):
-    """The Documents of a split, a list with one entry per part of the source; held-out ones are those of data.eval_source."""
-    other = bool(cfg.eval_source) and split != 'train'
-    return [d for _, d in sources.open_source(cfg.eval_source if other else cfg.source, split, cfg, held_out_source=other)]
+def held_out(cfg: DataConfig, split: str) -> list[sources.Documents]:
+    """The documents of a split by part of the source; 'validation' and 'test' come from data.eval_source if that is set."""
+    from_eval_source = bool(cfg.eval_source) and split != 'train'
+    source = cfg.eval_source if from_eval_source else cfg.source
+    return [d for _, d in sources.open_source(source, split, cfg, held_out_source=from_eval_source)]
 
 
-def gzip_size(cfg, split):
-    """Bytes of a held-out split's text, all documents in a row, in `gzip -9`."""
+def gzip_size(cfg: DataConfig, split: str) -> int:
+    """Bytes of the concatenated text of a split after `gzip -9`."""
     stream = zlib.compressobj(9, wbits=31)  # 31: the gzip format
     pieces = (stream.compress(text.encode()) for documents in held_out(cfg, split) for text in documents)
     return sum(map(len, pieces)) + len(stream.flush())
 
 
-def tokenizer_for(cfg):
-    """The tokenizer of an ExperimentConfig, and the config with model.vocab_size filled in."""
+def tokenizer_for(cfg: ExperimentConfig) -> tuple[Tokenizer, ExperimentConfig]:
+    """The tokenizer of a config, and the config with model.vocab_size filled in."""
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     size = cfg.model.vocab_size or tokenizer.vocab_size
     if size < tokenizer.vocab_size:
@@ -80,7 +91,7 @@ def _rows(documents, cfg, tokenizer):
     def encode(text):
         ids = tokenizer.encode(text)
         n = len(ids) + 1
-        # The text's bytes spread evenly over its targets: exact in any sum over whole documents.
+        # The text's bytes are spread evenly over its targets, so that sums over whole documents are exact.
         edges = np.arange(n + 1, dtype=np.int64) * len(text.encode()) // n
         return {
             'tokens': np.concatenate([[np.int32(tokenizer.bos)], ids]),
@@ -88,10 +99,13 @@ def _rows(documents, cfg, tokenizer):
             'bytes': np.diff(edges).astype(np.int32),
         }
 
-    read = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=2 * cfg.threads)
-    encoded = documents.map(encode).to_iter_dataset(read)
+    encoded = documents.map(encode).to_iter_dataset(_read_options(cfg))
     lengths = dict.fromkeys(('tokens', 'targets', 'bytes'), cfg.seq_len)
     return grain.experimental.ConcatThenSplitIterDataset(encoded, length_struct=lengths)
+
+
+def _read_options(cfg):
+    return grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=2 * cfg.threads)
 
 
 def _batches(rows, cfg, drop_remainder):

@@ -1,4 +1,4 @@
-"""Documents from one string, with random access: the embedded corpus, text files, TFDS, ArrayRecord, mixtures.
+"""Sources of documents, chosen by one string: the embedded corpus, text files, TFDS, ArrayRecord, mixtures.
 
     stdlib                     the Python standard library's source
     text:GLOB                  .txt, .jsonl ({"text": …} per line), and .gz of both
@@ -6,9 +6,9 @@
     array_record:GLOB          ArrayRecord files of UTF-8 records
     0.7 stdlib + 0.3 text:…    a mixture: documents are drawn in these proportions
 
-Sources without splits of their own hold documents out by a fixed permutation of their indices; a TFDS data set with only
-one of validation and test gives that for both. Whatever cannot be
-read or decoded is a DataError that names the file and the place in it.
+Sources without splits of their own hold out documents by a fixed permutation of their indices. A TFDS data set that has only
+one of validation and test uses it for both. Whatever cannot be read or decoded raises a DataError that names the file and the
+place in it.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 from tqdm import tqdm
 
+from spark.config import DataConfig
 from spark.errors import ConfigError, DataError
 
 PIECE = 64 * 1024  # bytes; a longer .txt file becomes several documents, cut at line ends
@@ -37,16 +38,16 @@ KINDS = "stdlib, text:GLOB, tfds:NAME, array_record:GLOB, or a mixture such as '
 
 @dataclasses.dataclass(frozen=True)
 class Documents(Sequence):
-    """A random-access sequence of texts: `read(indices[i])` decoded, or a DataError that names the record."""
+    """A random-access sequence of texts. Item i is `read(indices[i])`, decoded; a DataError names a record that is unusable."""
 
     name: str
     indices: Sequence[int]
     read: Callable[[int], bytes]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> str:
         index = int(self.indices[i])
         try:
             record = self.read(index)
@@ -61,35 +62,33 @@ class Documents(Sequence):
         return text
 
 
-def parse(source):
-    """[(weight, part)] of a source string; weights are relative. A ConfigError if it is none."""
+def parse(source: str) -> list[tuple[float, str]]:
+    """[(weight, part)] of a source string, with relative weights. Raises a ConfigError if it is malformed."""
     parts = []
     for part in source.split(' + '):
         weighted = re.fullmatch(r'\s*(?:(\d+(?:\.\d+)?(?:e-?\d+)?)\s+)?(\S.*?)\s*', part)
         weight, name = (weighted[1], weighted[2]) if weighted else (None, '')
         kind, _, rest = name.partition(':')
         if not (name == 'stdlib' or (kind in ('text', 'tfds', 'array_record') and rest)):
-            raise ConfigError(f'data.source = {source!r}: {name or part!r} is no source; want {KINDS}')
+            raise ConfigError(f'data.source = {source!r}: {name or part!r} is not a source; want {KINDS}')
         parts.append((float(weight or 1), name))
         if parts[-1][0] <= 0:
             raise ConfigError(f'data.source = {source!r}: the weight of {name!r} must be above 0')
     return parts
 
 
-def open_source(source, split, cfg, held_out_source=False):
-    """[(weight, Documents)] of a source string for a split, 'train', 'validation' or 'test'.
+def open_source(
+    source: str, split: str, cfg: DataConfig, held_out_source: bool = False
+) -> list[tuple[float, Documents]]:
+    """[(weight, Documents)] of a split, 'train', 'validation' or 'test', of a source string.
 
-    Args:
-      source: as in the module's docstring.
-      split: which documents.
-      cfg: a DataConfig, for `holdout`, `eval_source` and `cache_dir`.
-      held_out_source: this source is there for evaluation alone, so one without splits is used whole.
+    `held_out_source`: the source is for evaluation only, so if it has no splits, all of it is used.
     """
     return [(weight, _open_part(part, split, cfg, held_out_source)) for weight, part in parse(source)]
 
 
-def cache_dir(cfg):
-    """Where prepared corpora live."""
+def cache_dir(cfg: DataConfig) -> pathlib.Path:
+    """The directory of prepared corpora."""
     home = cfg.cache_dir or os.environ.get('SPARK_CACHE') or '~/.cache/spark'
     return pathlib.Path(home).expanduser()
 
@@ -99,8 +98,16 @@ def _open_part(part, split, cfg, held_out_source):
         return _tfds(part, _stdlib_builder(cfg), split)
     kind, _, rest = part.partition(':')
     if kind == 'tfds':
-        return _tfds(part, _tfds_builder(part, rest), split)
-    files = _files(part, rest)
+        import tensorflow_datasets as tfds
+
+        try:
+            builder = tfds.builder(rest)
+        except Exception as e:
+            raise DataError(f'{part}: {e}') from e
+        return _tfds(part, builder, split)
+    files = sorted(pathlib.Path(f) for f in glob.glob(os.path.expanduser(rest), recursive=True) if os.path.isfile(f))
+    if not files:
+        raise DataError(f'{part}: no file matches')
     if kind == 'text':
         files = [_prepare_text(part, files, cache_dir(cfg))]
     try:
@@ -124,13 +131,6 @@ def _split(part, n, split, holdout):
     return np.sort(chosen)
 
 
-def _files(part, pattern):
-    files = sorted(pathlib.Path(f) for f in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(f))
-    if not files:
-        raise DataError(f'{part}: no file matches')
-    return files
-
-
 def _stdlib_builder(cfg):
     from spark.data.stdlib_corpus.stdlib_corpus_dataset_builder import Builder
 
@@ -138,7 +138,7 @@ def _stdlib_builder(cfg):
     try:
         home.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(home / 'stdlib.lock'):
-            # Inside the lock, since a builder reads what is prepared when it is made.
+            # Inside the lock, since the constructor looks for what is prepared.
             builder = Builder(data_dir=str(home), file_format='array_record')
             builder.download_and_prepare()
     except (OSError, UnicodeError, SyntaxError) as e:
@@ -146,20 +146,11 @@ def _stdlib_builder(cfg):
     return builder
 
 
-def _tfds_builder(part, name):
-    import tensorflow_datasets as tfds
-
-    try:
-        return tfds.builder(name)
-    except Exception as e:
-        raise DataError(f'{part}: {e}') from e
-
-
 def _tfds(part, builder, split):
     splits = dict(builder.info.splits)
     if not splits:
         raise DataError(f'{part}: not prepared in {builder.data_path}; prepare it with `tfds build`, file format array_record')
-    # Many data sets have one held-out split.
+    # Many data sets have only one held-out split.
     other = {'validation': 'test', 'test': 'validation'}.get(split)
     found = next((s for s in (split, other) if s in splits and splits[s].num_examples), None)
     if found is None:
@@ -181,7 +172,7 @@ def _tfds(part, builder, split):
 
 
 def _prepare_text(part, files, home):
-    """The documents of text files as one ArrayRecord file in the cache, checked; made once per state of the files."""
+    """Converts text files to one ArrayRecord file in the cache, and checks them; once, until a file changes."""
     state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(json.dumps([PIECE, state]).encode()).hexdigest()[:16]
     path = home / 'text' / f'{key}.array_record'
@@ -205,7 +196,7 @@ def _prepare_text(part, files, home):
 
 
 def _read_text(file):
-    """The documents of one file as UTF-8 bytes."""
+    """Yields the documents of one file as UTF-8 bytes."""
     suffixes = file.suffixes[-2:]
     zipped = suffixes[-1:] == ['.gz']
     kind = (suffixes[:-1] if zipped else suffixes)[-1:]
@@ -236,6 +227,7 @@ def _jsonl(file, lines):
 
 
 def _pieces(file, f):
+    """Yields the pieces of a .txt file, cut at line ends where possible."""
     rest, offset = b'', 0
     while block := f.read(PIECE):
         rest += block

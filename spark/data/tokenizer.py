@@ -1,10 +1,11 @@
-"""Text to tokens and back, from one string: bytes | sentencepiece:FILE | hf:FILE; and how to train one.
+"""Tokenizers, chosen by one string: bytes | sentencepiece:FILE | hf:FILE; and how to train one.
 
-A tokenizer has `vocab_size`, `bos`, `eos` (ids), `encode(text) -> int32 array` without either, and `decode(ids) -> text`.
+A tokenizer has `vocab_size`, the ids `bos` and `eos`, `encode`, which adds neither, and `decode`, which drops special tokens.
 """
 
 import io
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 import sentencepiece
@@ -18,48 +19,44 @@ class ByteTokenizer:
 
     vocab_size, bos, eos = 258, 256, 257
 
-    def encode(self, text):
-        """Bytes of the text."""
+    def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode('utf-8'), np.uint8).astype(np.int32)
 
-    def decode(self, ids):
-        """Text; specials are dropped, broken UTF-8 becomes U+FFFD."""
+    def decode(self, ids: Iterable[int]) -> str:
         return bytes(int(i) for i in ids if i < 256).decode('utf-8', errors='replace')
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model file, which must define BOS and EOS."""
 
-    def __init__(self, path):
+    def __init__(self, path: pathlib.Path):
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except RuntimeError as e:
-            raise DataError(f'data.tokenizer: {path} is no SentencePiece model: {e}') from None
+            raise DataError(f'data.tokenizer: {path} is not a SentencePiece model: {e}') from None
         self.vocab_size = self._model.vocab_size()
         self.bos, self.eos = self._model.bos_id(), self._model.eos_id()
         if min(self.bos, self.eos) < 0:
             raise DataError(f'data.tokenizer: {path} defines no BOS or EOS; train it with bos_id and eos_id')
 
-    def encode(self, text):
-        """Ids of the text."""
+    def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._model.encode(text), np.int32)
 
-    def decode(self, ids):
-        """Text; specials are dropped."""
+    def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids if i < self.vocab_size])
 
 
 class HFTokenizer:
-    """A Hugging Face `tokenizer.json`; BOS and EOS are found by their usual names."""
+    """A Hugging Face `tokenizer.json`, in which BOS and EOS have one of their usual names."""
 
     BOS = ('<bos>', '<s>', '<|begin_of_text|>', '<|endoftext|>', '[CLS]')
     EOS = ('<eos>', '</s>', '<|end_of_text|>', '<|endoftext|>', '[SEP]')
 
-    def __init__(self, path):
+    def __init__(self, path: pathlib.Path):
         try:
             self._model = tokenizers.Tokenizer.from_str(path.read_text('utf-8'))
         except Exception as e:  # the library raises Exception itself
-            raise DataError(f'data.tokenizer: {path} is no tokenizer.json: {e}') from None
+            raise DataError(f'data.tokenizer: {path} is not a tokenizer.json: {e}') from None
         self._model.no_truncation()
         self._model.no_padding()
         self.vocab_size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
@@ -72,17 +69,18 @@ class HFTokenizer:
             raise DataError(f'data.tokenizer: {path} has none of the tokens {", ".join(names)}')
         return found
 
-    def encode(self, text):
-        """Ids of the text."""
+    def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._model.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def decode(self, ids):
-        """Text; specials are dropped."""
+    def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
-def load(spec):
-    """The tokenizer that DataConfig.tokenizer names."""
+Tokenizer = ByteTokenizer | SentencePieceTokenizer | HFTokenizer
+
+
+def load(spec: str) -> Tokenizer:
+    """The tokenizer that a DataConfig.tokenizer describes."""
     if spec == 'bytes':
         return ByteTokenizer()
     kind, _, name = spec.partition(':')
@@ -90,7 +88,7 @@ def load(spec):
     if kind not in kinds or not name:
         raise ConfigError(f'data.tokenizer = {spec!r}: want bytes, sentencepiece:FILE or hf:FILE')
     path = pathlib.Path(name).expanduser()
-    # The model that ships with the package, so that a config works from any directory.
+    # A model that ships with the package is found from any working directory.
     shipped = pathlib.Path(__file__).parent / name
     if not path.exists() and shipped.exists():
         path = shipped
@@ -100,10 +98,10 @@ def load(spec):
         raise DataError(f'data.tokenizer = {spec!r}: {getattr(e, "strerror", None) or e}') from None
 
 
-def train_sentencepiece(texts, vocab_size, max_piece=16):
-    """A lossless SentencePiece BPE model (bytes of its file) from an iterable of texts.
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, max_piece: int = 16) -> bytes:
+    """The file of a lossless SentencePiece BPE model.
 
-    White space, line ends and case are kept, digits are split, and what the vocabulary lacks falls back to bytes.
+    White space, line ends and case are kept, digits are split, and characters outside of the vocabulary become bytes.
     """
     model = io.BytesIO()
     try:
@@ -119,7 +117,7 @@ def train_sentencepiece(texts, vocab_size, max_piece=16):
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            max_sentence_length=1 << 16,  # longer ones would be skipped
+            max_sentence_length=1 << 16,  # longer ones are skipped
             character_coverage=0.9995,
             unk_id=0,
             bos_id=1,
@@ -133,7 +131,7 @@ def train_sentencepiece(texts, vocab_size, max_piece=16):
 
 
 def _sentences(text, limit=2000):
-    """The text in pieces of whole lines of about `limit` characters; a longer line is cut."""
+    """Cuts a text at line ends into pieces of about `limit` characters; a longer line is cut anywhere."""
     piece = ''
     for line in text.splitlines(keepends=True):
         for start in range(0, len(line), limit):

@@ -69,7 +69,7 @@ def evaluate(model: Model, split: str) -> tuple[dict, dict]:
       `without_ends` leaves out the end of each document, as evaluation harnesses do.
     """
     cfg, trainer = model.cfg, model.trainer
-    dataset = pipeline.eval_dataset(cfg.data, split, model.tokenizer)
+    dataset = pipeline.EvalDataset(cfg.data, split, model.tokenizer)
     with trainer.context(), contextlib.closing(iter(dataset)) as batches:
         sums = accumulate(trainer, model.params, model.tokenizer.eos, tqdm(batches, desc=split, unit='batch', leave=False))
     if sums is None:

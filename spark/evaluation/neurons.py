@@ -50,7 +50,7 @@ def collect(model: Model, split: str, layer: int) -> dict[str, np.ndarray]:
     replicated = NamedSharding(trainer.mesh, PartitionSpec())
     update = jax.jit(functools.partial(_update, trainer.model, layer), donate_argnums=2, out_shardings=replicated)
     best = jax.device_put(best, replicated)
-    dataset = pipeline.eval_dataset(model.cfg.data, split, model.tokenizer)
+    dataset = pipeline.EvalDataset(model.cfg.data, split, model.tokenizer)
     with trainer.context(), contextlib.closing(iter(dataset)) as batches:
         for batch in tqdm(batches, desc=f'neurons of layer {layer}', unit='batch', leave=False):
             best = update(model.params, trainer.put(batch), best)

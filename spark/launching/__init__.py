@@ -1,0 +1,46 @@
+"""Hands a run over to an engine that starts it on other machines (xpk, gcloud, slurm), or starts it on this one (local).
+
+An engine is a module with its PROGRAM, the OPTIONS of --set with their defaults (None: required), and `commands(job, root)`,
+the commands that launch a job of the git repository `root`. An exact git revision is what runs, and a run that exits with 75
+(preempted, state saved) is started again.
+"""
+
+import pathlib
+import shlex
+import shutil
+import subprocess
+
+from spark.errors import ConfigError
+from spark.launching import gcloud, slurm, xpk
+from spark.launching.job import Job
+
+ENGINES = {'slurm': slurm, 'gcloud': gcloud, 'xpk': xpk}
+
+
+def parse_options(via: str, settings: list[str]) -> dict[str, str]:
+    """The options of an engine from NAME=VALUE texts, without empty ones."""
+    known = ENGINES[via].OPTIONS if via in ENGINES else {}
+    given = {}
+    for text in settings:
+        name, equals, value = text.partition('=')
+        if not equals or name not in known:
+            raise ConfigError(f'--set={text}: want NAME=VALUE of {", ".join(known) or "nothing"} for --via={via}')
+        given[name] = value
+    for name, default in known.items():
+        if default is None and name not in given:
+            raise ConfigError(f'--set={name}=…: missing; --via={via} needs it')
+    return {name: default for name, default in known.items() if default} | given
+
+
+def launch(via: str, job: Job, root: pathlib.Path) -> None:
+    """Runs the commands that launch a job, one after the other."""
+    program = ENGINES[via].PROGRAM
+    if not shutil.which(program):
+        raise ConfigError(f'--via={via}: {program} is not on the PATH; --dry_run prints what would run')
+    for command in ENGINES[via].commands(job, root):
+        if command.script:
+            pathlib.Path(command.words[-1]).write_text(command.script)
+        print(f'$ {shlex.join(command.words)}', flush=True)
+        code = subprocess.run(command.words).returncode
+        if code:
+            raise ConfigError(f'--via={via}: {command.words[0]} ended with exit code {code}')

@@ -1,4 +1,6 @@
-"""Updates that must not happen: what makes one bad, and the module that a bad one came from."""
+"""Bad updates: how they are detected, and which module they came from."""
+
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -6,42 +8,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spark.config import TrainConfig
 from spark.nn.layers import METRICS
 from spark.training import loss
 
-WARM = 32  # good updates before gradient norms have a mean to be compared with
-DECAY = 0.98  # of that mean
+WARM = 32  # good updates before gradient norms are compared with their running mean
+DECAY = 0.98  # of the running mean
 
 
 @flax.struct.dataclass
 class Guard:
-    """What a run remembers of its updates; all ()."""
+    """What a run remembers of its updates: int32 counts, and a float32 mean; all scalars."""
 
-    left_out: jax.Array  # int32, updates that did not happen
-    in_a_row: jax.Array  # int32, of these, those since the last good one
-    good: jax.Array  # int32
-    mean_norm: jax.Array  # float32, running mean of the good ones' gradient norms
+    left_out: jax.Array  # bad updates, which were left out
+    in_a_row: jax.Array  # bad updates since the last good one
+    good: jax.Array  # good updates
+    mean_norm: jax.Array  # running mean of the gradient norms of good updates
 
     @classmethod
-    def new(cls):
-        """Of a run that has not begun."""
+    def new(cls) -> 'Guard':
+        """The guard of a new run."""
         zero = jnp.zeros((), jnp.int32)
         return cls(zero, zero, zero, jnp.zeros((), jnp.float32))
 
 
-def judge(cfg, guard, objective, norm):
-    """Is an update good: its loss and gradient norm finite, and no spike as `cfg` has it?
+def judge(cfg: TrainConfig, guard: Guard, objective: jax.Array, norm: jax.Array) -> tuple[jax.Array, Guard]:
+    """(whether an update is good, the next Guard): its loss and gradient norm must be finite, and the norm must not be a spike.
 
-    After more than cfg.max_skips bad ones in a row none is good any more, so that the state stays as it was before them until
-    the loop has noticed.
-
-    Args:
-      cfg: a TrainConfig.
-      guard: a Guard.
-      objective, norm: () float32, of the update's loss and gradient.
-
-    Returns:
-      (() bool, the next Guard).
+    After more than cfg.max_skips bad updates in a row every update counts as bad, so that the state does not change any more
+    until the loop, which reads the verdicts one step late, has noticed.
     """
     good = jnp.isfinite(objective) & jnp.isfinite(norm) & (guard.in_a_row <= cfg.max_skips)
     if cfg.spike:
@@ -53,15 +48,11 @@ def judge(cfg, guard, objective, norm):
     )
 
 
-def origin(trainer, params, batch):
-    """Where the first number that is not finite appears, in a few words: a parameter, a module's output, the loss, a gradient.
+def first_not_finite(trainer: Any, params: dict, batch: dict) -> str:
+    """Says where the first number that is not finite appears: in a parameter, a module's output, the loss or a gradient.
 
-    Runs forward and backward once more, as the train step does, and looks at every module.
-
-    Args:
-      trainer: a Trainer, inside its context.
-      params: before the update.
-      batch: host arrays, as of spark.data.pipeline.
+    Repeats the forward and backward pass of the train step on `params`, those before the update, and a batch of host arrays, and
+    checks every module. Runs inside the context of the Trainer.
     """
     n, order = trainer.cfg.train.accumulate, []
     probe = jax.jit(lambda params, rows: _probe(trainer, params, rows, order))
@@ -71,22 +62,22 @@ def origin(trainer, params, batch):
         bad = [path for path, ok in of_params.items() if not ok.all()]
         if bad:
             return f'the parameter {".".join(bad[0])} itself is not finite'
-        bad = [_place(trainer.cfg.model, path, of_modules[path], order.index(path)) for path in order]
+        bad = [_location(trainer.cfg.model, path, of_modules[path], order.index(path)) for path in order]
         if any(bad):
             return f'first not finite: the output of {min(filter(None, bad))[-1]}'
         if not of_loss:
             return 'every module is finite, the loss is not: look at the logits'
-        # Backward the last layer comes first.
-        bad = [_place(trainer.cfg.model, path, ok, 0, last=True) for path, ok in of_gradients.items()]
+        # The backward pass begins at the last layer.
+        bad = [_location(trainer.cfg.model, path, ok, 0, last=True) for path, ok in of_gradients.items()]
         if any(bad):
-            return f'forward all is finite; backward first not: the gradient of {max(filter(None, bad))[-1]}'
+            return f'the forward pass is finite; first not finite in backward: the gradient of {max(filter(None, bad))[-1]}'
     return 'every module and every gradient by itself is finite'
 
 
 def _probe(trainer, params, rows, order):
-    """What is finite: {path: flags} of parameters, of modules, of the loss, {path: flags} of gradients.
+    """What is finite: {path: flags} of parameters, {path: flags} of modules' outputs, the loss, {path: flags} of gradients.
 
-    What is scanned has one flag per group of layers. `order` gets the paths of modules as they run.
+    Scanned layers have one flag per group. The paths of modules are appended to `order` as they run.
     """
 
     def note(call, args, kwargs, context):
@@ -99,27 +90,27 @@ def _probe(trainer, params, rows, order):
 
     def objective(params):
         with nn.intercept_methods(note):
-            places = rows['tokens'], rows['positions'], rows['segments']
-            hidden, seen = trainer.model.apply(params, *places, mutable=[METRICS])
+            inputs = rows['tokens'], rows['positions'], rows['segments']
+            hidden, sown = trainer.model.apply(params, *inputs, mutable=[METRICS])
         pieces = trainer.cfg.train.loss_pieces
         nll, log_z, _ = loss.cross_entropy(trainer.model, params, hidden, rows['targets'], pieces)
         kept = jnp.where(rows['segments'] > 0, nll + trainer.cfg.optimizer.z_loss * log_z**2, 0)
-        return jnp.sum(kept), seen[METRICS]
+        return jnp.sum(kept), sown[METRICS]
 
-    (total, seen), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+    (total, sown), gradients = jax.value_and_grad(objective, has_aux=True)(params)
     named = lambda tree: {tuple(entry.key for entry in path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
     each = lambda path, x: jnp.all(jnp.isfinite(x), axis=tuple(range(path[0] == 'groups', x.ndim)))
     finite = lambda tree: {path: each(path, x) for path, x in named(tree['params']).items()}
-    of_modules = {path[:-1]: ok for path, ok in named(seen).items() if path[-1] == 'finite'}
+    of_modules = {path[:-1]: ok for path, ok in named(sown).items() if path[-1] == 'finite'}
     return finite(params), of_modules, jnp.isfinite(total), finite(gradients)
 
 
-def _place(cfg, path, ok, place, last=False):
-    """(layer, place, words) of the first (last) group in which a module or parameter is not finite; None if it is in all."""
+def _location(cfg, path, ok, order, last=False):
+    """(layer, order, name) of the first (or last) layer in which a module or parameter is not finite; None if there is none."""
     if ok.all():
         return None
     if path[0] != 'groups':
-        return -1 if path == ('embedding',) else cfg.n_layers, place, path[0]
+        return -1 if path == ('embedding',) else cfg.n_layers, order, path[0]
     name, _, i = path[1].rpartition('_')
     layer = int(np.flatnonzero(~ok)[-1 if last else 0]) * len(cfg.pattern) + int(i)
-    return layer, place, f'{" ".join([name, *path[2:]])} in layer {layer} of {cfg.n_layers}'
+    return layer, order, f'{" ".join([name, *path[2:]])} in layer {layer} of {cfg.n_layers}'

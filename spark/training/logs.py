@@ -1,30 +1,60 @@
-"""What the loop tells while it runs: metrics one step late, and traces of the profiler."""
+"""What the loop reports while it runs: metrics, one step late; where the time goes; profiler traces."""
 
 import contextlib
 import signal
 import time
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from etils import epath
+from tqdm import tqdm
 
 from spark import devices, flops
+from spark.config import TrainConfig
 from spark.data import pipeline
 from spark.errors import NotFiniteError
 from spark.training import guard, loss, optimizer
+from spark.training.step import Trainer, TrainState
+from spark.training.trackers import MetricsWriter
+
+
+class Clock:
+    """Wall time, and how much of it went to something other than training steps."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self._seconds = dict.fromkeys(('start', 'compile', 'data', 'evaluate', 'checkpoint'), 0.0)
+
+    @contextlib.contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """Adds the time inside to 'start', 'compile', 'data', 'evaluate' or 'checkpoint'."""
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
+
+    def report(self) -> dict[str, float]:
+        """{'goodput': share of the wall time that was left to training steps, 'seconds_NAME': by name}.
+
+        Waiting for data counts as training, since the device has a step to run meanwhile.
+        """
+        wall = time.perf_counter() - self._start
+        lost = sum(s for name, s in self._seconds.items() if name != 'data')
+        return {'goodput': 1 - lost / wall} | {f'seconds_{name}': round(s, 2) for name, s in self._seconds.items()}
 
 
 class Profiler:
-    """Traces of a few steps into WORKDIR/profile: from train.profile_step on, and whenever a SIGUSR1 comes."""
+    """Writes traces of a few steps into WORKDIR/profile: from train.profile_step on, and after each SIGUSR1."""
 
-    def __init__(self, cfg, workdir):
-        self._cfg, self._directory, self._asked, self._last = cfg, workdir / 'profile', False, None
+    def __init__(self, cfg: TrainConfig, workdir: epath.Path):
+        self._cfg, self._directory, self._requested, self._last = cfg, workdir / 'profile', False, None
 
     def __enter__(self):
-        def ask(*_):
-            self._asked = True
+        def request(*_):
+            self._requested = True
 
         try:
-            self._previous = signal.signal(signal.SIGUSR1, ask)
+            self._previous = signal.signal(signal.SIGUSR1, request)
         except ValueError:  # not the main thread
             self._previous = None
         return self
@@ -35,14 +65,14 @@ class Profiler:
         if self._previous is not None:
             signal.signal(signal.SIGUSR1, self._previous)
 
-    def before(self, step):
+    def before(self, step: int) -> None:
         """Starts a trace if one is due at this step."""
-        if self._last is None and (self._asked or step == self._cfg.profile_step):
-            self._asked, self._last = False, step + self._cfg.profile_steps - 1
+        if self._last is None and (self._requested or step == self._cfg.profile_step):
+            self._requested, self._last = False, step + self._cfg.profile_steps - 1
             jax.profiler.start_trace(str(self._directory))
 
-    def after(self, step, state):
-        """Ends the trace with its last step."""
+    def after(self, step: int, state: TrainState) -> None:
+        """Ends the trace after its last step."""
         if self._last is not None and step >= self._last:
             self._last = None
             jax.block_until_ready(state)
@@ -50,15 +80,18 @@ class Profiler:
 
 
 class Log:
-    """Turns device sums into metrics one step late, so that reading them never holds up the next step.
+    """Turns a step's sums on the device into metrics one step later, so that reading them never holds up the next step.
 
-    params_before: a function from nothing to (parameters before the bad update, words), to look for what is not finite.
+    `params_before` returns (the parameters before a bad update, words about them), to find what is not finite.
     """
 
-    def __init__(self, trainer, writer, bar, step, clock, params_before):
-        self._trainer, self._writer, self._bar, self._pending, self._clock = trainer, writer, bar, None, clock
-        self._params_before = params_before
-        self._since_step, self._mark = step, time.perf_counter()
+    def __init__(
+        self, trainer: Trainer, writer: MetricsWriter | None, bar: tqdm, step: int, clock: Clock,
+        params_before: Callable[[], tuple[dict, str]],
+    ):  # fmt: skip
+        self._trainer, self._writer, self._bar, self._clock = trainer, writer, bar, clock
+        self._params_before, self._pending = params_before, None
+        self._logged_step, self._logged_time = step, time.perf_counter()
         self.seconds, self.tokens, self.last_loss = 0.0, 0, None
         cfg = trainer.cfg
         chip = devices.chip(trainer.mesh.devices.flat[0])
@@ -66,63 +99,67 @@ class Log:
         self._utilisation_per_speed = per_token / (chip.flops * trainer.mesh.size) if chip else None
         self._schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
 
-    def push(self, step, sums, batch, due):
-        """Device sums of a step over a batch (host arrays), to be checked by the next `flush`, and written if `due`."""
+    def push(self, step: int, sums: dict, batch: dict, due: bool) -> None:
+        """Takes the sums of a step over a batch of host arrays. The next `flush` checks them, and writes them if `due`."""
         self._pending = step, sums, batch, due
 
     @contextlib.contextmanager
-    def paused(self, name):
-        """Time in here is not training; it goes to `name` of the clock."""
+    def paused(self, name: str) -> Iterator[None]:
+        """Excludes the time inside from training speed; the clock adds it to `name`."""
         start = time.perf_counter()
         with self._clock.during(name):
             yield
-        self._mark += time.perf_counter() - start
+        self._logged_time += time.perf_counter() - start
 
-    def flush(self):
-        """Waits for the pushed step. Raises NotFiniteError if it was one bad update too many."""
+    def flush(self) -> None:
+        """Waits for the pushed step. Raises a NotFiniteError if its update was one bad update too many."""
         if self._pending is None:
             return
         step, sums, batch, due = self._pending
         self._pending = None
-        crc, train = batch[pipeline.HASH], self._trainer.cfg.train
         in_a_row = int(jax.device_get(sums['in_a_row']))
         if not (due or in_a_row):
             return
         sums = jax.device_get(sums)
-        report = loss.per_token(self._trainer.cfg.model, sums) | {'grad_norm': float(sums['grad_norm'])}
-        report['updates_left_out'] = int(sums['left_out'])
-        self.last_loss = report['loss']
+        metrics = loss.per_token(self._trainer.cfg.model, sums)
+        metrics |= {'grad_norm': float(sums['grad_norm']), 'updates_left_out': int(sums['left_out'])}
+        self.last_loss = metrics['loss']
         if in_a_row:
-            said = f'step {step}: loss {report["loss"]}, gradient norm {report["grad_norm"]}, batch {crc:08x}'
-            if in_a_row > train.max_skips:
-                raise NotFiniteError(f'{said}; {self._blame(report, batch)}; nothing was saved since the last good checkpoint')
-            self._bar.write(f'{said}: update left out, {in_a_row} of {train.max_skips} in a row')
-        if not due:
-            return
-        now = time.perf_counter()
-        elapsed, self._mark = now - self._mark, now
-        cfg = self._trainer.cfg
-        tokens = (step - self._since_step) * cfg.data.batch_size * cfg.data.seq_len
-        self._since_step = step
-        self.seconds += elapsed
-        self.tokens += tokens
-        speed = tokens / elapsed
-        report['learning_rate'] = float(self._schedule(step - 1 - report['updates_left_out']))
-        report |= {'batch_crc': crc, 'tokens_per_second': round(speed, 1)}
-        report |= {'tokens_per_second_per_device': round(speed / self._trainer.mesh.size, 1), **self._clock.report()}
-        shown = {'loss': f'{report["loss"]:.4f}', 'tok/s': f'{speed:,.0f}'}
-        if self._utilisation_per_speed:
-            report['mfu'] = speed * self._utilisation_per_speed
-            shown['mfu'] = f'{report["mfu"]:.1%}'
-        self._bar.set_postfix(shown, refresh=False)
-        if self._writer:
-            self._writer.write(step, 'train', report)
+            self._bad_update(step, metrics, batch, in_a_row)
+        if due:
+            self._write(step, metrics, batch[pipeline.HASH])
 
-    def _blame(self, report, batch):
-        if np.isfinite([report['loss'], report['grad_norm']]).all():
+    def _bad_update(self, step, metrics, batch, in_a_row):
+        max_skips = self._trainer.cfg.train.max_skips
+        what = f'step {step}: loss {metrics["loss"]}, gradient norm {metrics["grad_norm"]}, batch {batch[pipeline.HASH]:08x}'
+        if in_a_row > max_skips:
+            cause = self._cause(metrics, batch)
+            raise NotFiniteError(f'{what}; {cause}; nothing was saved since the last good checkpoint')
+        self._bar.write(f'{what}: update left out, {in_a_row} of {max_skips} in a row')
+
+    def _cause(self, metrics, batch):
+        if np.isfinite([metrics['loss'], metrics['grad_norm']]).all():
             return f'a spike, more than train.spike = {self._trainer.cfg.train.spike} times the mean of gradient norms'
         try:
-            params, said = self._params_before()
-            return said + guard.origin(self._trainer, params, batch)
-        except Exception as e:  # as when memory is short: what is known is said all the same
+            params, about_them = self._params_before()
+            return about_them + guard.first_not_finite(self._trainer, params, batch)
+        except Exception as e:  # for example when memory is short: step and batch are reported all the same
             return f'where it came from could not be found ({type(e).__name__})'
+
+    def _write(self, step, metrics, batch_crc):
+        cfg, now = self._trainer.cfg, time.perf_counter()
+        tokens = (step - self._logged_step) * cfg.data.batch_size * cfg.data.seq_len
+        speed = tokens / (now - self._logged_time)
+        self.seconds += now - self._logged_time
+        self.tokens += tokens
+        self._logged_step, self._logged_time = step, now
+        metrics['learning_rate'] = float(self._schedule(step - 1 - metrics['updates_left_out']))
+        metrics |= {'batch_crc': batch_crc, 'tokens_per_second': round(speed, 1)}
+        metrics |= {'tokens_per_second_per_device': round(speed / self._trainer.mesh.size, 1), **self._clock.report()}
+        shown = {'loss': f'{metrics["loss"]:.4f}', 'tok/s': f'{speed:,.0f}'}
+        if self._utilisation_per_speed:
+            metrics['mfu'] = speed * self._utilisation_per_speed
+            shown['mfu'] = f'{metrics["mfu"]:.1%}'
+        self._bar.set_postfix(shown, refresh=False)
+        if self._writer:
+            self._writer.write(step, 'train', metrics)

@@ -1,26 +1,28 @@
 """Next-token cross-entropy, with z-loss (arXiv 2204.02311), and the sums that training and evaluation share."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from spark.config import ModelConfig
 from spark.nn.layers import METRICS
-from spark.nn.transformer import activity
+from spark.nn.transformer import Transformer, activity
 
 
-def cross_entropy(model, params, hidden_BxLxD, targets_BxL, pieces=1):
-    """Per token (B, L): −log p(target) and log Z, both float32 (nats), and whether the target is the likeliest token.
+def cross_entropy(
+    model: Transformer, params: dict, hidden_BxLxD: jax.Array, targets_BxL: jax.Array, pieces: int = 1
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Per token (B, L): −log p(target) and log Z in nats (float32), and whether the target is the likeliest token.
 
-    Args:
-      model, params: a Transformer and its parameters.
-      hidden_BxLxD, targets_BxL: its hidden states, and int32 ids.
-      pieces: that the vocabulary is cut into; logits exist for one piece at a time, forward and backward, and a sharded
-        embedding is gathered piece by piece. A divisor of its size.
+    The vocabulary is cut into `pieces`, a divisor of its size. Logits exist for one piece at a time, forward and backward,
+    and a sharded embedding is gathered piece by piece.
     """
     E_VxD = params['params']['embedding']
     rows = len(E_VxD) // pieces
-    hidden_BxLxD = hidden_BxLxD.astype(jnp.float32)  # so that its gradient is summed over the pieces in float32
+    hidden_BxLxD = hidden_BxLxD.astype(jnp.float32)  # its gradient is then summed over the pieces in float32
 
     def step(carry, piece):
         top, total, target = carry
@@ -36,15 +38,15 @@ def cross_entropy(model, params, hidden_BxLxD, targets_BxL, pieces=1):
     if pieces == 1:
         (top, total, target), _ = step(start, (E_VxD, 0))
     else:
-        # Piece c holds the tokens i · pieces + c, so that every shard of the vocabulary has a part of each piece.
+        # Piece c holds the tokens i · pieces + c, so that every shard of the vocabulary holds a part of each piece.
         E_CxRxD = E_VxD.reshape(rows, pieces, -1).swapaxes(0, 1)
         (top, total, target), _ = jax.lax.scan(jax.checkpoint(step), start, (E_CxRxD, jnp.arange(pieces)))
     log_z = top + jnp.log(total)
     return log_z - target, log_z, target >= top
 
 
-def forward(model, params, batch, *, pieces=1, count=True):
-    """One forward pass over a batch (see spark.data.pipeline); sums over its tokens, padding excluded.
+def forward(model: Transformer, params: dict, batch: dict, *, pieces: int = 1, count: bool = True) -> dict[str, jax.Array]:
+    """Runs the model on a batch (see spark.data.pipeline) and sums over its tokens, without padding.
 
     Returns:
       {'nll', 'log_z2', 'tokens', 'bytes': () float32; 'active', 'attended': (n_layers,) float32 if `count`}.
@@ -64,15 +66,11 @@ def forward(model, params, batch, *, pieces=1, count=True):
     return sums
 
 
-def per_token(cfg, sums):
-    """Host-side figures of (summed) `forward` results: loss, perplexity, bits_per_byte, shares and counts per layer.
+def per_token(cfg: ModelConfig, sums: dict[str, np.ndarray | np.generic]) -> dict[str, Any]:
+    """Metrics from the sums of `forward` over one or more batches, on the host.
 
-    Args:
-      cfg: a ModelConfig.
-      sums: numpy, as from `forward`.
-
-    Returns:
-      A dict of floats, and lists of n_layers floats: `active_by_layer` (share of neurons), `attended_by_layer` (keys).
+    `loss`, `perplexity` and `bits_per_byte`; `active` (share of neurons) and `attended` (number of keys), each the mean over
+    layers, and as a list `…_by_layer`.
     """
     loss = float(sums['nll'] / sums['tokens'])
     report = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0))}

@@ -1,11 +1,15 @@
 """AdamW with warm-up and cosine decay (arXiv 1711.05101)."""
 
+from typing import Any
+
 import jax
 import optax
 
+from spark.config import OptimizerConfig
 
-def schedule(cfg, steps):
-    """Learning rate by step: linear to `lr` in warmup_steps, cosine to lr · final_lr at `steps`."""
+
+def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate by step: a linear warm-up to `lr`, then a cosine to lr · final_lr at `steps`."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if cfg.warmup_steps else cfg.lr,
         peak_value=cfg.lr,
@@ -15,15 +19,13 @@ def schedule(cfg, steps):
     )
 
 
-def decayed(params):
-    """True for the parameters that weight decay applies to: all but the scales of norms."""
+def decayed(params: Any) -> Any:
+    """A tree that is True for the parameters with weight decay: all but the scales of norms."""
     named_scale = lambda path: any(getattr(entry, 'key', None) == 'scale' for entry in path)
     return jax.tree_util.tree_map_with_path(lambda path, _: not named_scale(path), params)
 
 
-def make_optimizer(cfg, steps):
-    """The optax transformation of an OptimizerConfig."""
-    adamw = optax.adamw(
-        schedule(cfg, steps), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
-    )
+def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW with clipping by the global gradient norm."""
+    adamw = optax.adamw(schedule(cfg, steps), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=decayed)
     return optax.chain(optax.clip_by_global_norm(cfg.clip), adamw) if cfg.clip else adamw

@@ -1,307 +1,284 @@
-"""Training, top to bottom: what to train, where, on what; restore or start; step, log, evaluate, save; report."""
+"""Training, top to bottom: set up, restore or start; then batch, step, log, evaluate, save, stop; report."""
 
 import contextlib
-import functools
 import os
-import threading
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from etils import epath
 from tqdm import tqdm
 
 from spark import config
-from spark.checkpoints.manager import ASIDE, Checkpoints
+from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints, open_checkpoint
+from spark.config import ExperimentConfig
 from spark.data import pipeline
-from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, StalledError, leave
-from spark.runtime import stopping, write_text
+from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, StalledError, exit_now
+from spark.runtime import stop_requests, write_text
 from spark.training import trackers
-from spark.training.logs import Log, Profiler
-from spark.training.step import Trainer, evaluate
+from spark.training.logs import Clock, Log, Profiler
+from spark.training.step import Trainer, TrainState, evaluate
 from spark.training.watchdog import Watchdog
 
 CACHE_DIR = 'JAX_COMPILATION_CACHE_DIR'
 
 
-def train(cfg, workdir):
-    """Trains to cfg.train.steps, going on from the newest checkpoint in `workdir` (an epath.Path) if there is one.
+def train(cfg: ExperimentConfig, workdir: epath.PathLike) -> tuple[dict, Trainer, TrainState]:
+    """Trains to cfg.train.steps, from the newest checkpoint in `workdir` if there is one; (summary, trainer, final state).
 
-    Returns:
-      (summary, trainer, state): `summary` is a dict of what a person wants to know, `state` the final TrainState.
-
-    Raises:
-      SparkError: with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
+    Raises a SparkError with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
     """
-    with contextlib.ExitStack() as stack:
-        clock, asked = trackers.Clock(), cfg
-        stack.enter_context(startup := contextlib.ExitStack())
-        startup.enter_context(clock.during('start'))
-        stop = stack.enter_context(stopping())
-        dog = stack.enter_context(Watchdog(cfg.train.stall_seconds))
-        profiler = stack.enter_context(Profiler(cfg.train, workdir))
-        tokenizer, cfg = pipeline.tokenizer_for(cfg)
-        first = jax.process_index() == 0
-        config.check_devices(cfg, jax.device_count())
-        # All data is opened before anything is compiled: a held-out split that is missing must not show after the training.
-        dataset = pipeline.train_dataset(cfg.data, cfg.seed, tokenizer)
-        held_out = {split: pipeline.eval_dataset(cfg.data, split, tokenizer) for split in ('validation', 'test')}
-        claim(workdir, asked)
-        if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
-            jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
-        stack.push(_in_words)
-        trainer = Trainer(cfg)
-        checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
-        stack.enter_context(trainer.context())
-        batches = iter(dataset)
-        stack.callback(batches.close)
-        dog.alive('restoring', rare=True)
-        if restored := checkpoints.restore_newest(trainer.abstract_state):
-            step, state, place = restored
-            batches.set_state(place['data'])
-            evaluated = place['evaluated']
-            print(f'Going on from step {step} in {workdir}', flush=True)
-        else:
-            _nothing_lost(workdir, cfg.train.save_every)
-            state, step, evaluated = new_state(trainer), 0, True
-        writer = trackers.MetricsWriter(workdir, step) if first else None
-        if writer:
-            stack.callback(writer.close)
-        stack.callback(checkpoints.close)
+    # XLA's errors are translated before anything is closed, since closing may wait for processes that have died.
+    with contextlib.ExitStack() as stack, _translated_errors():
+        run = Run(cfg, epath.Path(workdir), stack)
+        run.loop()
+        return run.report(), run.trainer, run.state
 
-        startup.close()
-        saved = step if restored else None
-        if step < cfg.train.steps:
-            print(f'Compiling a step of {trainer.n_params:,} parameters for {trainer.mesh.size} × {_kind()} …', flush=True)
-            dog.alive('compiling', rare=True)
-            with clock.during('compile'):
-                compiled = _unless(stop, lambda: _compile(trainer))
-            if compiled is None:
-                left = _preempted(step, cfg, workdir)
-                left.at_once = True
-                raise left
 
-        def to_blame():
-            dog.alive('looking for what is not finite', rare=True)  # it reads a checkpoint maybe, and compiles
-            return params_before(trainer, checkpoints, state)
+class Run:
+    """The state of a run: its step, parameters and data iterator, whether they are evaluated and saved, and where it reports.
 
-        bar = tqdm(total=cfg.train.steps, initial=step, desc='train', unit='step', disable=not first)
-        stack.callback(bar.close)
-        log = Log(trainer, writer, bar, step, clock, to_blame)
+    What it opens is closed by `stack`.
+    """
 
-        def save():
-            nonlocal saved
-            dog.alive('saving', rare=True)
-            checkpoints.save(step, state, {'data': batches.get_state(), 'evaluated': evaluated})
-            saved = step
+    def __init__(self, cfg: ExperimentConfig, workdir: epath.Path, stack: contextlib.ExitStack):
+        self.workdir, self.clock = workdir, Clock()
+        with self.clock.during('start'):
+            self.stop = stack.enter_context(stop_requests())
+            self.watchdog = stack.enter_context(Watchdog(cfg.train.stall_seconds))
+            self.profiler = stack.enter_context(Profiler(cfg.train, workdir))
+            tokenizer, self.cfg = pipeline.tokenizer_for(cfg)
+            config.check_devices(self.cfg, jax.device_count())
+            # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
+            dataset = pipeline.train_dataset(cfg.data, cfg.seed, tokenizer)
+            self.held_out = {split: pipeline.EvalDataset(cfg.data, split, tokenizer) for split in ('validation', 'test')}
+            claim_directory(workdir, cfg)
+            if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
+                jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
+            self.trainer = Trainer(self.cfg)
+            self.checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
+            stack.enter_context(self.trainer.context())
+            self.batches = iter(dataset)
+            stack.callback(self.batches.close)
+            self._restore_or_start()
+            self.writer = trackers.MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
+            if self.writer:
+                stack.callback(self.writer.close)
+            stack.callback(self.checkpoints.close)
+        if self.step < cfg.train.steps:
+            print(f'Compiling a step of {self.trainer.n_params:,} parameters for {self._devices()} …', flush=True)
+            self.watchdog.alive('compiling', slow=True)
+            with self.clock.during('compile'):
+                self.train_step = self.trainer.compile_train_step()
+        self.bar = tqdm(total=cfg.train.steps, initial=self.step, desc='train', unit='step', disable=jax.process_index() != 0)
+        stack.callback(self.bar.close)
+        self.log = Log(self.trainer, self.writer, self.bar, self.step, self.clock, self._params_before)
 
-        def validate():
-            """Has the validation split been evaluated, or was this run stopped meanwhile?"""
-            with log.paused('evaluate'):
-                report = evaluate(
-                    trainer, state.params, held_out['validation'], 'validation', cfg.train.eval_batches, stop=told_in_evaluation
-                )
-            if report is None:
-                return False
-            if writer:
-                writer.write(step, 'validation', report)
-            bar.write(f'step {step}: validation loss {report["loss"]:.4f}')
-            return True
+    def loop(self) -> None:
+        """Trains to the last step. Raises Preempted, with the state saved, if asked to stop."""
+        cfg = self.cfg.train
+        if not self.evaluated:  # the run was stopped during this evaluation
+            self.evaluate()
+        while self.step < cfg.steps and not self.stop_requested():
+            self.checkpoints.check()
+            self.profiler.before(self.step + 1)
+            batch, rows = self.next_batch()
+            with jax.transfer_guard('disallow'):  # nothing waits for the device by accident
+                self.state, sums = self.train_step(self.state, rows)
+            self.step += 1
+            self.log.flush()  # the step before, while this one runs
+            last = self.step == cfg.steps
+            save = self.step % cfg.save_every == 0 or last
+            self.evaluated = not (cfg.eval_every and self.step % cfg.eval_every == 0 and not last)
+            self.log.push(self.step, sums, batch, save or self.step % cfg.log_every == 0)
+            self.bar.update()
+            self.profiler.after(self.step, self.state)
+            if save or not self.evaluated:
+                self.log.flush()  # raises before a state after a bad update could be saved
+            if not self.evaluated:
+                self.evaluate()
+            if save:
+                self.save()
+        self.log.flush()
+        if self.step < cfg.steps:
+            if self.saved != self.step:
+                self.save()
+            raise self._preempted()
+        self.bar.close()
 
-        def told(doing='stepping', rare=False):
-            """Has this run been told to stop? It is asked whenever something moved."""
-            dog.alive(doing, rare)
-            return stop()
+    def next_batch(self) -> tuple[dict, dict]:
+        """The next batch, as host arrays and as global arrays."""
+        source = self.cfg.data.source
+        with self.clock.during('data'):
+            try:
+                batch = next(self.batches)
+            except StopIteration:
+                after = f'after data.epochs = {self.cfg.data.epochs}'
+                raise DataError(f'{source}: exhausted at step {self.step} {after}') from None
+            except SparkError:
+                raise
+            except Exception as e:  # raised by a worker
+                raise DataError(f'{source}: cannot be read at step {self.step}: {type(e).__name__}: {e}') from e
+            return batch, self.trainer.put(batch)
 
-        told_in_evaluation = functools.partial(told, 'evaluating', rare=True)
-        stack.push(_in_words)  # before anything is closed, which may wait for the other processes
-        if not evaluated:  # it was stopped in the midst of that
-            evaluated = validate()
-        while step < cfg.train.steps and not told():
-            checkpoints.check()
-            profiler.before(step + 1)
-            with clock.during('data'):
-                batch = _next(batches, cfg, step)
-                rows = trainer.put(batch)
-            with jax.transfer_guard('disallow'):  # whatever waits for the device does so on purpose
-                state, sums = compiled(state, rows)
-            step += 1
-            log.flush()  # the step before, while this one runs
-            saving = step % cfg.train.save_every == 0 or step == cfg.train.steps
-            log.push(step, sums, batch, saving or step % cfg.train.log_every == 0)
-            bar.update()
-            profiler.after(step, state)
-            evaluated = not (cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < cfg.train.steps)
-            if saving or not evaluated:
-                log.flush()  # raises before a state behind a bad update could be saved
-            if not evaluated:
-                evaluated = validate()
-            if saving:
-                with log.paused('checkpoint'):
-                    if writer:
-                        writer.flush()
-                    save()
-        log.flush()
-        if step < cfg.train.steps:
-            if saved != step:
-                save()
-            raise _preempted(step, cfg, workdir)
-        bar.close()
+    def evaluate(self) -> None:
+        """Evaluates the validation split; `evaluated` stays False if interrupted."""
+        with self.log.paused('evaluate'):
+            report = self._evaluate('validation', self.cfg.train.eval_batches)
+        if report:
+            self.evaluated = True
+            self.bar.write(f'step {self.step}: validation loss {report["loss"]:.4f}')
+
+    def save(self) -> None:
+        """Starts to save the state and the position in the data."""
+        with self.log.paused('checkpoint'):
+            if self.writer:
+                self.writer.flush()
+            self.watchdog.alive('saving', slow=True)
+            data = {'data': self.batches.get_state(), 'evaluated': self.evaluated}
+            self.checkpoints.save(self.step, self.state, data)
+            self.saved = self.step
+
+    def stop_requested(self, activity: str = 'stepping', slow: bool = False) -> bool:
+        """Tells the watchdog that the run makes progress, and whether the run was asked to stop."""
+        self.watchdog.alive(activity, slow)
+        return self.stop()
+
+    def report(self) -> dict[str, Any]:
+        """Evaluates both held-out splits; the summary of the run."""
         reports = {}
-        for split, split_dataset in held_out.items():
-            with clock.during('evaluate'):
-                reports[split] = evaluate(trainer, state.params, split_dataset, split, stop=told_in_evaluation)
+        for split in self.held_out:
+            with self.clock.during('evaluate'):
+                reports[split] = self._evaluate(split)
             if reports[split] is None:
-                raise _preempted(step, cfg, workdir)
-            if writer:
-                writer.write(step, split, reports[split])
-        # The yardstick that everyone has; on a large split it would take longer than it says.
-        size = reports['test']['bytes']
-        reports['test']['gzip_bits_per_byte'] = 8 * pipeline.gzip_size(cfg.data, 'test') / size if size <= 64 << 20 else None
-        summary = _summary(step, trainer, log) | reports | clock.report()
-    return summary, trainer, state
+                raise self._preempted()
+        # gzip is the yardstick that everyone has. On a large split it would take longer than it is worth.
+        test, log = reports['test'], self.log
+        small = test['bytes'] <= 64 << 20
+        test['gzip_bits_per_byte'] = 8 * pipeline.gzip_size(self.cfg.data, 'test') / test['bytes'] if small else None
+        return {
+            'steps': self.step,
+            'parameters': self.trainer.n_params,
+            'devices': self._devices(),
+            'train_seconds': round(log.seconds, 2),
+            'tokens_per_second': round(log.tokens / log.seconds, 1) if log.tokens else None,
+            'train_loss': log.last_loss,
+            **reports,
+            **self.clock.report(),
+        }
+
+    def _restore_or_start(self):
+        """Sets step, state, evaluated and saved, and moves the data iterator to where it was."""
+        self.watchdog.alive('restoring', slow=True)
+        if restored := self.checkpoints.restore_newest(self.trainer.abstract_state):
+            self.step, self.state, data = restored
+            self.batches.set_state(data['data'])
+            self.evaluated, self.saved = data['evaluated'], self.step
+            print(f'Going on from step {self.step} in {self.workdir}', flush=True)
+        else:
+            _check_nothing_lost(self.workdir, self.cfg.train.save_every)
+            self.step, self.state, self.evaluated, self.saved = 0, initial_state(self.trainer), True, None
+
+    def _evaluate(self, split, limit=0):
+        """Evaluates a held-out split and writes its metrics; returns None if interrupted."""
+        stop = lambda: self.stop_requested('evaluating', slow=True)
+        report = evaluate(self.trainer, self.state.params, self.held_out[split], split, limit, stop=stop)
+        if report and self.writer:
+            self.writer.write(self.step, split, report)
+        return report
+
+    def _params_before(self):
+        """(the parameters before a bad update, words about them), from the state, a checkpoint or the start."""
+        self.watchdog.alive('looking for what is not finite', slow=True)  # may read a checkpoint, and compiles
+        if self.trainer.guarded:
+            return self.state.params, ''  # the update was left out
+        self.checkpoints.wait()
+        step = max(self.checkpoints.steps(), default=0)
+        if step:
+            params = self.checkpoints.restore_params(step, self.trainer.abstract_state.params)
+        else:
+            params = initial_state(self.trainer).params
+        return params, f'with the parameters of step {step}, '
+
+    def _preempted(self):
+        return Preempted(
+            f'stopped at step {self.step} of {self.cfg.train.steps}, saved in {self.workdir}; run the same command to go on'
+        )
+
+    def _devices(self):
+        return f'{self.trainer.mesh.size} × {jax.devices()[0].device_kind}'
 
 
-def _summary(step, trainer, log):
-    """What a person wants to know of the training itself."""
-    return {
-        'steps': step,
-        'parameters': trainer.n_params,
-        'devices': f'{trainer.mesh.size} × {_kind()}',
-        'train_seconds': round(log.seconds, 2),
-        'tokens_per_second': round(log.tokens / log.seconds, 1) if log.tokens else None,
-        'train_loss': log.last_loss,
-    }
-
-
-def new_state(trainer):
+def initial_state(trainer: Trainer) -> TrainState:
     """The state at step 0: random, or with the weights of train.restore_from."""
-    state, old = trainer.init_state(trainer.cfg.seed), trainer.cfg.train.restore_from
-    return state.replace(params=old_weights(old, trainer.abstract_state.params)) if old else state
+    state, source = trainer.init_state(trainer.cfg.seed), trainer.cfg.train.restore_from
+    return state.replace(params=_weights_of(source, trainer.abstract_state.params)) if source else state
 
 
-def params_before(trainer, checkpoints, state):
-    """(parameters before a bad update, words): the state's, if that was left out, or the newest checkpoint's, or the first."""
-    if trainer.guarded:
-        return state.params, ''
-    checkpoints.wait()
-    step = max(checkpoints.steps(), default=0)
-    params = checkpoints.restore_params(step, trainer.abstract_state.params) if step else new_state(trainer).params
-    return params, f'with the parameters of step {step}, '
-
-
-def old_weights(directory, params):
-    """The parameters of a run directory's newest checkpoint, or of one of its checkpoints/STEP, for a new run.
-
-    Args:
-      directory: as text; here or in a bucket.
-      params: shapes, dtypes and shardings.
-
-    Raises:
-      CheckpointError: there is none, it is damaged, or of another model.
-    """
-    path = epath.Path(directory)
-    named = path.parent.name == 'checkpoints' and path.name.isdigit()
-    root = path.parent if named else path / 'checkpoints'
-    checkpoints = Checkpoints(root) if root.exists() else None
-    steps = checkpoints.steps() if checkpoints else []
-    step = int(path.name) if named else max(steps, default=None)
-    if step not in steps:
-        raise CheckpointError(f'train.restore_from = {directory!r}: want a run directory, or a checkpoints/STEP of one')
-    print(f'Starting from the parameters of {root}/{step}', flush=True)
-    restored = checkpoints.restore_params(step, params)
+def _weights_of(source, abstract_params):
+    """The parameters of the newest checkpoint of a run directory, or of the given checkpoints/STEP of one."""
+    path = epath.Path(source)
+    is_step = path.parent.name == 'checkpoints' and path.name.isdigit()
+    workdir, step = (path.parent.parent, int(path.name)) if is_step else (path, None)
+    try:
+        checkpoints, step = open_checkpoint(workdir, step)
+    except CheckpointError as e:
+        raise CheckpointError(
+            f'train.restore_from = {source!r}: want a run directory, or a checkpoints/STEP of one; {e}'
+        ) from None
+    print(f'Starting from the parameters of {workdir}/checkpoints/{step}', flush=True)
+    params = checkpoints.restore_params(step, abstract_params)
     checkpoints.close()
-    return restored
+    return params
 
 
-def _nothing_lost(workdir, save_every):
-    """Raises a CheckpointError if this run was further than its checkpoints say: it must not silently start from scratch."""
-    if (workdir / ASIDE).exists():
-        raise CheckpointError(f'{workdir}/checkpoints: none is left, and damaged ones lie in {ASIDE}/')
-    # By the second save the first one is on the disk.
+def _check_nothing_lost(workdir, save_every):
+    """Raises a CheckpointError if this run must have had checkpoints: it must not silently start from scratch."""
+    if (workdir / DAMAGED_DIR).exists():
+        raise CheckpointError(f'{workdir}/checkpoints: none is left, and damaged ones lie in {DAMAGED_DIR}/')
+    # When the second save starts, the first one is on disk.
     if (reached := trackers.last_step(workdir)) > 2 * save_every:
         raise CheckpointError(f'{workdir}/checkpoints: there is none, but metrics.jsonl goes to step {reached}')
 
 
-def _compile(trainer):
-    with trainer.context():
-        return trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()
+def claim_directory(workdir: epath.Path, cfg: ExperimentConfig) -> None:
+    """Writes config.json to a new run directory, or compares the one that is there: only `config.HOW` may change.
 
-
-def _unless(stop, work):
-    """work(), or None as soon as `stop()`: in a thread, so that a signal is heard while XLA compiles."""
-    if jax.process_count() > 1:  # which stop together, at a step
-        return work()
-    done, result = threading.Event(), []
-
-    def run():
-        try:
-            result.append((work(), None))
-        except BaseException as e:
-            result.append((None, e))
-        done.set()
-
-    threading.Thread(target=run, daemon=True).start()
-    while not done.wait(0.1):
-        if stop():
-            return None
-    value, error = result[0]
-    if error:
-        raise error
-    return value
-
-
-def _next(batches, cfg, step):
-    try:
-        return next(batches)
-    except StopIteration:
-        raise DataError(f'{cfg.data.source}: exhausted at step {step} after data.epochs = {cfg.data.epochs}') from None
-    except SparkError:
-        raise
-    except Exception as e:  # of a worker
-        raise DataError(f'{cfg.data.source}: cannot be read at step {step}: {type(e).__name__}: {e}') from e
-
-
-def _in_words(kind, error, _):
-    """For ExitStack.push: raises what XLA raised in words for people."""
-    if not isinstance(error, jax.errors.JaxRuntimeError):
-        return
-    said = str(error).splitlines()[0]
-    if 'RESOURCE_EXHAUSTED' in said:
-        raise ConfigError(
-            f'out of memory: {said}; less takes more train.accumulate or train.loss_pieces, model.remat, mesh.fsdp; '
-            'scripts/compile.py tells how much a config takes'
-        ) from error
-    if jax.process_count() > 1:
-        leave(StalledError(f'a collective failed, as when another process has ended: {said}; the last checkpoint is as it was'))
-
-
-def _preempted(step, cfg, workdir):
-    return Preempted(f'stopped at step {step} of {cfg.train.steps}, saved in {workdir}; run the same command to go on')
-
-
-def claim(workdir, cfg):
-    """Makes `workdir` this config's; a ConfigError names the fields in which it is another's, or a file that is no run's.
-
-    What `config.HOW` names may change while a run goes on.
+    Raises a ConfigError if the directory belongs to a run with another config, or holds files but no run.
     """
     path = workdir / 'config.json'
     if path.exists():
-        before = config.load(path)
-        if different := config.differences(before, cfg, but=config.HOW):
+        previous = config.load(path)
+        if different := config.differences(previous, cfg, but=config.HOW):
             raise ConfigError(f'--workdir={workdir} belongs to a run with {different}: choose another directory')
-        if (changed := config.differences(before, cfg)) and jax.process_index() == 0:
+        if (changed := config.differences(previous, cfg)) and jax.process_index() == 0:
             print(f'This run had {changed}', flush=True)
             write_text(path, cfg.model_dump_json(indent=2) + '\n')
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            strangers = sorted(p.name for p in workdir.iterdir() if p.name != 'config.json.tmp')
-            if strangers:
-                raise ConfigError(f'--workdir={workdir} holds {strangers[0]!r} but no config.json: choose another directory')
+            others = sorted(p.name for p in workdir.iterdir() if p.name != 'config.json.tmp')
+            if others:
+                raise ConfigError(f'--workdir={workdir} holds {others[0]!r} but no config.json: choose another directory')
             write_text(path, cfg.model_dump_json(indent=2) + '\n')
     except OSError as e:
         raise ConfigError(f'--workdir={workdir}: {e.strerror or e}') from None
 
 
-def _kind():
-    return jax.devices()[0].device_kind
+@contextlib.contextmanager
+def _translated_errors() -> Iterator[None]:
+    """Turns errors of XLA into errors that tell a user what to do."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        message = str(e).splitlines()[0]
+        if 'RESOURCE_EXHAUSTED' in message:
+            raise ConfigError(
+                f'out of memory: {message}; to use less memory, raise train.accumulate, train.loss_pieces or mesh.fsdp, or set '
+                'model.remat; scripts/compile.py shows how much a config takes'
+            ) from e
+        if jax.process_count() > 1:
+            why = 'a collective failed, as when another process has ended'
+            exit_now(StalledError(f'{why}: {message}; the last checkpoint is as it was'))
+        raise

@@ -1,4 +1,8 @@
-"""The mesh, and the one table from the logical axes that modules name to mesh axes."""
+"""The mesh, and the one table that maps the logical axes of modules to mesh axes."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -6,7 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from spark.config import check_devices
+from spark.config import ExperimentConfig, check_devices
 from spark.errors import ConfigError
 
 MESH_AXES = ('data', 'fsdp', 'context', 'model')
@@ -25,10 +29,10 @@ LOGICAL_AXES = {
 }
 
 
-def make_mesh(cfg, devices=None):
-    """The `jax.sharding.Mesh` of an ExperimentConfig over `devices` (all, if None).
+def make_mesh(cfg: ExperimentConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a config over some devices (None: all).
 
-    Of several slices, each holds a part of `data`, so that nothing but sums over it goes between them.
+    Slices split the `data` axis only, so that only gradient sums travel between them.
     """
     devices = jax.devices() if devices is None else devices
     sizes = check_devices(cfg, len(devices))
@@ -39,7 +43,7 @@ def make_mesh(cfg, devices=None):
 
 
 def _slices(devices, n):
-    """The devices of each slice; where the platform knows of none, equal runs of devices."""
+    """The devices of each slice; if the platform has no slices, the devices are divided evenly."""
     found = {}
     for device in devices:
         found.setdefault(getattr(device, 'slice_index', None), []).append(device)
@@ -47,15 +51,15 @@ def _slices(devices, n):
         each = len(devices) // n
         return [devices[i : i + each] for i in range(0, len(devices), each)]
     if len(found) != n:
-        raise ConfigError(f'mesh.slices = {n}: the devices are those of {len(found)} slices')
+        raise ConfigError(f'mesh.slices = {n}: the devices belong to {len(found)} slices')
     return list(found.values())
 
 
-def spec(logical):
-    """The PartitionSpec over mesh axes of a sequence of logical axes (None: not split).
+def spec(logical: Sequence[str | None]) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes (None: not split).
 
     Raises:
-      ValueError: a name that is not in the table, or two axes of one array that map to the same mesh axis.
+      ValueError: a name is not in the table, or two axes map to the same mesh axis.
     """
     unknown = [name for name in logical if name is not None and name not in LOGICAL_AXES]
     if unknown:
@@ -68,17 +72,17 @@ def spec(logical):
     return PartitionSpec(*mesh_axes)
 
 
-def shardings(mesh, boxed):
-    """NamedShardings for a tree of variables that carry their logical axes (abstract will do); unnamed ones are replicated."""
+def shardings(mesh: Mesh, boxed: Any) -> Any:
+    """NamedShardings for a tree of Flax variables boxed with their logical axes; those without are replicated."""
     is_spec = lambda x: isinstance(x, PartitionSpec)
     return jax.tree.map(lambda s: NamedSharding(mesh, spec(s)), nn.get_partition_spec(boxed), is_leaf=is_spec)
 
 
-def batch_sharding(mesh):
-    """How the rows of a batch are spread."""
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch of rows."""
     return NamedSharding(mesh, spec(('batch', 'length')))
 
 
-def logical_rules():
-    """Context in which modules resolve the logical axes of activations by the table; use it together with the mesh."""
+def logical_rules() -> AbstractContextManager:
+    """A context in which modules map the logical axes of activations by the table. It needs the mesh to be set, too."""
     return nn.logical_axis_rules(list(LOGICAL_AXES.items()))

@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -11,6 +13,7 @@ import optax
 from flax.core import meta
 from tqdm import tqdm
 
+from spark.config import ExperimentConfig
 from spark.data import pipeline
 from spark.errors import DataError
 from spark.nn.transformer import Transformer, compute_dtype
@@ -20,23 +23,21 @@ from spark.training.guard import Guard, judge
 
 @flax.struct.dataclass
 class TrainState:
-    """What a step maps to its successor: () int32 step, parameters (float32), optimizer state, and a memory of bad updates."""
+    """What a training step updates."""
 
-    step: jax.Array
-    params: dict
-    opt_state: tuple
-    guard: Guard
+    step: jax.Array  # int32 scalar
+    params: dict  # float32
+    opt_state: Any
+    guard: Guard  # counts bad updates
 
 
 class Trainer:
-    """The compiled parts of a run on a mesh: initial state, train step, eval step.
+    """The compiled parts of a run on a mesh of some devices (None: all): initial state, train step, eval step.
 
-    Args:
-      cfg: an ExperimentConfig with model.vocab_size filled in.
-      devices: to run on; None for all.
+    model.vocab_size of the config must be filled in.
     """
 
-    def __init__(self, cfg, devices=None):
+    def __init__(self, cfg: ExperimentConfig, devices: Sequence[jax.Device] | None = None):
         self.cfg = cfg
         self.mesh = sharding.make_mesh(cfg, devices)
         platform = self.mesh.devices.flat[0].platform
@@ -48,41 +49,45 @@ class Trainer:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), meta.unbox(boxed), self.state_shardings
         )
         self.n_params = sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
-        self._rows = sharding.batch_sharding(self.mesh)
-        # Are bad updates left out? That makes XLA sum gradients over slices in float32, a quarter more bytes on the slow network,
-        # so there it is spared if none may be: the run stops all the same, before a bad state is saved.
+        self._batch_sharding = sharding.batch_sharding(self.mesh)
+        # Does the step skip bad updates? That makes XLA sum gradients over slices in float32, a quarter more bytes on the slow
+        # network. So several slices skip only if train.max_skips asks for it; a run still stops before it saves a bad state.
         self.guarded = cfg.train.max_skips > 0 or cfg.mesh.slices == 1
         self.train_step = jax.jit(
             self._train_step,
-            in_shardings=(self.state_shardings, self._rows),
+            in_shardings=(self.state_shardings, self._batch_sharding),
             out_shardings=(self.state_shardings, None),
             donate_argnums=0,
         )
         self.eval_step = jax.jit(
             lambda params, batch: loss.forward(self.model, params, batch, pieces=cfg.train.loss_pieces),
-            in_shardings=(self.state_shardings.params, self._rows),
+            in_shardings=(self.state_shardings.params, self._batch_sharding),
         )
 
     @contextlib.contextmanager
-    def context(self):
-        """Everything is traced and run inside this: the mesh, and the table of logical axes."""
+    def context(self) -> Iterator[None]:
+        """Sets the mesh and the table of logical axes. Everything must be traced and run inside."""
         with jax.set_mesh(self.mesh), sharding.logical_rules():
             yield
 
-    def init_state(self, seed):
-        """The state at step 0, born sharded."""
+    def init_state(self, seed: int) -> TrainState:
+        """The state at step 0; it is created sharded."""
         init = jax.jit(lambda key: meta.unbox(self._init(key)), out_shardings=self.state_shardings)
         return init(jax.random.key(seed))
 
-    def put(self, batch):
-        """A batch as global arrays, of which each device gets its part."""
-        put = lambda x: jax.make_array_from_callback(x.shape, self._rows, lambda part: x[part])
+    def compile_train_step(self) -> jax.stages.Compiled:
+        """The train step, compiled ahead of time."""
+        return self.train_step.lower(self.abstract_state, self.abstract_batch()).compile()
+
+    def put(self, batch: dict) -> dict[str, jax.Array]:
+        """A batch of host arrays as global arrays; each device gets its part."""
+        put = lambda x: jax.make_array_from_callback(x.shape, self._batch_sharding, lambda index: x[index])
         return {name: put(x) for name, x in batch.items() if name != pipeline.HASH}
 
-    def abstract_batch(self):
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch, for compiling ahead of time."""
         shape = (self.cfg.data.batch_size, self.cfg.data.seq_len)
-        one = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows)
+        one = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._batch_sharding)
         return dict.fromkeys(('tokens', 'targets', 'positions', 'segments', 'bytes'), one)
 
     def _init(self, key):
@@ -102,9 +107,9 @@ class Trainer:
         if n == 1:
             grads, sums = gradient(state.params, batch)
         else:
-            # Every device keeps its rows: microbatch i takes each n-th row.
-            cut = lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
-            micro = jax.tree.map(cut, batch)
+            # Microbatch i takes every n-th row, so that rows stay on their devices.
+            split = lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
+            micro = jax.tree.map(split, batch)
             first = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro))
             zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
             add = lambda total, rows: (jax.tree.map(jnp.add, total, gradient(state.params, rows)), None)
@@ -113,28 +118,36 @@ class Trainer:
         norm = optax.global_norm(grads)
         good, guard = judge(cfg.train, state.guard, sums['nll'] + cfg.optimizer.z_loss * sums['log_z2'], norm)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-        before, after = (state.params, state.opt_state), (optax.apply_updates(state.params, updates), opt_state)
-        # A select, since 0 · NaN is NaN.
-        if self.guarded:
-            after = jax.tree.map(lambda old, new: jnp.where(good, new, old), before, after)
-        params, opt_state = after
+        old, new = (state.params, state.opt_state), (optax.apply_updates(state.params, updates), opt_state)
+        if self.guarded:  # a select rather than a product, since 0 · NaN is NaN
+            new = jax.tree.map(lambda old, new: jnp.where(good, new, old), old, new)
+        params, opt_state = new
         sums |= {'grad_norm': norm, 'left_out': guard.left_out, 'in_a_row': guard.in_a_row}
         return TrainState(state.step + 1, params, opt_state, guard), sums
 
 
-def evaluate(trainer, params, dataset, label='eval', limit=0, stop=lambda: False):
-    """`loss.per_token` over a dataset of batches, or the first `limit` of them if that is not 0; summed in float64.
+def evaluate(
+    trainer: Trainer, params: dict, dataset: pipeline.EvalDataset, label: str = 'eval', limit: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict | None:
+    """`loss.per_token` of a dataset, or of its first `limit` batches (0: all), summed in float64 on the host.
 
-    None if `stop()`, asked before each batch, says so.
+    At most two batches are in flight. Returns None if `stop()`, which is called before each batch, is true.
     """
-    with contextlib.closing(iter(dataset)) as batches:
-        shown = tqdm(itertools.islice(batches, limit or None), desc=label, leave=False, disable=jax.process_index() != 0)
-        results = []
-        for batch in shown:
+    show = jax.process_index() == 0
+    total = (limit or dataset.n_batches) if show else None
+    sums, running = [], None
+    with contextlib.closing(iter(dataset)) as batches, tqdm(total=total, desc=label, leave=False, disable=not show) as bar:
+        for batch in itertools.islice(batches, limit or None):
             if stop():
                 return None
-            results.append(trainer.eval_step(params, trainer.put(batch)))
-    if not results:
+            dispatched = trainer.eval_step(params, trainer.put(batch))
+            if running is not None:
+                sums.append(jax.device_get(running))  # waits for the batch before, while this one runs
+                bar.update()
+            running = dispatched
+    if running is None:
         raise DataError(f'{label}: no batches to evaluate on')
-    sums = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *jax.device_get(results))
-    return loss.per_token(trainer.cfg.model, sums) | {'tokens': int(sums['tokens']), 'bytes': int(sums['bytes'])}
+    sums.append(jax.device_get(running))
+    totals = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *sums)
+    return loss.per_token(trainer.cfg.model, totals) | {'tokens': int(totals['tokens']), 'bytes': int(totals['bytes'])}

@@ -1,4 +1,4 @@
-"""A thread that ends a run that hangs: in a step, in the data, in a collective that another process does not join."""
+"""A thread that ends a run that hangs: in a step, in reading data, or in a collective that another process does not join."""
 
 import faulthandler
 import os
@@ -10,20 +10,21 @@ from collections import deque
 
 from spark.errors import StalledError
 
-SLOWER = 20  # times the usual step is no stall
-PATIENT = 10  # times as long may that take which is rare: starting, compiling, reading or writing a checkpoint
+STEP_FACTOR = 20  # a step may take so many times the usual one
+SLOW_FACTOR = 10  # and slow activities may take so many times longer: starting, compiling, reading or writing a checkpoint
 
 
 class Watchdog:
     """Prints the stack of every thread and exits with `StalledError`'s code if `alive` is not called in time.
 
-    The time is `seconds`, or SLOWER times the usual step if that is more; 0 for no watchdog. Time in which this process itself is
-    stopped does not count, so that Ctrl-Z and fg are fine.
+    In time is within `seconds`, or within STEP_FACTOR times the usual step if that is longer; 0 seconds: no watchdog. Time in
+    which the process itself is suspended, as by Ctrl-Z, does not count.
     """
 
-    def __init__(self, seconds):
+    def __init__(self, seconds: float):
         self._seconds, self._tick = seconds, min(1.0, seconds / 4)
-        self._gaps, self._waited, self._patience, self._doing, self._since = deque(maxlen=64), 0.0, PATIENT, 'starting', None
+        self._activity, self._factor, self._waited = 'starting', SLOW_FACTOR, 0.0
+        self._step_times, self._last_call = deque(maxlen=64), None
         self._done = threading.Event()
 
     def __enter__(self):
@@ -34,18 +35,18 @@ class Watchdog:
     def __exit__(self, *_):
         self._done.set()
 
-    def alive(self, doing='stepping', rare=False):
-        """The run moved, and does this now; `rare` things may take longer."""
+    def alive(self, activity: str = 'stepping', slow: bool = False) -> None:
+        """Reports that the run makes progress, and what it does now. A `slow` activity may take SLOW_FACTOR times longer."""
         now = time.monotonic()
-        if self._since is not None and not rare:
-            self._gaps.append(now - self._since)
-        self._since = None if rare else now
-        self._waited, self._patience, self._doing = 0.0, PATIENT if rare else 1, doing
+        if self._last_call is not None and not slow:
+            self._step_times.append(now - self._last_call)
+        self._last_call = None if slow else now
+        self._waited, self._factor, self._activity = 0.0, SLOW_FACTOR if slow else 1, activity
 
-    def deadline(self):
-        """Seconds that what is done now may take."""
-        usual = statistics.median(self._gaps) if self._gaps else 0.0
-        return max(self._seconds, SLOWER * usual) * self._patience
+    def deadline(self) -> float:
+        """Seconds that the current activity may take."""
+        usual = statistics.median(self._step_times) if self._step_times else 0.0
+        return max(self._seconds, STEP_FACTOR * usual) * self._factor
 
     def _watch(self):
         last = time.monotonic()
@@ -55,6 +56,6 @@ class Watchdog:
             last = now
             if self._waited > self.deadline() and not self._done.is_set():
                 faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
-                print(f'StalledError: nothing has moved for {self._waited:.0f} s while {self._doing} (train.stall_seconds); '
+                print(f'StalledError: nothing has moved for {self._waited:.0f} s while {self._activity} (train.stall_seconds); '
                       'the stacks of all threads are above', file=sys.__stderr__, flush=True)  # fmt: skip
                 os._exit(StalledError.exit_code)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from spark.checkpoints.manager import ASIDE, Checkpoints, checksums
+from spark.checkpoints.checksums import checksums
+from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints
 from spark.errors import CheckpointError, DamagedError
 
 PLACE = {'data': {'document': 3, 'rest': {'slices': [(-1, -1), (0, [5, ()])]}}, 'evaluated': True}
@@ -101,7 +102,7 @@ def test_any_damage_is_found_or_does_no_harm(saved, tmp_path, capfd):
             if step == 1:
                 fell_back.add(file)
                 assert f'Warning: {workdir}/checkpoints/2: ' in said.out + said.err and '1 steps are lost' in said.out + said.err
-                assert [p.name for p in (workdir / ASIDE).iterdir()] == ['2']
+                assert [p.name for p in (workdir / DAMAGED_DIR).iterdir()] == ['2']
                 assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['1']
             shutil.rmtree(workdir)
     assert len(fell_back) >= 4, fell_back
@@ -121,7 +122,7 @@ def test_none_is_left(copy):
         shutil.rmtree(copy / 'checkpoints' / step / 'state')
     with pytest.raises(DamagedError, match=r'checkpoints/2: .*; no checkpoint is left of 2'):
         restore(copy)
-    assert not (copy / ASIDE).exists()  # nothing is moved where nothing is gained
+    assert not (copy / DAMAGED_DIR).exists()  # nothing is moved where nothing is gained
 
 
 def test_a_bit_of_an_array_is_named(copy):

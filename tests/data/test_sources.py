@@ -154,8 +154,8 @@ def test_tfds_unknown(tmp_path):
 def test_source_strings():
     assert sources.parse('stdlib') == [(1.0, 'stdlib')]
     assert sources.parse('0.7 stdlib + 0.3 text:/a b/*.txt') == [(0.7, 'stdlib'), (0.3, 'text:/a b/*.txt')]
-    for wrong, message in [('stdlb', "'stdlb' is no source; want stdlib, text:GLOB"), ('text:', 'is no source'),
-                           ('0 stdlib', 'must be above 0'), ('', 'is no source'), ('csv:a', 'is no source')]:  # fmt: skip
+    for wrong, message in [('stdlb', "'stdlb' is not a source; want stdlib, text:GLOB"), ('text:', 'is not a source'),
+                           ('0 stdlib', 'must be above 0'), ('', 'is not a source'), ('csv:a', 'is not a source')]:  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             sources.parse(wrong)
 

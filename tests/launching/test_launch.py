@@ -1,6 +1,7 @@
 """What is handed to the engines, word for word; and local jobs, in real processes."""
 
 import os
+import pathlib
 import shlex
 import signal
 import subprocess
@@ -10,7 +11,8 @@ import time
 import pytest
 
 from spark.errors import ConfigError, Preempted
-from spark.launching import launch
+from spark.launching import ENGINES, local, parse_options
+from spark.launching.job import Job, git_revision, parse_topology, restart_loop
 from tests.helpers import ROOT
 
 REVISION = '0123456789abcdef0123456789abcdef01234567'
@@ -19,7 +21,11 @@ REVISION = '0123456789abcdef0123456789abcdef01234567'
 def job(via, *settings, workdir='gs://bucket/runs/big', **more):
     train = ['--config=configs/gemma2_2b.py:spark', '--config.train.steps=7', f'--workdir={workdir}']
     fields = {'name': 'big', 'train': train, 'workdir': workdir, 'revision': REVISION, 'topology': 'v5e-256', 'slices': 1}
-    return launch.Job(**fields | more, options=launch.options(via, settings))
+    return Job(**fields | more, options=parse_options(via, settings))
+
+
+def commands(via, job):
+    return [command.words for command in ENGINES[via].commands(job, pathlib.Path('/repo'))]
 
 
 TRAIN = (
@@ -29,7 +35,7 @@ TRAIN = (
 
 
 def test_xpk():
-    unpack, create = launch.commands('xpk', job('xpk', 'cluster=pod', 'zone=z', slices=2), '/repo')
+    unpack, create = commands('xpk', job('xpk', 'cluster=pod', 'zone=z', slices=2))
     assert unpack[-1] == f'mkdir -p /tmp/big-0123456789ab && git -C /repo archive {REVISION} | tar -x -C /tmp/big-0123456789ab'
     assert create == [
         'xpk', 'workload', 'create', '--workload=big', '--tpu-type=v5litepod-256', '--num-slices=2', '--cluster=pod', '--zone=z',
@@ -40,20 +46,20 @@ def test_xpk():
 
 
 def test_gcloud():
-    archive, create, copy, start = launch.commands('gcloud', job('gcloud', 'zone=z', 'spot=1', topology='v5p:4x4x4'), '/repo')
+    archive, create, copy, start = commands('gcloud', job('gcloud', 'zone=z', 'spot=1', topology='v5p:4x4x4'))
     assert archive == ['git', '-C', '/repo', 'archive', REVISION, '-o', '/tmp/big-0123456789ab.tar']
     assert {'--accelerator-type=v5p-128', '--version=v2-alpha-tpuv5', '--spot', '--zone=z'} <= set(create)
     assert copy[4:7] == ['scp', '/tmp/big-0123456789ab.tar', 'big:big.tar'] and '--worker=all' in copy and '--worker=all' in start
-    assert f'bash -c {shlex.quote(launch.loop(job("gcloud", "zone=z")))}' in start[-1] and TRAIN in start[-1]
+    assert f'bash -c {shlex.quote(restart_loop(job("gcloud", "zone=z")))}' in start[-1] and TRAIN in start[-1]
 
 
 def test_slurm():
     shared = '/shared/runs/big'
     mine = job('slurm', 'nodes=4', 'gres=gpu:8', workdir=shared)
-    unpack, submit = launch.commands('slurm', mine, '/repo')
+    unpack, submit = commands('slurm', mine)
     source = '/shared/runs/big.source-0123456789ab'
     assert submit == ['sbatch', f'{source}/launch.sbatch'] and source in unpack[-1]
-    script = launch.slurm_script(mine)
+    script = ENGINES['slurm'].commands(mine, pathlib.Path('/repo'))[1].script
     assert {
         '#SBATCH --nodes=4', '#SBATCH --gres=gpu:8', '#SBATCH --signal=TERM@600', f'cd {source}',
         f'srun {TRAIN.replace("gs://bucket/runs/big", shared)}', '[ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"',
@@ -66,32 +72,32 @@ def test_topologies():
         'v5e-256': ('v5e', 'v5litepod-256', 256), 'v5e:16x16': ('v5e', 'v5litepod-256', 256),
         'v5p-128': ('v5p', 'v5p-128', 64), 'v4:2x2x4': ('v4', 'v4-32', 16), 'v6e-8': ('v6e', 'v6e-8', 8),
     }  # fmt: skip
-    assert {text: launch.topology(text) for text in known} == known
+    assert {text: parse_topology(text) for text in known} == known
     for wrong in ('v5e', 'v9-8', 'v5e:16', '256'):
         with pytest.raises(ConfigError, match='want KIND-N or KIND:AxB'):
-            launch.topology(wrong)
+            parse_topology(wrong)
 
 
 def test_options():
     with pytest.raises(ConfigError, match=r'--set=cluster=…: missing'):
-        launch.options('xpk', [])
+        parse_options('xpk', [])
     with pytest.raises(ConfigError, match='--set=nods=4: want NAME=VALUE of nodes'):
-        launch.options('slurm', ['nods=4'])
+        parse_options('slurm', ['nods=4'])
 
 
 def test_what_is_launched_is_a_revision(tmp_path):
     git = lambda *words: subprocess.run(['git', '-C', str(tmp_path), *words], check=True, capture_output=True, text=True).stdout
     with pytest.raises(ConfigError, match='not a git repository'):
-        launch.revision(tmp_path)
+        git_revision(tmp_path)
     git('init', '-q')
     (tmp_path / 'a.py').write_text('1')
     git('add', '-A')
     git('-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'a')
-    assert launch.revision(tmp_path) == git('rev-parse', 'HEAD').strip()
+    assert git_revision(tmp_path) == git('rev-parse', 'HEAD').strip()
     (tmp_path / 'a.py').write_text('2')
     with pytest.raises(ConfigError, match=r'a\.py differs from the revision .*: commit it first'):
-        launch.revision(tmp_path)
-    assert launch.revision(tmp_path, changed_is_fine=True) == git('rev-parse', 'HEAD').strip()
+        git_revision(tmp_path)
+    assert git_revision(tmp_path, allow_changes=True) == git('rev-parse', 'HEAD').strip()
 
 
 def test_the_loop_goes_on_after_a_preemption_alone(tmp_path):
@@ -99,7 +105,7 @@ def test_the_loop_goes_on_after_a_preemption_alone(tmp_path):
     for codes, last in [('75 75 0', 0), ('75 3 0', 3)]:
         ends.write_text(codes.replace(' ', '\n'))
         fake = f'bash -c \'read -r code < {ends}; sed -i 1d {ends}; exit $code\''
-        line = launch.loop(job('gcloud', 'zone=z')).replace(TRAIN, fake)
+        line = restart_loop(job('gcloud', 'zone=z')).replace(TRAIN, fake)
         assert subprocess.run(['bash', '-c', line], timeout=60).returncode == last
 
 
@@ -119,7 +125,7 @@ sys.exit(code)
 
 def test_local_processes_are_started_again_after_a_preemption(tmp_path):
     words = [sys.executable, '-c', STEPS, str(tmp_path)]
-    assert launch.run_locally([*words, '75/75,75/75,0/0'], 2, 'abc', 100) == 0
+    assert local.run([*words, '75/75,75/75,0/0'], 2, 'abc', 100) == 0
     logs = [(tmp_path / f'{i}.log').read_text().split('\n')[:-1] for i in range(2)]
     assert logs[0] == logs[1] and len(logs[0]) == 3
     assert all(line.startswith('2 localhost:') and line.endswith(' abc') for line in logs[0])
@@ -127,10 +133,10 @@ def test_local_processes_are_started_again_after_a_preemption(tmp_path):
 
 def test_local_processes_end_with_the_one_that_fails(tmp_path):
     start = time.monotonic()
-    assert launch.run_locally([sys.executable, '-c', STEPS, str(tmp_path), '3/-1'], 2, 'abc', 100) == 3
+    assert local.run([sys.executable, '-c', STEPS, str(tmp_path), '3/-1'], 2, 'abc', 100) == 3
     assert time.monotonic() - start < 30
     with pytest.raises(Preempted, match='preempted 2 times'):
-        launch.run_locally([sys.executable, '-c', STEPS, str(tmp_path / '..'), '75/75,75/75'], 2, 'abc', 1)
+        local.run([sys.executable, '-c', STEPS, str(tmp_path / '..'), '75/75,75/75'], 2, 'abc', 1)
 
 
 def launch_script(*arguments, **more):
@@ -144,7 +150,7 @@ def launch_script(*arguments, **more):
         (['--via=xpk'], '--topology=None: want such as v5e-256'),
         (['--via=slurm', '--topology=v5e-256'], '--topology=v5e-256: not for --via=slurm'),
         (['--via=gcloud', '--topology=v5e-128', '--set=zone=z'], 'mesh = data 1 × fsdp 256 × context 1 × model 1: that is 256'),
-        (['--via=slurm', '--processes=2'], '--processes=2: of --via=local'),
+        (['--via=slurm', '--processes=2'], '--processes=2: only for --via=local'),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(arguments, message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spark.data import pipeline
-from spark.training.guard import WARM, Guard, judge, origin
+from spark.training.guard import WARM, Guard, first_not_finite, judge
 from spark.training.step import Trainer
 from tests.helpers import random_rows, small
 
@@ -99,16 +99,16 @@ def test_after_too_many_in_a_row_the_state_waits_for_the_loop(trained):
          'first not finite: the output of ffn in layer 1 of 2'),
         (lambda x: np.full_like(x, 3e38), ('groups', 'attention_0', 'q'),
          'first not finite: the output of attention in layer 0 of 2'),
-        (lambda x: x * np.float32(1e25), ('embedding',), 'forward all is finite; backward first not: '),
+        (lambda x: x * np.float32(1e25), ('embedding',), 'the forward pass is finite; first not finite in backward: '),
     ],
 )  # fmt: skip
 def test_where_it_began(trained, change, path, said):
     trainer, good, batch = trained
     state = changed(good, change, *path)
-    assert said in origin(trainer, jax.device_put(state.params, trainer.state_shardings.params), batch)
+    assert said in first_not_finite(trainer, jax.device_put(state.params, trainer.state_shardings.params), batch)
 
 
 def test_nothing_is_wrong(trained):
     trainer, good, batch = trained
     params = jax.device_put(good.params, trainer.state_shardings.params)
-    assert origin(trainer, params, batch) == 'every module and every gradient by itself is finite'
+    assert first_not_finite(trainer, params, batch) == 'every module and every gradient by itself is finite'

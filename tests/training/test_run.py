@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tqdm
 
 from spark import devices, flops
+from spark.data import pipeline
 from spark.errors import ConfigError, DataError
 from spark.nn.layers import METRICS
 from spark.nn.transformer import activity
 from spark.training import loss, optimizer, sharding, trackers
 from spark.training import run as train_module
-from spark.training.run import claim, train
+from spark.training import step as step_module
+from spark.training.run import claim_directory, train
 from spark.training.step import Trainer
 from spark.training.trackers import MetricsWriter
 from tests.helpers import model_and_params, records, small, write_corpus
@@ -307,10 +310,10 @@ def test_metrics_in_a_bucket(monkeypatch):
     monkeypatch.setattr(fsspec, 'filesystem', lambda name, **_: Bucket())
     monkeypatch.setattr(trackers.tensorboardX, 'SummaryWriter', lambda *_, **__: mock.Mock())
     workdir = epath.Path('gs://bucket/run')
-    claim(workdir, small())
-    claim(workdir, small())
+    claim_directory(workdir, small())
+    claim_directory(workdir, small())
     with pytest.raises(ConfigError, match='belongs to a run with seed = 0, now 1'):
-        claim(workdir, small(seed=1))
+        claim_directory(workdir, small(seed=1))
     for start, steps in [(0, (1, 2, 3)), (2, (3, 4))]:
         writer = MetricsWriter(workdir, start)
         for step in steps:
@@ -323,7 +326,6 @@ def test_metrics_in_a_bucket(monkeypatch):
 def test_a_checkpoint_moves_to_another_mesh(corpus):
     overrides, directory, _, expected = corpus
     from spark.checkpoints.manager import Checkpoints
-    from spark.data import pipeline
 
     cfg = pipeline.tokenizer_for(small(**overrides, **{'mesh.fsdp': 2, 'mesh.data': 2}))[1]
     trainer = Trainer(cfg, jax.devices()[:4])
@@ -348,6 +350,40 @@ def test_the_keep_policy_and_the_limits_of_evaluation(corpus, monkeypatch):
     assert {p.name for p in (directory / 'kept' / 'checkpoints').iterdir()} == {'4', '8', '10'}
     assert [label for label, _ in sizes] == ['validation', 'validation', 'test']
     assert sizes[0][1] < sizes[1][1]  # one batch on the way, the whole split at the end
+
+
+def test_evaluation_is_bounded_and_knows_its_length(corpus, monkeypatch):
+    """At most two batches are in flight, and the bar's total is the number of batches, or the limit."""
+    overrides, _, _, _ = corpus
+    tokenizer, cfg = pipeline.tokenizer_for(small(**overrides, **{'data.batch_size': 2}))
+    dataset = pipeline.EvalDataset(cfg.data, 'test', tokenizer)
+    in_flight, most, totals = 0, [], []
+
+    def dispatch(params, batch):
+        nonlocal in_flight
+        in_flight += 1
+        most.append(in_flight)
+        return {'nll': np.float32(1), 'tokens': np.float32(len(batch['tokens'])), 'bytes': np.float32(1)}
+
+    def fetch(sums):
+        nonlocal in_flight
+        in_flight -= 1
+        return sums
+
+    def bar(total, **more):
+        totals.append(total)
+        return tqdm.tqdm(total=total, **more)
+
+    trainer = mock.Mock(spec=Trainer, cfg=cfg, put=lambda batch: batch, eval_step=dispatch)
+    monkeypatch.setattr(jax, 'device_get', fetch)
+    monkeypatch.setattr(step_module, 'tqdm', bar)
+    for limit in (0, 2):
+        most.clear()
+        report = train_module.evaluate(trainer, {}, dataset, limit=limit)
+        assert max(most) == 2 and in_flight == 0 and report['tokens'] == 2 * len(most)
+        assert totals.pop() == len(most) == (limit or dataset.n_batches)
+    assert dataset.n_batches > 2
+    assert train_module.evaluate(trainer, {}, dataset, stop=lambda: True) is None
 
 
 def test_held_out_text_that_is_missing_is_said_before_the_training(corpus):

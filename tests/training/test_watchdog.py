@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from spark.training.watchdog import PATIENT, SLOWER, Watchdog
+from spark.training.watchdog import SLOW_FACTOR, STEP_FACTOR, Watchdog
 from tests.helpers import ROOT
 
 
@@ -37,7 +37,7 @@ with Watchdog(0.4) as dog:
 
 
 @pytest.mark.parametrize('code', [
-    "with Watchdog(0.3) as dog:\n    dog.alive('compiling', rare=True)\n    time.sleep(1.5)",
+    "with Watchdog(0.3) as dog:\n    dog.alive('compiling', slow=True)\n    time.sleep(1.5)",
     'with Watchdog(0.3) as dog:\n    for _ in range(30): dog.alive(); time.sleep(0.05)',
     'with Watchdog(0.3) as dog: dog.alive()\ntime.sleep(1)',
     'with Watchdog(0) as dog: dog.alive(); time.sleep(1)',
@@ -62,11 +62,11 @@ def test_the_deadline_follows_the_usual_step(monkeypatch):
     now = iter(range(0, 10**6, 100))
     monkeypatch.setattr(time, 'monotonic', lambda: next(now))
     dog = Watchdog(300)
-    assert dog.deadline() == 300 * PATIENT  # starting
+    assert dog.deadline() == 300 * SLOW_FACTOR  # starting
     for _ in range(9):
         dog.alive()
-    assert dog.deadline() == SLOWER * 100
-    dog.alive('saving', rare=True)
-    assert dog.deadline() == SLOWER * 100 * PATIENT
+    assert dog.deadline() == STEP_FACTOR * 100
+    dog.alive('saving', slow=True)
+    assert dog.deadline() == STEP_FACTOR * 100 * SLOW_FACTOR
     dog.alive()
-    assert dog.deadline() == SLOWER * 100  # what is rare is not usual
+    assert dog.deadline() == STEP_FACTOR * 100  # a slow activity is no usual step

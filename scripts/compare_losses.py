@@ -1,0 +1,67 @@
+"""Train a config at two git revisions and tell whether the losses are bitwise equal: the proof of a refactoring.
+
+    python scripts/compare_losses.py OLD_REV NEW_REV [--config=configs/tiny.py[:VARIANT]] [--steps=20]
+
+Both revisions train with this Python in temporary worktrees, with the compiled kernels of this checkout. `loss` and `grad_norm`
+are compared in every record that both write. Exit codes: 0 equal, 1 different, 2 a revision that cannot be trained.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from absl import flags
+
+from spark import errors
+
+CONFIG = flags.DEFINE_string('config', 'configs/tiny.py', 'PATH[:VARIANT] of a config that both revisions have.')
+STEPS = flags.DEFINE_integer('steps', 20, 'How long to train.', lower_bound=2)
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+REVISIONS = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
+
+
+def worktree(*words: str) -> None:
+    subprocess.run(['git', '-C', str(ROOT), 'worktree', *words], check=True)
+
+
+def train(revision: str, scratch: pathlib.Path) -> dict:
+    """{(step, split, metric): value} of a run at a revision, in the directory `scratch`."""
+    tree, workdir = scratch / 'tree', scratch / 'run'
+    overrides = {'train.steps': STEPS.value, 'train.log_every': 1, 'optimizer.warmup_steps': STEPS.value // 4, 'sample.tokens': 0}
+    words = [f'--config={CONFIG.value}', f'--workdir={workdir}', *(f'--config.{name}={n}' for name, n in overrides.items())]
+    try:
+        worktree('add', '--quiet', '--detach', str(tree), revision)
+        for kernels in (ROOT / 'spark' / 'kernels').glob('_cpu*.so'):
+            shutil.copy(kernels, tree / 'spark' / 'kernels')
+        env = os.environ | {'PYTHONPATH': str(tree)}
+        subprocess.run([sys.executable, 'scripts/train.py', *words], cwd=tree, env=env, check=True)
+    except subprocess.CalledProcessError as e:
+        raise errors.ConfigError(f'{revision} cannot be trained: {e}') from None
+    records = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+    return {(r['step'], r['split'], name): r[name] for r in records for name in ('loss', 'grad_norm') if name in r}
+
+
+def main() -> None:
+    if len(REVISIONS) != 2:
+        raise errors.ConfigError(f'{len(REVISIONS)} revisions: want OLD_REV NEW_REV')
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            old, new = (train(revision, pathlib.Path(scratch) / str(i)) for i, revision in enumerate(REVISIONS))
+    finally:
+        worktree('prune')
+    both = sorted(old.keys() & new.keys())
+    different = [key for key in both if old[key] != new[key]]
+    for step, split, name in different[:10]:
+        print(f'step {step}, {split} {name}: {old[step, split, name]!r} became {new[step, split, name]!r}')
+    verdict = f'{len(different)} differ' if different else 'bitwise equal'
+    print(f'{len(both)} values of {STEPS.value} steps compared: {verdict}')
+    sys.exit(1 if different or not both else 0)
+
+
+if __name__ == '__main__':
+    sys.argv = [arg for arg in sys.argv if arg not in REVISIONS]
+    errors.run(main)
