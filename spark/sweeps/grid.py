@@ -94,7 +94,7 @@ def claim(out, base, axes, runs):
             raise ConfigError(f'{path}: not the record of a sweep: {" ".join(str(e).split())}') from None
         if their_axes != set(axes):
             raise ConfigError(f'--out={out} belongs to a sweep over {", ".join(sorted(their_axes))}: choose another directory')
-        if different := config.differences(theirs, base, but=axes):
+        if different := config.differences(theirs, base, ignore=axes):
             raise ConfigError(f'--out={out} belongs to a sweep with {different}: choose another directory')
     for run in runs:
         there = out / 'runs' / run.name / 'config.json'

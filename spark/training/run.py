@@ -281,12 +281,12 @@ def _preempted(step, cfg, workdir):
 def claim(workdir, cfg):
     """Makes `workdir` this config's; a ConfigError names the fields in which it is another's, or a file that is no run's.
 
-    What `config.HOW` names may change while a run goes on.
+    What `config.RESUMABLE` names may change while a run goes on.
     """
     path = workdir / 'config.json'
     if path.exists():
         before = config.load(path)
-        if different := config.differences(before, cfg, but=config.HOW):
+        if different := config.differences(before, cfg, ignore=config.RESUMABLE):
             raise ConfigError(f'--workdir={workdir} belongs to a run with {different}: choose another directory')
         if (changed := config.differences(before, cfg)) and jax.process_index() == 0:
             print(f'This run had {changed}', flush=True)
