@@ -73,7 +73,7 @@ def continuation(cfg, trainer, state):
         serving = Serving(cfg.model, jnp.dtype(trainer.model.dtype).name, platform=trainer.model.platform)
         weights = jax.jit(lambda params: from_params(serving, params))(state.params)
         how = Sampling(cfg.sample.temperature)
-        tokens = generate(serving, weights, prompt, jax.random.key(cfg.seed), n=cfg.sample.tokens, how=how)
+        tokens = generate(serving, weights, prompt, jax.random.key(cfg.seed), n=cfg.sample.tokens, sampling=how)
     return cfg.sample.prompt + tokenizer.decode(jax.device_get(tokens)[0])
 
 

@@ -50,8 +50,9 @@ def test_wrong_values(overrides, message):
 
 
 def test_a_section_refuses_what_it_can_know_by_itself():
-    for section, wrong in [(FFNConfig, {'kind': 'spark', 'd_ff': 8, 'k': 2}),
-                           (AttentionConfig, {'kind': 'spark', 'n_heads': 2, 'n_kv_heads': 1, 'head_dim': 8, 'k': 2})]:  # fmt: skip
+    heads = {'n_heads': 2, 'n_kv_heads': 1, 'head_dim': 8}
+    spark = {'kind': 'spark', 'k': 2}
+    for section, wrong in [(FFNConfig, spark | {'d_ff': 8}), (AttentionConfig, spark | heads)]:
         with pytest.raises(pydantic.ValidationError, match='r = 0: want '):
             section(**wrong)
         section(**wrong, r=2)

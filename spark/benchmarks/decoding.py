@@ -11,14 +11,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 from tqdm import tqdm
 
 from spark.benchmarks.timing import interleaved, row
 from spark.inference import layout, model
 from spark.kernels import cpu
-from spark.nn.layers import rms_norm
-from spark.nn.transformer import Transformer
+from spark.nn.block import rms_norm
+from spark.nn.transformer import abstract_params
 
 
 def bandwidth(repeats=9):
@@ -31,9 +30,7 @@ def bandwidth(repeats=9):
 
 def random_leaf(cfg):
     """A function of a parameter's path to random values of its shape, as `layout.lay_out` wants one."""
-    token = jnp.zeros((1, 1), jnp.int32)
-    shapes = meta.unbox(jax.eval_shape(Transformer(cfg).init, jax.random.key(0), token, token, token))
-    key = itertools.count()
+    shapes, key = abstract_params(cfg), itertools.count()
 
     def leaf(*path):
         shape = functools.reduce(lambda tree, name: tree[name], ('params', *path), shapes).shape

@@ -139,7 +139,7 @@ def flops_report(cfg, context, layers):
     for phase in flops.PHASES:
         count = lambda cfg, phase=phase, **measured: flops.flops_per_token(cfg, context, phase, **measured)
         attended = known(of('attended_mean' if phase == 'prefill' else 'attended_long'))
-        if cfg.attention.kind == 'dense' or (phase == 'decode' and context <= cfg.attention.k):
+        if not cfg.attention.traits.topk or (phase == 'decode' and context <= cfg.attention.k):
             attended = None
         ways = {'dense': count(flops.dense_twin(cfg)), 'configured': count(cfg)}
         if phase != 'training':

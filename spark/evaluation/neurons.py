@@ -93,7 +93,7 @@ def activations(model, params, batch, layer):
 
     def interceptor(method, args, kwargs, context):
         out = method(*args, **kwargs)
-        if context.method_name == 'sigma1' and isinstance(context.module, FFN):
+        if context.method_name == 'activate' and isinstance(context.module, FFN):
             sow(context.module, 'activations', out)
         return out
 

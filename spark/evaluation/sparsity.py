@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtr
 
-from spark.config import FFN_KINDS
 from spark.nn.attention import Attention
 from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, sow
@@ -51,7 +50,7 @@ def observe(model, params, batch):
     sums['positions'] = jnp.zeros(L, jnp.int32).at[place].add(real_BxL)
     mean = jnp.mean(attended, axis=2) * real_BxL
     sums['by_position'] = jnp.zeros((n, L), jnp.float32).at[:, place].add(mean)
-    if cfg.ffn.kind != 'gated':
+    if cfg.ffn.traits.sparse:
         sums['active'] = _tally(layer('ffn', 'active').reshape(n, B, L), real_BxL, cfg.ffn.d_ff)
         sums['fired'] = layer('ffn', 'fired')
     return hidden, sums
@@ -72,7 +71,7 @@ def report(cfg, sums):
         if 'active' in sums:
             tokens = sums['active'][i]
             layer |= {f'active_{name}': value / f.d_ff for name, value in _distribution(tokens).items()}
-            if FFN_KINDS[f.kind][1]:
+            if f.traits.topk:
                 n = np.arange(f.d_ff + 1)
                 layer['recall'] = float(tokens @ (np.minimum(n, f.k) / f.k) / tokens.sum())
                 layer['precision'] = float(tokens @ (np.minimum(n, f.k) / np.maximum(n, 1)) / tokens.sum())
@@ -83,7 +82,7 @@ def report(cfg, sums):
         if count:
             layer['attended_long'] = float(attended / count)
             layer['attention_ks'] = kolmogorov_smirnov(sums['attention_scores'][i])
-            if a.kind == 'spark':
+            if a.traits.topk:
                 layer |= {'attention_recall': float(recall / count), 'attention_precision': float(precision / count)}
         layers.append(layer)
     return layers
@@ -109,7 +108,7 @@ def _statistics(k, real_BxL):
     def interceptor(method, args, kwargs, context):
         out = method(*args, **kwargs)
         module = context.module
-        if context.method_name != 'sigma1':
+        if context.method_name != 'activate':
             return out
         if isinstance(module, FFN):
             (s_TxF,) = args

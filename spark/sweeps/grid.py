@@ -18,7 +18,7 @@ import pydantic
 from tqdm import tqdm
 
 from spark import config, flops
-from spark.config import FFN_KINDS, matched_d_ff
+from spark.config import ATTENTION_KINDS, FFN_KINDS, matched_d_ff
 from spark.data import pipeline
 from spark.errors import ConfigError, Preempted
 from spark.runtime import stop_signals, write_json
@@ -268,15 +268,15 @@ def _fit(base, chosen):
         f['d_ff'] = matched_d_ff(was.d_ff, was.kind, f['kind'])
         if f['d_ff'] != was.d_ff:
             note.append(f'd_ff {was.d_ff} → {f["d_ff"]}')
-    _, topk, predictor = FFN_KINDS[f['kind']]
-    if topk and 'model.ffn.k' not in chosen:
+    kind = FFN_KINDS[f['kind']]
+    if kind.topk and 'model.ffn.k' not in chosen:
         f['k'] = round(was.k * f['d_ff'] / was.d_ff)
-    if not topk:
+    if not kind.topk:
         f |= {'k': 0, 'topk': 'statistical', 'huber': 0.0}
-    if not predictor:
+    if not kind.predictor:
         f['r'] = 0
-    if a['kind'] == 'dense':
-        a |= {'k': 0, 'r': 0}
+    kind = ATTENTION_KINDS[a['kind']]
+    a |= {name: 0 for name, has in [('k', kind.topk), ('r', kind.predictor)] if not has}
     changed = [(half, name, was_, now) for half, was_, now in [('ffn', was, f), ('attention', base.model.attention, a)]
                for name in ('k', 'r')]  # fmt: skip
     for half, name, before, now in changed:
