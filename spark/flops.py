@@ -1,4 +1,4 @@
-"""FLOPs per token, part by part, dense and Spark (arXiv 2506.06644, table 1), and the parameter count they are held against.
+"""FLOPs per token, part by part, dense and Spark (arXiv 2506.06644, table 1), and the number of parameters.
 
 Both halves of a layer are one lookup among n entries, so one formula gives both:
 
@@ -8,8 +8,9 @@ The predictor scores all n entries; the rest of the key and the value count for 
 multiply and an add each: elementwise work (norms, GELU, softmax, the threshold's 2n) is about 1 %.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
-from numpy.typing import ArrayLike
 
 from spark.config import ModelConfig, matched_d_ff
 
@@ -24,10 +25,11 @@ PARTS = {
     'head': 'output head',
 }
 PHASES = ('training', 'prefill', 'decode')
+Measured = int | float | np.number | Sequence | np.ndarray | None
 
 
 def flops_per_token(
-    cfg: ModelConfig, context: int, phase: str = 'decode', active: ArrayLike | None = None, attended: ArrayLike | None = None
+    cfg: ModelConfig, context: int, phase: str = 'decode', active: Measured = None, attended: Measured = None
 ) -> dict[str, float]:
     """FLOPs per token by part (the keys of PARTS), summed over the layers.
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 class Kind(NamedTuple):
     """What a kind of lookup computes: V · (σ1(TopK(K1ᵀ q1)) ⊙ σ2(K2ᵀ q2)), or V · σ1(TopK(Kᵀ q)) without a gate.
 
-    Every room branches on these properties and never on the kind's name. A kernel states the `Kind`s that it computes, and
+    All code branches on these properties and never on the kind's name. A kernel states the `Kind`s that it computes, and
     declines all others.
     """
 

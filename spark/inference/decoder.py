@@ -56,7 +56,7 @@ class Stream:
       chunk: tokens of the prompts per step of `prefill`; one compiled program serves all lengths.
 
     Attributes:
-      length: places that the prompts take, padded on the left to whole chunks.
+      length: positions that the prompts take, padded on the left to whole chunks.
       cache: the `Cache`.
       counts: those of the last step, see `model.hidden`.
     """

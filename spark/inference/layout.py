@@ -28,7 +28,7 @@ DTYPES = ('float32', 'bfloat16', 'int8')  # of weights
 
 
 class Serving(NamedTuple):
-    """How a model is run.
+    """How a model is served.
 
     cfg: its ModelConfig.
     dtype: of the weights, one of DTYPES; int8 has a float32 scale per row.
@@ -123,7 +123,7 @@ def _layer_recipe(serving, i):
 
 
 def lay_out(serving: Serving, leaf: Callable[..., Any], place: Callable = jax.device_put) -> dict[str, Any]:
-    """The weights of a model for serving. Each parameter is asked for once and read layer by layer, so it may lie on a disk.
+    """The weights of a model for serving. Each parameter is requested once and read layer by layer, so it can stay on disk.
 
     Args:
       serving: how the model is run.

@@ -29,8 +29,8 @@ Length = Int[Array | np.ndarray, '']
 class Cache:
     """What decoding remembers.
 
-    layers: {'keys', 'records'} per layer, ring buffers that hold place p in slot p mod S.
-    length: the number of places so far.
+    layers: {'keys', 'records'} per layer, ring buffers that hold position p in slot p mod S.
+    length: the number of positions so far.
     rotations: `nn.attention.rotations` of every place: a table, since XLA:CPU evaluates sines again for each head that uses them.
     """
 
@@ -40,7 +40,7 @@ class Cache:
 
 
 def slots(cfg: ModelConfig, span: str, size: int, chunk: int) -> int:
-    """Slots of a layer's ring buffer for `size` places that arrive `chunk` at a time and then one by one."""
+    """Slots of a layer's ring buffer for `size` positions that arrive `chunk` at a time and then one by one."""
     if span == 'global':
         return size
     # The first token of a chunk still sees a window back, and a chunk does not wrap around.
@@ -48,7 +48,7 @@ def slots(cfg: ModelConfig, span: str, size: int, chunk: int) -> int:
 
 
 def init_cache(serving: Serving, batch: int, size: int, chunk: int) -> Cache:
-    """An empty `Cache` for `batch` rows of at most `size` places, which arrive `chunk` at a time or one by one."""
+    """An empty `Cache` for `batch` rows of at most `size` positions, which arrive `chunk` at a time or one by one."""
     cfg, a = serving.cfg, serving.cfg.attention
     layers = []
     for i in range(cfg.n_layers):
@@ -63,7 +63,7 @@ def forward(
     serving: Serving, weights: dict, cache: Cache, tokens_BxL: Tokens, first_B: Rows,
     with_head: Bool[Array | np.ndarray, ''] | np.bool_ | None = None,
 ) -> tuple[Cache, Float[Array, 'B V'], Counts]:  # fmt: skip
-    """`hidden`, and the float32 logits that follow the last place.
+    """`hidden`, and the float32 logits that follow the last position.
 
     They equal those of the training model's full forward pass over each row's own tokens. Where `with_head` is False they are
     zeros: only the last chunk of a prompt needs the output head, 5 % of a 2B model's work on a chunk of 64.
@@ -78,9 +78,9 @@ def forward(
 def hidden(
     serving: Serving, weights: dict, cache: Cache, tokens_BxL: Tokens, first_B: Rows
 ) -> tuple[Cache, Float[Array, 'B D'], Counts]:
-    """(the cache with L more places, hidden states of the last place, counts per layer).
+    """(the cache with L more positions, hidden states of the last position, counts per layer).
 
-    `first_B` is the place of each row's first token; the places before it are padding. The cache must have room for L places.
+    `first_B` is the position of each row's first token; the positions before it are padding. The cache must have room for L positions.
 
     Counts: 'attended' (n_layers, B, L) keys, mean over the heads; 'active' (n_layers, B, L) neurons of sparse kinds; 'overflow'
     (n_layers,) tokens and queries with more active entries than the capacity.
@@ -155,15 +155,15 @@ class _Layer:
 
 
 def visible(length: Length, L: int, S: int, first_B: Rows, window: int) -> Bool[Array, 'B L S']:
-    """Does query l, at place length + l, see the key in slot s of a ring buffer, once L places were written?
+    """Does query l, at position length + l, see the key in slot s of a ring buffer, once L positions were written?
 
     `visible_keys`, where the tokens of a row are one segment, and each padding token is a segment of its own.
     """
     last = length + L - 1
     queries_1xL = (length + jnp.arange(L))[None]
-    places_1xS = (last - (last - jnp.arange(S)) % S)[None]
-    segment = lambda places: jnp.where(places >= first_B[:, None], jnp.iinfo(jnp.int32).max, places)
-    return nn_attention.visible_keys(queries_1xL, places_1xS, segment(queries_1xL), segment(places_1xS), window)
+    positions_1xS = (last - (last - jnp.arange(S)) % S)[None]
+    segment = lambda p: jnp.where(p >= first_B[:, None], jnp.iinfo(jnp.int32).max, p)
+    return nn_attention.visible_keys(queries_1xL, positions_1xS, segment(queries_1xL), segment(positions_1xS), window)
 
 
 def _attend_to_cache(serving, q_BxNxGxLxd, layer, visible_BxLxS):

@@ -20,7 +20,7 @@ from spark.nn.layers import by_token, count, matrix, mesh_axes, shards, sow
 KERNEL_KINDS = (Kind('softmax'), Kind('softmax', gate='softplus', topk=True, predictor=True))
 
 Heads = Float[Array, 'B L H d']
-Rotations = list[tuple[Float[Array, '*places half'], Float[Array, '*places half']]]
+Rotations = list[tuple[Float[Array, '*positions half'], Float[Array, '*positions half']]]
 
 
 def visible_keys(
@@ -137,7 +137,7 @@ def weights(
     return ops.ACTIVATIONS[cfg.traits.activation](jnp.where(keep, ops.softcap(s, cfg.logit_cap), -jnp.inf)), keep
 
 
-def rotations(cfg: AttentionConfig, positions: Int[Array, '*places']) -> Rotations:
+def rotations(cfg: AttentionConfig, positions: Int[Array, '*positions']) -> Rotations:
     """`ops.rotation` for each part of a head."""
     widths = [cfg.r, cfg.head_dim - cfg.r] if cfg.r else [cfg.head_dim]
     return [ops.rotation(positions, width, cfg.rope_base) for width in widths]

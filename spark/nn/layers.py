@@ -14,7 +14,7 @@ METRICS = 'metrics'  # the collection of per-token counts; sowing costs nothing 
 
 
 def matrix(
-    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, dtype: DTypeLike
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, dtype: DTypeLike
 ) -> Float[Array, '...']:
     """A float32 parameter N(0, 1/fan_in), cast to `dtype`. training/sharding.py maps its logical `axes` to the mesh."""
     init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)

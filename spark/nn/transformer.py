@@ -81,7 +81,7 @@ class Transformer(nn.Module):
 
         Args:
           tokens_BxL: ids.
-          positions_BxL: the place of each token in its document.
+          positions_BxL: the position of each token in its document.
           segments_BxL: a token sees only tokens of its own segment. Documents packed into a row have different segments, padding
             has segment 0. With `documents = 'joined'` positions and segments are ignored: the row is one document.
         """

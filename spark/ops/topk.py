@@ -13,6 +13,7 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.scipy.special import ndtri
 from jaxtyping import Array, Bool, Float, Num
@@ -20,9 +21,9 @@ from jaxtyping import Array, Bool, Float, Num
 # Rematerialisation policies find thresholds by this name: one number per row is worth keeping when all else is recomputed.
 THRESHOLD = 'threshold'
 
-X = Float[Array, '*shape']
-K = int | float | Num[Array, '...']
-Where = Bool[Array, '...'] | None
+X = Float[Array | np.ndarray, '*shape']
+K = int | float | np.number | Num[Array | np.ndarray, '...']
+Where = Bool[Array | np.ndarray, '...'] | None
 
 
 def statistical_threshold(
