@@ -80,7 +80,7 @@ def hidden(
 ) -> tuple[Cache, Float[Array, 'B D'], Counts]:
     """(the cache with L more positions, hidden states of the last position, counts per layer).
 
-    `first_B` is the position of each row's first token; the positions before it are padding. The cache must have room for L positions.
+    `first_B` is the position of each row's first token; all before it is padding. The cache must have room for L positions.
 
     Counts: 'attended' (n_layers, B, L) keys, mean over the heads; 'active' (n_layers, B, L) neurons of sparse kinds; 'overflow'
     (n_layers,) tokens and queries with more active entries than the capacity.
