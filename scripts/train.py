@@ -73,7 +73,7 @@ def continuation(cfg: config.ExperimentConfig, trainer, state) -> str | None:
         serving = Serving(cfg.model, jnp.dtype(trainer.model.dtype).name, platform=trainer.model.platform)
         weights = jax.jit(lambda params: from_params(serving, params))(state.params)
         sampling = Sampling(cfg.sample.temperature)
-        tokens = generate(serving, weights, prompt, jax.random.key(cfg.seed), n=cfg.sample.tokens, how=sampling)
+        tokens = generate(serving, weights, prompt, jax.random.key(cfg.seed), n=cfg.sample.tokens, sampling=sampling)
     return cfg.sample.prompt + tokenizer.decode(jax.device_get(tokens)[0])
 
 

@@ -1,16 +1,18 @@
-"""FLOPs per token, part by part, dense and Spark (arXiv 2506.06644, table 1), and the parameter count they are held against.
+"""FLOPs per token, part by part, dense and Spark (arXiv 2506.06644, table 1), and the number of parameters.
 
 Both halves of a layer are one lookup among n entries, so one formula gives both:
 
     2 · (scored width · n  +  rest width · kept  +  value width · kept)
 
-The predictor scores all n entries; the rest of the key and the value are paid for the kept ones alone. Only matmuls are
-counted, a multiply and an add each: what is elementwise (norms, GELU, softmax, the threshold's 2n) is about 1 %.
+The predictor scores all n entries; the rest of the key and the value count for kept entries only. Only matmuls are counted, a
+multiply and an add each: elementwise work (norms, GELU, softmax, the threshold's 2n) is about 1 %.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
-from spark.config import FFN_KINDS, ffn_matrices, matched_d_ff
+from spark.config import ModelConfig, matched_d_ff
 
 PARTS = {
     'ffn.predictor': 'FFN: scores of all neurons, or K of a kind without a gate',
@@ -23,20 +25,22 @@ PARTS = {
     'head': 'output head',
 }
 PHASES = ('training', 'prefill', 'decode')
+Measured = int | float | np.number | Sequence | np.ndarray | None
 
 
-def flops_per_token(cfg, context, phase='decode', active=None, attended=None):
-    """{part: FLOPs per token} for the keys of PARTS, summed over the layers.
+def flops_per_token(
+    cfg: ModelConfig, context: int, phase: str = 'decode', active: Measured = None, attended: Measured = None
+) -> dict[str, float]:
+    """FLOPs per token by part (the keys of PARTS), summed over the layers.
 
     Args:
-      cfg: a ModelConfig with vocab_size filled in.
-      context: tokens. In 'decode' the token is the last of that many and sees them all; in 'prefill' the mean is taken over
-        the places in a document of that length.
-      phase: 'training' counts forward and backward (three times the forward pass of 'prefill'), in which all entries of a
-        lookup are computed and masked; 'prefill' and 'decode' pay for kept entries only.
-      active: measured neurons per token, a number or one per layer; None for k as configured, and for all of d_ff in a kind
-        without top-k.
-      attended: measured keys per query, a number or one per layer; None for min(k, visible keys) as configured.
+      cfg: with vocab_size filled in.
+      context: in 'decode' the token is the last of this many and sees them all; otherwise the result is the mean over the
+        tokens of a document of this length.
+      phase: 'training' counts forward and backward, three times the forward pass, which computes every entry of a lookup and
+        masks; 'prefill' and 'decode' count kept entries only.
+      active: measured neurons per token, a number or one per layer; None: k, or d_ff in a kind without top-k.
+      attended: measured keys per query, a number or one per layer; None: min(k, visible keys).
     """
     if phase not in PHASES:
         raise ValueError(f'phase {phase!r}: want one of {", ".join(PHASES)}')
@@ -48,19 +52,18 @@ def flops_per_token(cfg, context, phase='decode', active=None, attended=None):
         places = np.array([context]) if phase == 'decode' else np.arange(1, context + 1)
         visible = np.minimum(places, window)
         keys = np.mean(visible)
-        kept_keys = np.mean(np.minimum(visible, a.k)) if a.kind == 'spark' else keys
+        kept_keys = np.mean(np.minimum(visible, a.k)) if a.traits.topk else keys
         kept_keys = kept_keys if np.isnan(attended_) else attended_
         kept_neurons = (f.k or f.d_ff) if np.isnan(active_) else active_
         if phase == 'training':
             kept_keys, kept_neurons = keys, f.d_ff
 
-        gated, _, predictor = FFN_KINDS[f.kind]
-        scored, rest = (f.r, D - f.r) if predictor else (D, D if gated else 0)
+        scored, rest = (f.r, D - f.r) if f.traits.predictor else (D, D if f.traits.gated else 0)
         total['ffn.predictor'] += 2 * scored * f.d_ff
         total['ffn.K2'] += 2 * rest * kept_neurons
         total['ffn.V'] += 2 * D * kept_neurons
 
-        scored, rest = (a.r, a.head_dim - a.r) if a.kind == 'spark' else (a.head_dim, 0)
+        scored, rest = (a.r, a.head_dim - a.r) if a.traits.predictor else (a.head_dim, 0)
         total['attention.projections'] += 2 * D * a.head_dim * (2 * a.n_heads + 2 * a.n_kv_heads)
         total['attention.scores'] += 2 * a.n_heads * scored * keys
         total['attention.K2'] += 2 * a.n_heads * rest * kept_keys
@@ -69,25 +72,25 @@ def flops_per_token(cfg, context, phase='decode', active=None, attended=None):
     return {part: float(n) * (3 if phase == 'training' else 1) for part, n in total.items()}
 
 
-def model_flops_per_token(cfg, seq_len):
-    """FLOPs of forward and backward per trained token: what `mfu` in metrics.jsonl and compile.py's model FLOPs count.
+def model_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """FLOPs of forward and backward per trained token; `mfu` in metrics.jsonl and compile.py both use it.
 
-    The sum of `flops_per_token(…, 'training')`: matmuls alone, every entry of a lookup, attention over the keys that causality
-    and the window leave (the mean over the places of one document of seq_len tokens), the tied embedding once, as the output
-    head; nothing for rematerialisation.
+    The sum of `flops_per_token(…, 'training')`: it counts matmuls only, every entry of a lookup, attention over the keys that
+    causality and the window leave (the mean over the tokens of one document of seq_len tokens), and the tied embedding once, as
+    the output head. It does not count rematerialisation.
     """
     return sum(flops_per_token(cfg, seq_len, 'training').values())
 
 
-def group(parts):
-    """{'ffn', 'attention' (scores and values), 'projections', 'head', 'body' (all but the head), 'total'} of FLOPs by part."""
+def group(parts: dict[str, float]) -> dict[str, float]:
+    """Sums of parts: 'ffn', 'attention' (scores and values), 'projections', 'head', 'body' (all but the head), 'total'."""
     add = lambda *prefixes: sum(n for part, n in parts.items() if part.startswith(prefixes))
     projections = parts['attention.projections']
     groups = {'ffn': add('ffn'), 'attention': add('attention') - projections, 'projections': projections, 'head': parts['head']}
     return groups | {'body': add('ffn', 'attention'), 'total': add('')}
 
 
-def dense_twin(cfg):
+def dense_twin(cfg: ModelConfig) -> ModelConfig:
     """The ModelConfig with a gated FFN of equal parameters and dense attention."""
     f, a = cfg.ffn, cfg.attention
     d_ff = matched_d_ff(f.d_ff, f.kind, 'gated')
@@ -95,9 +98,9 @@ def dense_twin(cfg):
     return cfg.model_copy(update={'ffn': ffn, 'attention': a.model_copy(update={'kind': 'dense', 'k': 0, 'r': 0})})
 
 
-def parameters(cfg):
-    """Number of parameters of a ModelConfig, the tied embedding once."""
+def parameters(cfg: ModelConfig) -> int:
+    """The number of parameters, the tied embedding once."""
     D, f, a = cfg.d_model, cfg.ffn, cfg.attention
-    ffn = ffn_matrices(f.kind) * D * f.d_ff
+    ffn = f.traits.matrices * D * f.d_ff
     attention = D * a.head_dim * (2 * a.n_heads + 2 * a.n_kv_heads)
     return cfg.vocab_size * D + D + cfg.n_layers * (ffn + attention + 4 * D)

@@ -93,8 +93,8 @@ def test_phases():
 
 @pytest.mark.parametrize('kind', list(FFN_KINDS))
 def test_parameters_are_counted_and_matched(kind):
-    _, topk, predictor = FFN_KINDS[kind]
-    ffn = {'kind': kind, 'd_ff': matched_d_ff(96, 'spark', kind), 'k': 8 * topk, 'r': 16 * predictor}
+    has = FFN_KINDS[kind]
+    ffn = {'kind': kind, 'd_ff': matched_d_ff(96, 'spark', kind), 'k': 8 * has.topk, 'r': 16 * has.predictor}
     cfg = small(**{f'model.ffn.{name}': value for name, value in ffn.items()}).model
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), token, token, token)

@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_run(place):
         (['--config.model.ffn.kk=5'], 2, '--config.model.ffn.kk: no such field; did you mean k?'),
         (['--config.model.ffn.k=many'], 2, "--config.model.ffn.k=many: invalid literal for int() with base 10: 'many'"),
         (['--config.model.ffn.k=97'], 2, 'model.ffn.k = 97: want 1 … d_ff = 96'),
-        (['--config.mesh.fsdp=3'], 2, 'mesh = data 1 × fsdp 3 × context 1 × model 1: that is 3 devices, here are 1'),
+        (['--config.mesh.fsdp=3'], 2, 'mesh = data 1 × fsdp 3 × context 1 × model 1: that is 3 devices, but there are 1'),
         (['--config.seed=1'], 2, 'belongs to a run with seed = 0, now 1'),
         (['--wrokdir=x'], 2, "Unknown command line flag 'wrokdir'. Did you mean: workdir ?"),
         (['extra'], 2, "unexpected argument 'extra'"),

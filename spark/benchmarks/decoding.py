@@ -14,15 +14,14 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 from tqdm import tqdm
 
 from spark.benchmarks.timing import interleaved, row
 from spark.config import ExperimentConfig, ModelConfig
 from spark.inference import layout, model
 from spark.kernels import cpu
-from spark.nn.layers import rms_norm
-from spark.nn.transformer import Transformer
+from spark.nn.block import rms_norm
+from spark.nn.transformer import abstract_params
 
 
 def bandwidth(repeats: int = 9) -> float:
@@ -35,9 +34,7 @@ def bandwidth(repeats: int = 9) -> float:
 
 def random_leaf(cfg: ModelConfig) -> Callable[..., jax.Array]:
     """A function from a parameter's path to random values of its shape, for `layout.lay_out`."""
-    token = jnp.zeros((1, 1), jnp.int32)
-    shapes = meta.unbox(jax.eval_shape(Transformer(cfg).init, jax.random.key(0), token, token, token))
-    key = itertools.count()
+    shapes, key = abstract_params(cfg), itertools.count()
 
     def leaf(*path):
         shape = functools.reduce(lambda tree, name: tree[name], ('params', *path), shapes).shape

@@ -137,7 +137,7 @@ def flops_report(cfg: ModelConfig, context: int, layers: list[dict]) -> dict:
     for phase in flops.PHASES:
         count = lambda cfg, phase=phase, **activity: flops.flops_per_token(cfg, context, phase, **activity)
         attended = measured('attended_mean' if phase == 'prefill' else 'attended_long')
-        if cfg.attention.kind == 'dense' or (phase == 'decode' and context <= cfg.attention.k):
+        if not cfg.attention.traits.topk or (phase == 'decode' and context <= cfg.attention.k):
             attended = None
         ways = {'dense': count(flops.dense_twin(cfg)), 'configured': count(cfg)}
         if phase != 'training':

@@ -91,7 +91,7 @@ def activations(model: Transformer, params: dict, batch: dict, layer: int) -> ja
 
     def interceptor(method, args, kwargs, context):
         out = method(*args, **kwargs)
-        if context.method_name == 'sigma1' and isinstance(context.module, FFN):
+        if context.method_name == 'activate' and isinstance(context.module, FFN):
             sow(context.module, 'activations', out)
         return out
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtr
 
-from spark.config import FFN_KINDS, ModelConfig
+from spark.config import ModelConfig
 from spark.nn.attention import Attention
 from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, sow
@@ -54,7 +54,7 @@ def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, d
     sums['positions'] = jnp.zeros(L, jnp.int32).at[position].add(real_BxL)
     mean = jnp.mean(attended, axis=2) * real_BxL
     sums['by_position'] = jnp.zeros((n, L), jnp.float32).at[:, position].add(mean)
-    if cfg.ffn.kind != 'gated':
+    if cfg.ffn.traits.sparse:
         sums['active'] = _tally(layer('ffn', 'active').reshape(n, B, L), real_BxL, cfg.ffn.d_ff)
         sums['fired'] = layer('ffn', 'fired')
     return hidden, sums
@@ -75,7 +75,7 @@ def report(cfg: ModelConfig, sums: dict) -> list[dict]:
         if 'active' in sums:
             tokens = sums['active'][i]
             layer |= {f'active_{name}': value / f.d_ff for name, value in _distribution(tokens).items()}
-            if FFN_KINDS[f.kind][1]:
+            if f.traits.topk:
                 n = np.arange(f.d_ff + 1)
                 layer['recall'] = float(tokens @ (np.minimum(n, f.k) / f.k) / tokens.sum())
                 layer['precision'] = float(tokens @ (np.minimum(n, f.k) / np.maximum(n, 1)) / tokens.sum())
@@ -86,7 +86,7 @@ def report(cfg: ModelConfig, sums: dict) -> list[dict]:
         if count:
             layer['attended_long'] = float(attended / count)
             layer['attention_ks'] = kolmogorov_smirnov(sums['attention_scores'][i])
-            if a.kind == 'spark':
+            if a.traits.topk:
                 layer |= {'attention_recall': float(recall / count), 'attention_precision': float(precision / count)}
         layers.append(layer)
     return layers
@@ -112,7 +112,7 @@ def _statistics(k, real_BxL):
     def interceptor(method, args, kwargs, context):
         out = method(*args, **kwargs)
         module = context.module
-        if context.method_name != 'sigma1':
+        if context.method_name != 'activate':
             return out
         if isinstance(module, FFN):
             (s_TxF,) = args

@@ -110,7 +110,7 @@ class HarnessModel(TemplateLM):
             model = self._model
             with model.trainer.context():
                 new = generate(*self._served, jnp.asarray(batch), jax.random.key(model.cfg.seed),
-                               n=n, how=Sampling(temperature), lengths_B=jnp.asarray(lengths))  # fmt: skip
+                               n=n, sampling=Sampling(temperature), lengths_B=jnp.asarray(lengths))  # fmt: skip
             for i, ids in zip(chosen, np.asarray(new), strict=False):
                 ids = [int(t) for t in ids]
                 ids = ids[: ids.index(self.eot_token_id)] if self.eot_token_id in ids else ids

@@ -1,39 +1,42 @@
-"""How a trained model is laid out for decoding: its weights as the kernels read them.
+"""How a trained model is laid out for decoding: its weights in the order in which kernels read them.
 
-| half      | scanned for every token                | read where active: one record per entry       |
+| half      | scanned for every token                | read for active entries: one record per entry  |
 |-----------|----------------------------------------|------------------------------------------------|
 | FFN       | K1 (F, r), a row per neuron            | (F, (D − r) + D), its row of K2 and of V       |
 | attention | keys (B, N, S, r), a row per token     | (B, N, S, (d − r) + d), rest of key, and value |
 
-Dense attention is the same table with r = d. Other FFNs have no predictor and are two products.
+Dense attention is the same table with r = d. FFNs without a predictor are two products, by 'keys' and by 'VT'.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
-from spark.config import FFN_KINDS, ModelConfig, ServeConfig
+from spark.config import ModelConfig, ServeConfig
 from spark.errors import ConfigError
 from spark.kernels import cpu, rows_tpu
+from spark.nn.block import NORMS
+from spark.nn.transformer import abstract_params
 
 DTYPES = ('float32', 'bfloat16', 'int8')  # of weights
 
 
 class Serving(NamedTuple):
-    """How a model is run.
+    """How a model is served.
 
     cfg: its ModelConfig.
     dtype: of the weights, one of DTYPES; int8 has a float32 scale per row.
-    kernels: 'cpu' (of `kernels.cpu`, in float32), 'gather' (plain JAX that reads what is active), 'masked' (plain JAX that
-      computes everything, as training does), or 'tpu' and 'gpu' (the Pallas kernel of the FFN for few tokens, 'gather' for the
-      rest).
-    platform: 'cpu', 'gpu' or 'tpu', which decides in what to compute.
-    capacity: of 'gather': room for so many times k entries per token.
-    overflow: of 'gather', for a token with more than that: 'masked' computes it in full, 'drop' leaves out the excess. Both are
+    kernels: 'cpu' (kernels/cpu.py, in float32), 'gather' (plain JAX that reads active entries), 'masked' (plain JAX that computes
+      every entry, as training does), 'tpu' and 'gpu' (a Pallas kernel for the FFN of a few tokens, 'gather' for the rest).
+    platform: 'cpu', 'gpu' or 'tpu'.
+    capacity: of 'gather': room per token for this many times k active entries.
+    overflow: of 'gather', for a token with more active entries: 'masked' computes it in full, 'drop' omits the excess. Both are
       counted.
     """
 
@@ -45,29 +48,29 @@ class Serving(NamedTuple):
     overflow: str = 'masked'
 
     @property
-    def compute(self):
-        """The dtype of activations: float32 on CPUs, where XLA's own bfloat16 is slow, else that of the weights."""
+    def compute(self) -> np.dtype:
+        """The dtype of activations: float32 on CPUs, where XLA's bfloat16 is slow, else that of the weights."""
         return jnp.dtype('float32' if self.platform == 'cpu' or self.dtype == 'float32' else 'bfloat16')
 
     @property
-    def stored(self):
+    def stored(self) -> np.dtype:
         """The dtype of the cache."""
         return jnp.dtype('float32' if self.dtype == 'float32' else 'bfloat16')
 
 
-def serving_for(cfg, dtype, platform, devices=1, serve=None):
-    """The `Serving` of a ModelConfig by a ServeConfig; 'auto' is the platform's best for one device, and 'masked' for several.
+def serving_for(cfg: ModelConfig, dtype: str, platform: str, devices: int = 1, serve: ServeConfig | None = None) -> Serving:
+    """The `Serving` by a ServeConfig. Kernels 'auto' are the platform's fastest on one device, and 'masked' on several.
 
     Raises:
-      ConfigError: the kernels asked for are not here.
+      ConfigError: the kernels asked for are not available.
     """
     serve = serve or ServeConfig()
     kernels = serve.kernels
     if kernels == 'auto':
-        here = platform in ('tpu', 'gpu') or (platform == 'cpu' and cpu.available())
-        kernels = 'masked' if devices > 1 else platform if here else 'gather'
+        available = platform in ('tpu', 'gpu') or (platform == 'cpu' and cpu.available())
+        kernels = 'masked' if devices > 1 else platform if available else 'gather'
     if kernels in ('cpu', 'gpu', 'tpu'):
-        wrong = f'here is {devices} × {platform}' if platform != kernels or devices > 1 else ''
+        wrong = f'there is {devices} × {platform}' if platform != kernels or devices > 1 else ''
         if wrong or (kernels == 'cpu' and not cpu.available()):
             raise ConfigError(f"serve.kernels = {kernels!r}: {wrong or 'not built'}; want 'gather', 'masked' or 'auto'")
     if kernels == 'cpu' and (wanted := cpu.preferred()) not in (sets := ('best', *cpu.instruction_sets())):
@@ -76,14 +79,14 @@ def serving_for(cfg, dtype, platform, devices=1, serve=None):
 
 
 class Matrix(NamedTuple):
-    """Rows of weights: values (rows, …), and scales float32 (rows, …) of int8 values, else None."""
+    """Rows of weights. int8 values have float32 scales, one per row; other values have none."""
 
-    values: jax.Array
-    scales: jax.Array | None = None
+    values: Shaped[Array | np.ndarray, 'rows ...']
+    scales: Float[Array | np.ndarray, 'rows ...'] | None = None
 
 
-def rows(W, dtype):
-    """A float matrix (rows, …) as a `Matrix`; int8 rounds to 127 steps either side of 0 of the largest of each row."""
+def rows(W: Float[Array, 'rows ...'], dtype: str) -> Matrix:
+    """A float matrix as a `Matrix`. int8 rounds to multiples of 1/127 of the largest magnitude of each row."""
     if dtype != 'int8':
         return Matrix(W.astype(dtype))
     W = W.astype(jnp.float32)
@@ -92,82 +95,91 @@ def rows(W, dtype):
     return Matrix(jnp.round(W / scales[..., None]).astype(jnp.int8), scales)
 
 
-def records(K2_xR, V_xD, dtype, tiles=False):
-    """Both rows of each entry side by side; their scales, if any, (…, 2). In tiles for the TPU's kernel, which has no int8."""
-    K2, V = rows(K2_xR, dtype), rows(V_xD, dtype)
+def records(K2: Float[Array, 'n R'], V: Float[Array, 'n D'], dtype: str, tiles: bool = False) -> Matrix:
+    """Both rows of each entry side by side; int8 has two scales per record. `tiles`: as the TPU's kernel, which has no int8."""
+    K2, V = rows(K2, dtype), rows(V, dtype)
     scales = None if K2.scales is None else jnp.stack([K2.scales, V.scales], axis=-1)
     table = jnp.concatenate([K2.values, V.values], axis=-1)
     return Matrix(rows_tpu.tiled(table) if tiles and scales is None else table, scales)
 
 
-def lay_out(serving, leaf, place=jax.device_put):
-    """The weights of a model for serving. Leaves are asked for once, and read layer by layer, so they may lie on a disk.
+def _layer_recipe(serving, i):
+    """[(name, function of parameters, their paths in a group)] of layer i of `pattern`."""
+    dtype, kind = serving.dtype, serving.cfg.ffn.traits
+    flat = lambda W_DxHxd: W_DxHxd.reshape(W_DxHxd.shape[0], -1).T
+    stack = lambda *Ws: rows(jnp.concatenate(Ws), dtype)
+    attention, ffn = (lambda *names: [(f'attention_{i}', n) for n in names]), (lambda *names: [(f'ffn_{i}', n) for n in names])
+    recipe = [
+        ('qkv', lambda q, k, v: stack(flat(q), flat(k), flat(v)), attention('q', 'k', 'v')),
+        ('out', lambda out: stack(out.reshape(-1, out.shape[-1]).T), attention('out')),
+        *((norm, lambda scale: scale, [(f'{norm}_{i}', 'scale')]) for norm in NORMS),
+    ]
+    if kind.predictor:
+        tiles = serving.kernels == 'tpu' and kind.gate == 'identity'
+        table = lambda K2, V: records(K2.T, V, dtype, tiles)
+        return [*recipe, ('K1', lambda K1: stack(K1.T), ffn('K1')), ('records', table, ffn('K2', 'V'))]
+    keys = ffn('K1', 'K2') if kind.gated else ffn('K')
+    return [*recipe, ('keys', lambda *Ks: stack(*(K.T for K in Ks)), keys), ('VT', lambda V: stack(V.T), ffn('V'))]
+
+
+def lay_out(serving: Serving, leaf: Callable[..., Any], place: Callable = jax.device_put) -> dict[str, Any]:
+    """The weights of a model for serving. Each parameter is requested once and read layer by layer, so it can stay on disk.
 
     Args:
-      serving: a `Serving`.
+      serving: how the model is run.
       leaf: a function of a parameter's path, such as ('groups', 'ffn_0', 'K1'), to the array, or to what gives its rows: x[i:j].
-      place: puts an array that is made of them where it is to stay.
+      place: puts a finished array where it is to stay.
 
     Returns:
-      {'embedding': Matrix, 'final_norm': scale, 'layers': [{'qkv', 'out': Matrix, 'pre_attention', 'post_attention', 'pre_ffn',
-      'post_ffn': scale, and 'K1', 'records': Matrix of a Spark FFN, or 'keys', 'VT': Matrix of another}]}.
+      {'embedding': Matrix, 'final_norm': scale, 'layers': [{name: Matrix or scale}]}; `_layer_recipe` has the names.
+
+    Raises:
+      ConfigError: the layout does not use a parameter of the model. Generation would run another model than was trained.
     """
-    cfg, dtype = serving.cfg, serving.dtype
-    groups, n = cfg.n_layers // len(cfg.pattern), len(cfg.pattern)
+    cfg, n = serving.cfg, len(serving.cfg.pattern)
+    recipes = [_layer_recipe(serving, i) for i in range(n)]
+    used = {('embedding',), ('final_norm', 'scale')} | {('groups', *p) for r in recipes for _, _, paths in r for p in paths}
+    params = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(cfg)['params'])}
+    if unused := sorted('.'.join(path) for path in params - used):
+        raise ConfigError(
+            f'generation does not use the parameters {", ".join(unused)} of this model (FFN {cfg.ffn.kind!r}, attention '
+            f'{cfg.attention.kind!r}): spark/inference/layout.py has to lay them out and spark/inference/model.py to compute them'
+        )
     layers = [{} for _ in range(cfg.n_layers)]
-    gated, _, has_predictor = FFN_KINDS[cfg.ffn.kind]
-
-    def fill(name, make, *paths):
-        """layers[…][name] = make(the layer's slice of each leaf)."""
-        leaves = [leaf('groups', *path) for path in paths]
-        for g in range(groups):
-            layers[g * n + i][name] = jax.tree.map(place, make(*(x[g] for x in leaves)))
-
-    flat = lambda W_DxHxd: W_DxHxd.reshape(W_DxHxd.shape[0], -1).T
-    as_rows = lambda *Ws: rows(jnp.concatenate(Ws), dtype)
-    for i in range(n):
-        qkv = lambda q, k, v: as_rows(flat(q), flat(k), flat(v))
-        fill('qkv', jax.jit(qkv), *((f'attention_{i}', name) for name in 'qkv'))
-        fill('out', jax.jit(lambda out: as_rows(out.reshape(-1, out.shape[-1]).T)), (f'attention_{i}', 'out'))
-        if has_predictor:
-            fill('K1', jax.jit(lambda K1: as_rows(K1.T)), (f'ffn_{i}', 'K1'))
-            table = lambda K2, V: records(K2.T, V, dtype, tiles=serving.kernels == 'tpu')
-            fill('records', jax.jit(table), (f'ffn_{i}', 'K2'), (f'ffn_{i}', 'V'))
-        else:
-            names = ('K1', 'K2') if gated else ('K',)
-            fill('keys', jax.jit(lambda *Ks: as_rows(*(K.T for K in Ks))), *((f'ffn_{i}', name) for name in names))
-            fill('VT', jax.jit(lambda V: as_rows(V.T)), (f'ffn_{i}', 'V'))
-        for norm in ('pre_attention', 'post_attention', 'pre_ffn', 'post_ffn'):
-            fill(norm, lambda scale: scale, (f'{norm}_{i}', 'scale'))
-    E, make = leaf('embedding'), jax.jit(functools.partial(rows, dtype=dtype))
-    E = make(E) if isinstance(E, jax.Array) else _some_at_a_time(make, E)
+    for i, recipe in enumerate(recipes):
+        for name, make, paths in recipe:
+            leaves, make = [leaf('groups', *path) for path in paths], jax.jit(make)
+            for group in range(cfg.n_layers // n):
+                layers[group * n + i][name] = jax.tree.map(place, make(*(x[group] for x in leaves)))
+    E, make = leaf('embedding'), jax.jit(functools.partial(rows, dtype=serving.dtype))
+    E = make(E) if isinstance(E, jax.Array) else _in_pieces(make, E)
     final_norm = place(jnp.asarray(leaf('final_norm', 'scale')[:]))
     return {'embedding': jax.tree.map(place, E), 'final_norm': final_norm, 'layers': layers}
 
 
-def _some_at_a_time(make, table, size=16 << 20):
-    """make(table), a tree of rows, from pieces of about `size` bytes, or of as many rows as the table keeps together; numpy.
+def _in_pieces(make, table, size=16 << 20):
+    """make(table), a tree of numpy arrays, computed from pieces of about `size` bytes.
 
-    Because `device_put` makes a CPU's array of numpy without a copy, and XLA:CPU copies all of a bfloat16 array to update a part.
+    `device_put` turns numpy into a CPU array without a copy, whereas XLA:CPU copies a whole bfloat16 array to update a part.
     """
     aligned = getattr(table, 'aligned', 1)
     n = max(1, size // (table.dtype.itemsize * math.prod(table.shape[1:])) // aligned) * aligned
     whole = None
-    for at in range(0, table.shape[0], n):
-        piece = make(table[at : at + n])
+    for start in range(0, table.shape[0], n):
+        piece = make(table[start : start + n])
         whole = whole or jax.tree.map(lambda x: _empty((table.shape[0], *x.shape[1:]), x.dtype), piece)
         for x, part in zip(jax.tree.leaves(whole), jax.tree.leaves(piece), strict=True):
-            x[at : at + n] = part
+            x[start : start + n] = part
     return whole
 
 
-def _empty(shape, dtype, boundary=64):
-    """`np.empty` that begins at a multiple of so many bytes, as XLA wants it."""
-    raw = np.empty(math.prod(shape) * dtype.itemsize + boundary, np.uint8)
-    start = -raw.ctypes.data % boundary
-    return raw[start : raw.size - boundary + start].view(dtype).reshape(shape)
+def _empty(shape, dtype, alignment=64):
+    """`np.empty` whose first byte is aligned as XLA requires for zero-copy."""
+    raw = np.empty(math.prod(shape) * dtype.itemsize + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start : raw.size - alignment + start].view(dtype).reshape(shape)
 
 
-def from_params(serving, params):
+def from_params(serving: Serving, params: dict) -> dict[str, Any]:
     """`lay_out` of a Transformer's parameters that are in memory."""
     return lay_out(serving, lambda *path: functools.reduce(lambda tree, name: tree[name], path, params['params']))

@@ -2,44 +2,52 @@
 
 import dataclasses
 import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
+from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from spark import config
 from spark.checkpoints.manager import open_checkpoint
 from spark.data import pipeline
 from spark.inference.layout import Serving, lay_out, serving_for
-from spark.nn.transformer import Transformer, compute_dtype
+from spark.nn.transformer import abstract_params, compute_dtype
 from spark.runtime import freed_at_once
 
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """A trained model laid out for generation, on the devices of `mesh`."""
+    """A trained model, laid out for generation on the devices of `mesh`."""
 
     cfg: config.ExperimentConfig
     step: int
-    tokenizer: object
+    tokenizer: Any
     serving: Serving
     weights: dict
     mesh: jax.sharding.Mesh
 
 
-def load(workdir, step=None, dtype='auto', serve=None, tick=lambda n, total: None):
-    """The `Served` model of a run directory, its parameters read layer by layer straight into the layout that decoding wants.
+def load(
+    workdir: epath.Path | pathlib.Path, step: int | None = None, dtype: str = 'auto', serve: dict | None = None,
+    tick: Callable[[int, int], None] = lambda n, total: None,
+) -> Served:  # fmt: skip
+    """The model of a run directory. Its parameters are read layer by layer, directly into the layout for decoding.
 
     Args:
-      workdir, step: as of `load`.
-      dtype: of the weights, one of `inference.layout.DTYPES`, or 'auto': float32 on CPUs, else bfloat16.
-      serve: changes to the run's ServeConfig, a dict.
-      tick: called with the number of parameters of each piece that was read, and of all.
+      workdir: the run directory.
+      step: of the checkpoint; None for the newest.
+      dtype: of the weights, one of `layout.DTYPES`, or 'auto': float32 on CPUs, else bfloat16.
+      serve: changes to the run's ServeConfig.
+      tick: called as tick(parameters just read, parameters in all) after each piece.
 
     Raises:
-      ConfigError, CheckpointError: as of `load`; and ConfigError: the kernels asked for are not here.
+      ConfigError: there is no run, its kernels are not available, or its model has parameters that generation does not use.
+      CheckpointError: there is no such checkpoint, or it cannot be read.
     """
     cfg = config.load(workdir / 'config.json')
     tokenizer, cfg = pipeline.tokenizer_for(cfg.model_copy(update={'serve': cfg.serve.model_copy(update=serve or {})}))
@@ -51,21 +59,18 @@ def load(workdir, step=None, dtype='auto', serve=None, tick=lambda n, total: Non
     serving = serving_for(cfg.model, dtype, platform, len(devices), cfg.serve)
     mesh = jax.make_mesh((len(devices),), ('devices',), axis_types=(AxisType.Auto,), devices=devices)
 
-    def split(x, axis):
-        """Over all devices along an axis, where that goes."""
-        axes = [None] * x.ndim
-        if x.ndim and x.shape[axis] % len(devices) == 0:
-            axes[axis] = 'devices'
-        return NamedSharding(mesh, PartitionSpec(*axes))
+    def place(x):
+        """Splits the first axis over all devices, if it divides; else every device has a copy."""
+        divides = x.ndim and x.shape[0] % len(devices) == 0
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec('devices') if divides else PartitionSpec()))
 
-    token = jnp.zeros((1, 1), jnp.int32)
-    shapes = meta.unbox(jax.eval_shape(Transformer(cfg.model).init, jax.random.key(0), token, token, token))
+    shapes = abstract_params(cfg.model)
     narrow = jnp.float32 if dtype == 'int8' else jnp.dtype(dtype)
     as_read = lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype if path[-1].key == 'scale' else narrow)
     tick = functools.partial(tick, total=sum(x.size for x in jax.tree.leaves(shapes)))
     stored = checkpoints.stored(step, jax.tree_util.tree_map_with_path(as_read, shapes), tick=tick)
     leaf = lambda *path: functools.reduce(lambda node, name: node[name], ('params', *path), stored)
     with freed_at_once():
-        weights = lay_out(serving, leaf, lambda x: jax.device_put(x, split(x, 0)))
+        weights = lay_out(serving, leaf, place)
     checkpoints.close()
     return Served(cfg, step, tokenizer, serving, weights, mesh)

@@ -1,4 +1,4 @@
-"""The forward pass of decoding: `layout`'s weights, a cache of keys and records, and kernels that touch what is active."""
+"""The forward pass of decoding: the weights of `layout`, a cache of keys and records, kernels that read active entries only."""
 
 import functools
 import math
@@ -6,37 +6,49 @@ import math
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from spark.config import FFN_KINDS
+from spark import ops
+from spark.config import Kind, ModelConfig
+from spark.inference.layout import Matrix, Serving
 from spark.kernels import cpu, gather, rows_gpu, rows_tpu
 from spark.nn import attention as nn_attention
 from spark.nn import ffn as nn_ffn
-from spark.nn.layers import rms_norm, softcap
+from spark.nn.block import block, embed, logits, rms_norm
+
+CPU_FFN = Kind('gelu', gate='identity', topk=True, predictor=True)  # what cpu.ffn computes; it declines every other kind
+
+Counts = dict[str, Array]
+Rows = Int[Array | np.ndarray, ' B']
+Tokens = Int[Array | np.ndarray, 'B L']
+Length = Int[Array | np.ndarray, '']
 
 
 @flax.struct.dataclass
 class Cache:
     """What decoding remembers.
 
-    layers: of each {'keys', 'records'}, rings with place p in slot p mod S. length: int32 (), places so far.
-    rotations: `nn.attention.rotations` by every place, since XLA:CPU evaluates sines anew for each head that uses them.
+    layers: {'keys', 'records'} per layer, ring buffers that hold position p in slot p mod S.
+    length: the number of positions so far.
+    rotations: `nn.attention.rotations` of every place: a table, since XLA:CPU evaluates sines again for each head that uses them.
     """
 
     layers: list
-    length: jax.Array
+    length: Length
     rotations: list
 
 
-def slots(cfg, span, size, chunk):
-    """Slots of a layer's ring for `size` places that come by `chunk` at a time and then one by one."""
+def slots(cfg: ModelConfig, span: str, size: int, chunk: int) -> int:
+    """Slots of a layer's ring buffer for `size` positions that arrive `chunk` at a time and then one by one."""
     if span == 'global':
         return size
-    # The first of a chunk still sees a window back; and chunks do not wrap.
+    # The first token of a chunk still sees a window back, and a chunk does not wrap around.
     return min(size, -(-(cfg.attention.window + chunk - 1) // chunk) * chunk)
 
 
-def init_cache(serving, batch, size, chunk):
-    """An empty `Cache` for `batch` rows of at most `size` places, put in by `chunk` or one at a time."""
+def init_cache(serving: Serving, batch: int, size: int, chunk: int) -> Cache:
+    """An empty `Cache` for `batch` rows of at most `size` positions, which arrive `chunk` at a time or one by one."""
     cfg, a = serving.cfg, serving.cfg.attention
     layers = []
     for i in range(cfg.n_layers):
@@ -47,146 +59,161 @@ def init_cache(serving, batch, size, chunk):
     return Cache(layers, jnp.zeros((), jnp.int32), nn_attention.rotations(a, jnp.arange(size)))
 
 
-def forward(serving, weights, cache, tokens_BxL, first_B, wanted=None):
-    """(the cache with L more places, float32 logits (B, V) behind the last, counts): `hidden` and the output head.
+def forward(
+    serving: Serving, weights: dict, cache: Cache, tokens_BxL: Tokens, first_B: Rows,
+    with_head: Bool[Array | np.ndarray, ''] | np.bool_ | None = None,
+) -> tuple[Cache, Float[Array, 'B V'], Counts]:  # fmt: skip
+    """`hidden`, and the float32 logits that follow the last position.
 
-    Equal to the training model's full forward pass over each row's own tokens. Where `wanted`, bool (), is False, zeros take the
-    place of logits: only the last of a prompt's chunks needs the head, a twentieth of a 2B model's work on a chunk of 64.
+    They equal those of the training model's full forward pass over each row's own tokens. Where `with_head` is False they are
+    zeros: only the last chunk of a prompt needs the output head, 5 % of a 2B model's work on a chunk of 64.
     """
     cache, h_BxD, counts = hidden(serving, weights, cache, tokens_BxL, first_B)
-    E, cap = weights['embedding'], serving.cfg.logit_cap
-    head = lambda h_BxD: softcap(product(serving, h_BxD, E).astype(jnp.float32), cap)
-    none = lambda h_BxD: jnp.zeros((len(h_BxD), len(E.values)), jnp.float32)
-    return cache, head(h_BxD) if wanted is None else jax.lax.cond(wanted, head, none, h_BxD), counts
-
-
-def hidden(serving, weights, cache, tokens_BxL, first_B):
-    """(the cache with L more places, hidden states (B, D) of the last, counts per layer).
-
-    Args:
-      serving: a `Serving`.
-      weights: of `layout.lay_out`.
-      cache: of `init_cache`, with room left.
-      tokens_BxL: int32.
-      first_B: int32, the place of each row's first token; what is before it is padding.
-
-    Counts: 'attended' (layers, B, L) keys, mean over the heads; 'active' (layers, B, L) neurons, of kinds that have zeros;
-    'overflow' (layers,): tokens and queries of theirs for which the capacity was too small.
-    """
-    cfg = serving.cfg
-    (B, L), D = tokens_BxL.shape, cfg.d_model
     E = weights['embedding']
+    head = lambda h_BxD: logits(h_BxD, lambda h: product(serving, h, E), serving.cfg.logit_cap)
+    zeros = lambda h_BxD: jnp.zeros((len(h_BxD), len(E.values)), jnp.float32)
+    return cache, head(h_BxD) if with_head is None else jax.lax.cond(with_head, head, zeros, h_BxD), counts
+
+
+def hidden(
+    serving: Serving, weights: dict, cache: Cache, tokens_BxL: Tokens, first_B: Rows
+) -> tuple[Cache, Float[Array, 'B D'], Counts]:
+    """(the cache with L more positions, hidden states of the last position, counts per layer).
+
+    `first_B` is the position of each row's first token; all before it is padding. The cache must have room for L positions.
+
+    Counts: 'attended' (n_layers, B, L) keys, mean over the heads; 'active' (n_layers, B, L) neurons of sparse kinds; 'overflow'
+    (n_layers,) tokens and queries with more active entries than the capacity.
+    """
+    L, E = tokens_BxL.shape[1], weights['embedding']
     x_BxLxD = E.values[tokens_BxL].astype(jnp.float32)
     if E.scales is not None:
         x_BxLxD = x_BxLxD * E.scales[tokens_BxL][..., None]
-    x_BxLxD = x_BxLxD.astype(serving.compute) * jnp.asarray(D**0.5, serving.compute)
+    x_BxLxD = embed(x_BxLxD, serving.compute)
     positions_BxL = jnp.maximum(cache.length + jnp.arange(L) - first_B[:, None], 0)
     rotations = jax.tree.map(lambda table: table[positions_BxL], cache.rotations)
     layers, counts = [], []
     for i, w in enumerate(weights['layers']):
-        window = cfg.attention.window if cfg.pattern[i % len(cfg.pattern)] == 'local' else 0
-        y, layer, count = _attention(serving, w, window, rms_norm(x_BxLxD, w['pre_attention']), rotations, cache, i, first_B)
-        x_BxLxD = x_BxLxD + rms_norm(y, w['post_attention'])
-        y_TxD, count_ffn = ffn(serving, w, rms_norm(x_BxLxD, w['pre_ffn']).reshape(B * L, D))
-        x_BxLxD = x_BxLxD + rms_norm(y_TxD.reshape(B, L, D), w['post_ffn'])
-        layers.append(layer)
-        count |= {name: x.reshape(B, L) if x.ndim else x + count.get(name, 0) for name, x in count_ffn.items()}
-        counts.append(count)
+        layer = _Layer(serving, w, cache, i, rotations, first_B)
+        x_BxLxD = block(x_BxLxD, lambda name, x, w=w: rms_norm(x, w[name]), layer.attention, layer.ffn)
+        layers.append(layer.cache)
+        counts.append(layer.counts)
     counts = {name: jnp.stack([count[name] for count in counts]) for name in counts[0]}
     return cache.replace(layers=layers, length=cache.length + L), rms_norm(x_BxLxD[:, -1], weights['final_norm']), counts
 
 
-def product(serving, x_TxI, W):
-    """x Wᵀ for a `Matrix` W (O, I): (T, O); float32 by the CPU kernels and for logits, else in the dtype of x."""
+def product(serving: Serving, x_TxI: Float[Array, 'T I'], W: Matrix) -> Float[Array, 'T O']:
+    """x Wᵀ in float32."""
     if serving.kernels == 'cpu':
         return cpu.matmul(x_TxI, W.values, W.scales)
     y = jnp.matmul(x_TxI, W.values.astype(x_TxI.dtype).T, preferred_element_type=jnp.float32)
     return y if W.scales is None else y * W.scales
 
 
-def _attention(serving, w, window, x_BxLxD, rotations, cache, i, first_B):
-    """(y (B, L, D), the layer's cache, counts)."""
-    a = serving.cfg.attention
-    (B, L, D), H, N, d = x_BxLxD.shape, a.n_heads, a.n_kv_heads, a.head_dim
-    qkv = product(serving, x_BxLxD.reshape(B * L, D), w['qkv']).astype(serving.compute).reshape(B, L, H + 2 * N, d)
-    q, k, v = qkv[:, :, :H], qkv[:, :, H : H + N], qkv[:, :, H + N :]
-    q_BxNxGxLxd = nn_attention.rotate(a, q, rotations, scale=True).reshape(B, L, N, H // N, d).transpose(0, 2, 3, 1, 4)
-    k_BxNxLxd, v_BxNxLxd = (x.transpose(0, 2, 1, 3) for x in (nn_attention.rotate(a, k, rotations), v))
-    new = jnp.concatenate([k_BxNxLxd, v_BxNxLxd], axis=-1)
-    layer, r = cache.layers[i], a.r or d
-    S = layer['keys'].shape[2]
-    if serving.kernels == 'cpu':
-        keys, table = layer['keys'], layer['records']
-        y, attended, keys, table = cpu.attention(
-            q_BxNxGxLxd, new, keys, table, first_B, cache.length, k=a.k, window=window, cap=a.logit_cap
-        )
-        layer, counts = {'keys': keys, 'records': table}, {}
-    else:
-        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length % S, axis=2)
-        layer = {'keys': write(layer['keys'], new[..., :r]), 'records': write(layer['records'], new[..., r:])}
-        y, attended, overflow = _look_up(serving, q_BxNxGxLxd, layer, visible(cache.length, L, S, first_B, window))
-        counts = {'overflow': overflow}
-    y_TxHd = y.transpose(0, 3, 1, 2, 4).reshape(B * L, H * d).astype(serving.compute)
-    out = product(serving, y_TxHd, w['out']).astype(serving.compute).reshape(B, L, D)
-    return out, layer, counts | {'attended': jnp.mean(attended.astype(jnp.float32), axis=(1, 2))}
+class _Layer:
+    """The two halves of a layer as `block` takes them; they leave the layer's new cache and its counts in attributes."""
+
+    def __init__(self, serving, w, cache, i, rotations, first_B):
+        cfg = serving.cfg
+        self.serving, self.w, self.rotations, self.first_B, self.length = serving, w, rotations, first_B, cache.length
+        self.cache, self.counts = cache.layers[i], {}
+        self.window = cfg.attention.window if cfg.pattern[i % len(cfg.pattern)] == 'local' else 0
+
+    def attention(self, x_BxLxD):
+        serving, a = self.serving, self.serving.cfg.attention
+        (B, L, D), H, N, d = x_BxLxD.shape, a.n_heads, a.n_kv_heads, a.head_dim
+        multiply = lambda x, W: product(serving, x.reshape(B * L, -1), W).astype(serving.compute)
+        qkv = multiply(x_BxLxD, self.w['qkv']).reshape(B, L, H + 2 * N, d)
+        q, k, v = qkv[:, :, :H], qkv[:, :, H : H + N], qkv[:, :, H + N :]
+        y_BxLxHd = nn_attention.attend(a, q, k, v, self.rotations, self._look_up)
+        return multiply(y_BxLxHd.astype(serving.compute), self.w['out']).reshape(B, L, D)
+
+    def _look_up(self, q_BxNxGxLxd, k_BxNxLxd, v_BxNxLxd):
+        """Adds the new keys and values to the cache and looks the queries up in it."""
+        a, cache = self.serving.cfg.attention, self.cache
+        L, r, S = q_BxNxGxLxd.shape[3], a.r or a.head_dim, cache['keys'].shape[2]
+        new = jnp.concatenate([k_BxNxLxd, v_BxNxLxd], axis=-1)
+        if self.serving.kernels == 'cpu' and a.traits in nn_attention.KERNEL_KINDS:
+            options = {'k': a.k, 'window': self.window, 'cap': a.logit_cap}
+            arguments = q_BxNxGxLxd, new, cache['keys'], cache['records'], self.first_B, self.length
+            y, attended, keys, table = cpu.attention(*arguments, **options)
+            self.cache = {'keys': keys, 'records': table}
+        else:
+            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), self.length % S, axis=2)
+            self.cache = {'keys': write(cache['keys'], new[..., :r]), 'records': write(cache['records'], new[..., r:])}
+            mask = visible(self.length, L, S, self.first_B, self.window)
+            y, attended, self.counts['overflow'] = _attend_to_cache(self.serving, q_BxNxGxLxd, self.cache, mask)
+        self.counts['attended'] = jnp.mean(attended.astype(jnp.float32), axis=(1, 2))
+        return y
+
+    def ffn(self, x_BxLxD):
+        B, L, D = x_BxLxD.shape
+        y_TxD, counts = ffn(self.serving, self.w, x_BxLxD.reshape(B * L, D))
+        for name, x in counts.items():
+            self.counts[name] = x.reshape(B, L) if x.ndim else x + self.counts.get(name, 0)
+        return y_TxD.reshape(B, L, D)
 
 
-def visible(length, L, S, first_B, window):
-    """(B, L, S): does query l, at place length + l, see what slot s holds once L places are written; padding sees itself."""
+def visible(length: Length, L: int, S: int, first_B: Rows, window: int) -> Bool[Array, 'B L S']:
+    """Does query l, at position length + l, see the key in slot s of a ring buffer, once L positions were written?
+
+    `visible_keys`, where the tokens of a row are one segment, and each padding token is a segment of its own.
+    """
     last = length + L - 1
-    places_S = last - (last - jnp.arange(S)) % S
-    queries_L = length + jnp.arange(L)
-    first = jnp.maximum(first_B[:, None], queries_L - window + 1 if window else 0)
-    first = jnp.minimum(first, queries_L)[:, :, None]
-    return (places_S >= first) & (places_S <= queries_L[:, None])
+    queries_1xL = (length + jnp.arange(L))[None]
+    positions_1xS = (last - (last - jnp.arange(S)) % S)[None]
+    segment = lambda p: jnp.where(p >= first_B[:, None], jnp.iinfo(jnp.int32).max, p)
+    return nn_attention.visible_keys(queries_1xL, positions_1xS, segment(queries_1xL), segment(positions_1xS), window)
 
 
-def _look_up(serving, q_BxNxGxLxd, layer, visible_BxLxS):
-    """(y (B, N, G, L, d), attended (B, N, G, L), overflow ()) in plain JAX."""
+def _attend_to_cache(serving, q_BxNxGxLxd, layer, visible_BxLxS):
+    """(y (B, N, G, L, d), attended keys (B, N, G, L), overflow ()) in plain JAX."""
     a = serving.cfg.attention
     B, N, G, L, d = q_BxNxGxLxd.shape
     keys, table = layer['keys'].astype(q_BxNxGxLxd.dtype), layer['records'].astype(q_BxNxGxLxd.dtype)
     q, r = q_BxNxGxLxd.reshape(B, N, G * L, d), keys.shape[-1]
     s = jnp.matmul(q[..., :r], keys.swapaxes(2, 3), preferred_element_type=jnp.float32)
-    weights, keep = nn_attention.sigma1(a, s, jnp.tile(visible_BxLxS, (1, G, 1))[:, None])
-    keep, room, overflow = jnp.broadcast_to(keep, s.shape), math.ceil(a.k * serving.capacity), jnp.zeros((), jnp.int32)
-    if not a.k:
-        y = weights.astype(table.dtype) @ table
-    elif serving.kernels != 'masked' and 2 * G * L * room <= s.shape[-1]:
-        y, overflow = gather.look_up(q[..., r:], weights, keep, table, jax.nn.softplus, room, serving.overflow)
+    weights, keep = nn_attention.weights(a, s, jnp.tile(visible_BxLxS, (1, G, 1))[:, None])
+    keep, overflow = jnp.broadcast_to(keep, s.shape), jnp.zeros((), jnp.int32)
+    if not a.traits.gated:
+        y = weights.astype(table.dtype) @ table[..., d - r :]
     else:
-        y = gather.masked(q[..., r:], weights, table, jax.nn.softplus)
+        sigma2, room = ops.ACTIVATIONS[a.traits.gate], math.ceil(a.k * serving.capacity)
+        if serving.kernels != 'masked' and a.k and 2 * G * L * room <= s.shape[-1]:
+            y, overflow = gather.look_up(q[..., r:], weights, keep, table, sigma2, room, serving.overflow)
+        else:
+            y = gather.masked(q[..., r:], weights, table, sigma2)
     return y.reshape(q_BxNxGxLxd.shape), jnp.sum(keep, axis=-1).reshape(B, N, G, L), overflow
 
 
-def ffn(serving, w, x_TxD):
-    """One layer's FFN by its weights: (y (T, D), counts)."""
-    f = serving.cfg.ffn
-    gated, _, has_predictor = FFN_KINDS[f.kind]
-    if not has_predictor:
+def ffn(serving: Serving, w: dict, x_TxD: Float[Array, 'T D']) -> tuple[Float[Array, 'T D'], Counts]:
+    """One layer's FFN by its weights, and its counts."""
+    f, kind = serving.cfg.ffn, serving.cfg.ffn.traits
+    sigma2 = ops.ACTIVATIONS[kind.gate or 'identity']
+    if not kind.predictor:
         s = product(serving, x_TxD, w['keys']).astype(serving.compute)
-        s1, s2 = (s[:, : f.d_ff], s[:, f.d_ff :]) if gated else (s, 1)
-        a, active = nn_ffn.sigma1(f, s1)
-        y = product(serving, a * s2, w['VT']).astype(serving.compute)
+        a, active = nn_ffn.activations(f, s[:, : f.d_ff])
+        y = product(serving, a * sigma2(s[:, f.d_ff :]) if kind.gated else a, w['VT']).astype(serving.compute)
         return y, {} if active is None else {'active': jnp.sum(active, axis=-1)}
     K1, table = w['K1'], w['records']
-    if serving.kernels == 'cpu' and f.topk == 'statistical':
+    if serving.kernels == 'cpu' and kind == CPU_FFN and f.topk == 'statistical':
         y, active = cpu.ffn(x_TxD, K1.values, table.values, f.k, f.huber, K1.scales, table.scales)
         return y, {'active': active}
-    s = product(serving, x_TxD[:, : f.r], K1).astype(serving.compute)
-    a, active = nn_ffn.sigma1(f, s)
-    room, q2_TxR, identity, overflow = math.ceil(f.k * serving.capacity), x_TxD[:, f.r :], lambda s2: s2, jnp.zeros((), jnp.int32)
+    a, active = nn_ffn.activations(f, product(serving, x_TxD[:, : f.r], K1).astype(serving.compute))
+    q2_TxR, room, overflow = x_TxD[:, f.r :], math.ceil(f.k * serving.capacity), jnp.zeros((), jnp.int32)
     if serving.kernels != 'masked' and 2 * len(x_TxD) * room <= f.d_ff:
-        read = _reader(serving, table)
-        y, overflow = gather.look_up(q2_TxR, a, active, table.values, identity, room, serving.overflow, table.scales, read)
+        read = _record_kernel(serving, table)
+        y, overflow = gather.look_up(q2_TxR, a, active, table.values, sigma2, room, serving.overflow, table.scales, read)
     else:
-        y = gather.masked(q2_TxR, a, table.values, identity, table.scales)
+        y = gather.masked(q2_TxR, a, table.values, sigma2, table.scales)
     return y[:, : x_TxD.shape[1]].astype(serving.compute), {'active': jnp.sum(active, axis=-1), 'overflow': overflow}
 
 
-def _reader(serving, table):
-    """The Pallas kernel that reads a layer's records, or None; interpreted where it is not at home."""
+def _record_kernel(serving, table):
+    """The Pallas kernel that reads a layer's active records, or None; other platforms than its own interpret it."""
     interpret = {'interpret': serving.platform != serving.kernels}
+    if serving.cfg.ffn.traits.gate != 'identity':
+        return None
     if serving.kernels == 'tpu' and table.values.ndim == 3:
         return functools.partial(rows_tpu.read_rows, **interpret)
     D, r = serving.cfg.d_model, serving.cfg.ffn.r
@@ -195,29 +222,29 @@ def _reader(serving, table):
     return None
 
 
-def union(share, n):
-    """The share of entries that at least one of n tokens activates, each a share of its own, independently."""
+def union(share: float, n: int) -> float:
+    """The share of entries that at least one of n tokens activates, if each token activates `share` independently."""
     return 1 - (1 - share) ** n
 
 
-def bytes_per_step(serving, weights, cache, did, batch, head=True):
+def bytes_per_step(
+    serving: Serving, weights: dict, cache: Cache, means: dict[str, float], batch: int, head: bool = True
+) -> float:
     """Bytes that a step of decoding has to read.
 
-    All weights, but of Spark's records those of active neurons; of the cache the keys and the attended records. Masked lookups
-    read everything. Records that several tokens of a batch activate are read once; they are taken to choose independently.
-
-    Args:
-      did: the means of a step's counts, {'active', 'attended'}.
-      head: the output head is read too.
+    All weights, but of Spark's records only those of active neurons; of the cache, all keys and the records of attended keys.
+    Masked lookups read everything. A record that several tokens of a batch activate is read once; the tokens are assumed to
+    activate neurons independently. `means` of a step's counts: 'active' and 'attended'. Without `head` the output head is not
+    counted.
     """
     nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
-    sparse, read = serving.kernels != 'masked', nbytes(weights['embedding']) if head else 0
-    active = union(did['active'] / serving.cfg.ffn.d_ff, batch) if sparse and 'active' in did else 1
+    sparse, total = serving.kernels != 'masked', nbytes(weights['embedding']) if head else 0
+    active = union(means['active'] / serving.cfg.ffn.d_ff, batch) if sparse and 'active' in means else 1
     for w, table in zip(weights['layers'], cache.layers, strict=True):
         records = nbytes(w.get('records', ()))
-        read += nbytes(w) - records * (1 - active)
+        total += nbytes(w) - records * (1 - active)
         S = table['keys'].shape[2]
-        seen = jnp.minimum(S, cache.length) / S
-        attended = did['attended'] / S if sparse and serving.cfg.attention.k else seen
-        read += nbytes(table['keys']) * seen + nbytes(table['records']) * jnp.minimum(attended, seen)
-    return float(read)
+        filled = jnp.minimum(S, cache.length) / S
+        attended = means['attended'] / S if sparse and serving.cfg.attention.k else filled
+        total += nbytes(table['keys']) * filled + nbytes(table['records']) * jnp.minimum(attended, filled)
+    return float(total)

@@ -4,14 +4,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 
 class Sampling(NamedTuple):
-    """How to draw: temperature (0: the likeliest token), then among which tokens of the softmax at that temperature.
+    """How to draw the next token.
 
-    top_k: the k likeliest (0: all). top_p: the likeliest whose probabilities just reach p, nucleus sampling
-    (arXiv 1904.09751; 1: all). min_p: those at least min_p times as likely as the likeliest (arXiv 2407.01082; 0: all).
-    Each narrows what the others leave; ties at an edge stay.
+    temperature divides the logits; 0 takes the most likely token. The other fields restrict which tokens may be drawn, each
+    further: top_k, the k most likely (0: all); top_p, nucleus sampling, the most likely tokens whose probabilities just reach p
+    (arXiv 1904.09751; 1: all); min_p, tokens at least min_p times as likely as the most likely one (arXiv 2407.01082; 0: all).
+    Tokens that tie with the last one allowed are allowed, too.
     """
 
     temperature: float = 0.0
@@ -23,26 +25,26 @@ class Sampling(NamedTuple):
 GREEDY = Sampling()
 
 
-def sample(logits_BxV, key, how):
-    """int32 (B,): tokens drawn as a `Sampling` says."""
-    if how.temperature == 0:
+def sample(logits_BxV: Float[Array, 'B V'], key: Key[Array, ''], sampling: Sampling) -> Int[Array, ' B']:
+    """Draws a token per row; the key is not used at temperature 0."""
+    if sampling.temperature == 0:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, filtered(logits_BxV, how), axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, filtered(logits_BxV, sampling), axis=-1).astype(jnp.int32)
 
 
-def filtered(logits_BxV, how):
-    """Logits over the temperature, −inf for tokens that `how` leaves out."""
-    z = logits_BxV.astype(jnp.float32) / how.temperature
+def filtered(logits_BxV: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
+    """Logits divided by the temperature; −inf for tokens that must not be drawn."""
+    z = logits_BxV.astype(jnp.float32) / sampling.temperature
     least = jnp.full(z.shape[:-1], -jnp.inf)
-    if 0 < how.top_k < z.shape[-1]:
-        least = jnp.maximum(least, jax.lax.top_k(z, how.top_k)[0][..., -1])
-    if how.top_p < 1:
+    if 0 < sampling.top_k < z.shape[-1]:
+        least = jnp.maximum(least, jax.lax.top_k(z, sampling.top_k)[0][..., -1])
+    if sampling.top_p < 1:
         z_down = jnp.sort(z, axis=-1, descending=True)
         p = jax.nn.softmax(z_down, axis=-1)
-        inside = jnp.cumsum(p, axis=-1) - p < how.top_p  # what comes before a token has not reached p
+        inside = jnp.cumsum(p, axis=-1) - p < sampling.top_p  # the more likely tokens have not reached p
         least = jnp.maximum(least, jnp.min(jnp.where(inside, z_down, jnp.inf), axis=-1))
-    if how.min_p > 0:
-        least = jnp.maximum(least, jnp.max(z, axis=-1) + jnp.log(how.min_p))
-    # The likeliest always stays, whatever rounding does at the edge.
+    if sampling.min_p > 0:
+        least = jnp.maximum(least, jnp.max(z, axis=-1) + jnp.log(sampling.min_p))
+    # Rounding must not exclude the most likely token.
     least = jnp.minimum(least, jnp.max(z, axis=-1))
     return jnp.where(z >= least[..., None], z, -jnp.inf)

@@ -1,19 +1,33 @@
 """The attention half of a layer: a lookup in the tokens of the context."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from spark import ops
-from spark.config import AttentionConfig
+from spark.config import AttentionConfig, Kind
+from spark.errors import ConfigError
 from spark.kernels import blockwise, gpu, tpu
-from spark.nn.layers import by_token, count, matrix, mesh_axes, shards, softcap, sow
+from spark.nn.layers import by_token, count, matrix, mesh_axes, shards, sow
+
+# What attention kernels compute: blockwise and Pallas for training, C++ for decoding. They decline every other kind.
+KERNEL_KINDS = (Kind('softmax'), Kind('softmax', gate='softplus', topk=True, predictor=True))
+
+Heads = Float[Array, 'B L H d']
+Rotations = list[tuple[Float[Array, '*positions half'], Float[Array, '*positions half']]]
 
 
-def visible_keys(q_positions, k_positions, q_segments, k_segments, window=0):
-    """(B, L, S): may query l see key s: in the same segment, not later, and less than `window` (if any) before it."""
+def visible_keys(
+    q_positions: Int[Array, '#B L'], k_positions: Int[Array, '#B S'],
+    q_segments: Int[Array, '#B L'], k_segments: Int[Array, '#B S'], window: int = 0,
+) -> Bool[Array, 'B L S']:  # fmt: skip
+    """Query l sees key s if both are in the same segment, and s is not later, and less than `window` (if not 0) before l."""
     distance = q_positions[:, :, None] - k_positions[:, None, :]
     seen = (q_segments[:, :, None] == k_segments[:, None, :]) & (distance >= 0)
     return seen & (distance < window) if window else seen
@@ -21,136 +35,159 @@ def visible_keys(q_positions, k_positions, q_segments, k_segments, window=0):
 
 @flax.struct.dataclass
 class Packed:
-    """What the queries of packed rows see, for attention in blocks: the first key of each, and its segment; both (B, L) int32."""
+    """What the queries of packed rows see, as attention in blocks takes it: the first key that each sees, and its segment."""
 
-    starts: jax.Array
-    segments: jax.Array
+    starts: Int[Array, 'B L']
+    segments: Int[Array, 'B L']
     window: int = flax.struct.field(pytree_node=False)
 
 
-def visible_to(cfg, window, positions_BxL, segments_BxL):
-    """What each query sees, in the form that `Attention` wants: `visible_keys`, or in blocks, `Packed`."""
-    long = positions_BxL.shape[1] > cfg.block or shards('length') > 1
-    if cfg.impl in ('blockwise', 'pallas') or (cfg.impl == 'auto' and long):
-        return Packed(blockwise.visible_starts(segments_BxL, window), segments_BxL, window)
-    return visible_keys(positions_BxL, positions_BxL, segments_BxL, segments_BxL, window)
+def visible_to(
+    cfg: AttentionConfig, window: int, positions: Int[Array, 'B L'], segments: Int[Array, 'B L']
+) -> Bool[Array, 'B L L'] | Packed:
+    """What each query sees, in the form that `cfg.impl` takes: the mask of `visible_keys`, or for attention in blocks, `Packed`.
 
-
-def in_blocks(cfg, platform, q, k, v, packed):
-    """`blockwise.attention` on each device's own rows, heads and queries, by the kernels of the platform.
-
-    Loops whose length depends on the data need not agree between devices then. Where the length is split, each device gathers
-    the keys and values of its heads.
+    Raises:
+      ConfigError: `cfg.impl` names kernels that decline this kind.
     """
-    (B, N, _, L, _), mesh = q.shape, jax.sharding.get_abstract_mesh()
-    split = {axis: n for axis in ('batch', 'kv_heads', 'length') if (n := shards(axis)) > 1}
-    together = mesh.empty or any({'batch': B, 'kv_heads': N, 'length': L}[axis] % n for axis, n in split.items())
-    across = mesh_axes('length') if 'length' in split and not together else None
-    own = L // split['length'] if across else L
-    spec = blockwise.Spec(cfg.r, cfg.k, cfg.logit_cap, cfg.block)
-    pallas = cfg.impl == 'pallas' or (cfg.impl == 'auto' and platform == 'tpu')
-
-    def look_up(q, k, v, packed):
-        interpret = {'interpret': platform != 'tpu'}
-        if pallas and not spec.k and not across and L % tpu.LANES == 0 and L % min(L, spec.block) == 0:
-            return tpu.splash_attention(q, k, v, packed.segments, spec, packed.window, **interpret)
-        # Causal rows of one document need no segments: padding comes last, and nothing sees it.
-        if cfg.impl == 'auto' and platform == 'gpu' and cfg.documents == 'joined' and not across and gpu.covers(q, spec):
-            return gpu.attention(q, k, v, packed.window)
-        offset = 0
-        if across:
-            k, v = (jax.lax.all_gather(x, across, axis=2, tiled=True) for x in (k, v))
-            offset = own * jax.lax.axis_index(across)
-        if pallas and (not across or min(own, spec.block) % tpu.LANES == 0):
-            return tpu.attention(q, k, v, packed.starts, spec, offset, **interpret)
-        return blockwise.attention(q, k, v, packed.starts, spec, offset)
-
-    if together:
-        return look_up(q, k, v, packed)
-    rows, heads = mesh_axes('batch'), mesh_axes('kv_heads')
-    by_query, by_key = PartitionSpec(rows, heads, None, across), PartitionSpec(rows, heads, across)
-    specs = {'in_specs': (by_query, by_key, by_key, PartitionSpec(rows, across)), 'out_specs': (by_query, by_query)}
-    return jax.shard_map(look_up, mesh=mesh, check_vma=False, **specs)(q, k, v, packed)
+    long = positions.shape[1] > cfg.block or shards('length') > 1
+    if cfg.impl in ('blockwise', 'pallas') and cfg.traits not in KERNEL_KINDS:
+        raise ConfigError(f"model.attention.impl = {cfg.impl!r}: want 'auto' or 'full' for kind {cfg.kind!r}")
+    if cfg.impl in ('blockwise', 'pallas') or (cfg.impl == 'auto' and long and cfg.traits in KERNEL_KINDS):
+        return Packed(blockwise.visible_starts(segments, window), segments, window)
+    return visible_keys(positions, positions, segments, segments, window)
 
 
 class Attention(nn.Module):
-    """x (B, L, D) → (B, L, D).
+    """Softmax attention over the visible keys (kind 'dense'), or the Spark lookup in them (kind 'spark').
 
-    kind 'dense': softmax over all visible keys. kind 'spark': the first r dimensions of a head choose about k of the
-    visible keys (all, where no more are visible) and weigh them by softmax; the others multiply by softplus. Rotary
-    embedding and the scale 1/sqrt(width) go to each part by itself. The threshold is that of the plain scores; the
-    soft-cap, being monotone, comes after it. `visible` is of `visible_to`.
+    In Spark attention the first r dimensions of a head select about k of the visible keys (all, if no more are visible) and weigh
+    them by softmax; the other dimensions multiply by softplus. Rotary embedding and the scale 1/sqrt(width) apply to each part
+    separately. The threshold is taken of the plain scores; the soft-cap, which is monotone, comes after it.
     """
 
     cfg: AttentionConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     platform: str = 'cpu'
 
     @nn.compact
-    def __call__(self, x_BxLxD, positions_BxL, visible):
+    def __call__(
+        self, x_BxLxD: Float[Array, 'B L D'], positions_BxL: Int[Array, 'B L'], visible: Bool[Array, 'B L L'] | Packed
+    ) -> Float[Array, 'B L D']:
         cfg = self.cfg
-        D, H, N, d = x_BxLxD.shape[-1], cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-        B, L = positions_BxL.shape
+        (B, L), D, H, N, d = positions_BxL.shape, x_BxLxD.shape[-1], cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
         x = by_token(x_BxLxD)
 
         def project(name, heads, axis):
             W_DxHxd = matrix(self, name, (D, heads, d), ('embed', axis, 'head_dim'), D, self.dtype)
             return (x @ W_DxHxd.reshape(D, heads * d)).reshape(B, L, heads, d)
 
-        by = rotations(cfg, positions_BxL)
-        q_BxLxHxd = rotate(cfg, project('q', H, 'heads'), by, scale=True)
-        k_BxSxNxd = rotate(cfg, project('k', N, 'kv_heads'), by)
-        v_BxSxNxd = project('v', N, 'kv_heads')
-
-        # H/N query heads share a key-value head.
-        G = H // N
-        q_BxNxGxLxd = q_BxLxHxd.reshape(B, L, N, G, d).transpose(0, 2, 3, 1, 4)
-        k_BxNxSxd, v_BxNxSxd = k_BxSxNxd.transpose(0, 2, 1, 3), v_BxSxNxd.transpose(0, 2, 1, 3)
-        if isinstance(visible, Packed):
-            y, attended = in_blocks(cfg, self.platform, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible)
-            sow(self, 'attended', attended.reshape(B, N, G * L))
-        else:
-            y = self._look_up(q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible)
-        y_BxLxHd = y.reshape(B, N, G, L, d).transpose(0, 3, 1, 2, 4).reshape(B, L, H * d)
+        qkv = project('q', H, 'heads'), project('k', N, 'kv_heads'), project('v', N, 'kv_heads')
+        y_BxLxHd = attend(cfg, *qkv, rotations(cfg, positions_BxL), lambda q, k, v: self._look_up(q, k, v, visible))
         out = matrix(self, 'out', (H, d, D), ('heads', 'head_dim', 'embed'), H * d, self.dtype)
         return (by_token(y_BxLxHd) @ out.reshape(H * d, D)).reshape(B, L, D)
 
-    def _look_up(self, q_BxNxGxLxd, k_BxNxSxd, V, visible_BxLxS):
-        """All scores at once; the queries that share keys line up in one axis, so that each lookup has one table."""
-        B, N, G, L, d = q_BxNxGxLxd.shape
+    def _look_up(self, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible):
+        cfg, (B, N, G, L, d) = self.cfg, q_BxNxGxLxd.shape
+        if isinstance(visible, Packed):
+            y, attended = in_blocks(cfg, self.platform, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible)
+            sow(self, 'attended', attended.reshape(B, N, G * L))
+            return y
+        # All scores at once. The queries that share keys become rows of one axis, so that each lookup has one table.
         q, K = q_BxNxGxLxd.reshape(B, N, G * L, d), k_BxNxSxd.swapaxes(2, 3)
-        visible = jnp.tile(visible_BxLxS, (1, G, 1))[:, None]
-        sigma1 = lambda s: self.sigma1(s, visible)
-        if self.cfg.kind == 'dense':
-            return ops.dense_lookup(q, K, V, sigma1, score_dtype=jnp.float32)
-        (q1, q2), (K1, K2) = jnp.split(q, [self.cfg.r], axis=-1), jnp.split(K, [self.cfg.r], axis=-2)
-        return ops.spark_lookup(q1, q2, K1, K2, V, sigma1, jax.nn.softplus, score_dtype=jnp.float32)
+        visible = jnp.tile(visible, (1, G, 1))[:, None]
+        sigma1 = lambda s: self.activate(s, visible)
+        if not cfg.traits.gated:
+            y = ops.dense_lookup(q, K, v_BxNxSxd, sigma1, score_dtype=jnp.float32)
+        else:
+            (q1, q2), (K1, K2) = jnp.split(q, [cfg.r], axis=-1), jnp.split(K, [cfg.r], axis=-2)
+            sigma2 = ops.ACTIVATIONS[cfg.traits.gate]
+            y = ops.spark_lookup(q1, q2, K1, K2, v_BxNxSxd, sigma1, sigma2, score_dtype=jnp.float32)
+        return y.reshape(B, N, G, L, d)
 
-    def sigma1(self, s, visible):
-        """`sigma1` of this layer, counted."""
-        weights, keep = sigma1(self.cfg, s, visible)
+    def activate(self, s: Float[Array, '*rows S'], visible: Bool[Array, '... S']) -> Float[Array, '*rows S']:
+        """`weights` of this layer's scores; sows the number of attended keys."""
+        w, keep = weights(self.cfg, s, visible)
         count(self, 'attended', jnp.broadcast_to(keep, s.shape))
-        return weights
+        return w
 
 
-def sigma1(cfg, s, visible):
-    """(the weights of keys for scores (…, S), top-k included; which keys have one); `visible` broadcasts against them."""
-    keep = visible if cfg.kind == 'dense' else ops.statistical_keep(s, cfg.k, where=visible)
-    # A select, since softmax(…, where=keep) takes twice as long; a token sees itself, so no row is all −inf.
-    return jax.nn.softmax(jnp.where(keep, softcap(s, cfg.logit_cap), -jnp.inf), axis=-1), keep
+def attend(
+    cfg: AttentionConfig, q: Float[Array, 'B L H d'], k: Float[Array, 'B L N d'], v: Float[Array, 'B L N d'],
+    rotations: Rotations, look_up: Callable,
+) -> Float[Array, 'B L Hd']:  # fmt: skip
+    """Attention between the projections: rotary embedding, scale, the lookup of each group of heads, and heads side by side.
+
+    `look_up(q, k, v)` takes q (B, N, G, L, d), of which G heads share each of the N key-value heads, and k, v (B, N, L, d), and
+    returns the shape of q.
+    """
+    (B, L, H, d), N = q.shape, cfg.n_kv_heads
+    q, k = rotate(cfg, q, rotations, scale=True), rotate(cfg, k, rotations)
+    q_BxNxGxLxd = q.reshape(B, L, N, H // N, d).transpose(0, 2, 3, 1, 4)
+    y_BxNxGxLxd = look_up(q_BxNxGxLxd, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+    return y_BxNxGxLxd.transpose(0, 3, 1, 2, 4).reshape(B, L, H * d)
 
 
-def rotations(cfg, positions):
-    """`ops.rotation` by the positions, for each part of a head."""
+def weights(
+    cfg: AttentionConfig, s: Float[Array, '*rows S'], visible: Bool[Array, '... S']
+) -> tuple[Float[Array, '*rows S'], Bool[Array, '... S']]:
+    """(σ1 of scores, top-k included; the mask of the keys that have a weight); `visible` broadcasts against the scores."""
+    keep = ops.statistical_keep(s, cfg.k, where=visible) if cfg.traits.topk else visible
+    # A select, since softmax(…, where=keep) takes twice as long. A token sees itself, so no row is all −inf.
+    return ops.ACTIVATIONS[cfg.traits.activation](jnp.where(keep, ops.softcap(s, cfg.logit_cap), -jnp.inf)), keep
+
+
+def rotations(cfg: AttentionConfig, positions: Int[Array, '*positions']) -> Rotations:
+    """`ops.rotation` for each part of a head."""
     widths = [cfg.r, cfg.head_dim - cfg.r] if cfg.r else [cfg.head_dim]
     return [ops.rotation(positions, width, cfg.rope_base) for width in widths]
 
 
-def rotate(cfg, x_BxLxHxd, rotations, scale=False):
-    """Rotary embedding of each part of a head; a query's parts are also scaled for their scores."""
+def rotate(cfg: AttentionConfig, x: Heads, rotations: Rotations, scale: bool = False) -> Heads:
+    """Rotary embedding of each part of a head. `scale`, for queries, divides each part by the root of its width."""
     parts = []
-    for part, rotation in zip(jnp.split(x_BxLxHxd, [cfg.r] if cfg.r else [], axis=-1), rotations, strict=True):
+    for part, rotation in zip(jnp.split(x, [cfg.r] if cfg.r else [], axis=-1), rotations, strict=True):
         width = part.shape[-1] * (cfg.query_dim or cfg.head_dim) / cfg.head_dim
         part = ops.rope(part, rotation)
         parts.append(part * width**-0.5 if scale else part)
     return jnp.concatenate(parts, axis=-1)
+
+
+def in_blocks(
+    cfg: AttentionConfig, platform: str, q: Float[Array, 'B N G L d'], k: Float[Array, 'B N L d'], v: Float[Array, 'B N L d'],
+    packed: Packed,
+) -> tuple[Float[Array, 'B N G L d'], Float[Array, 'B N G L']]:  # fmt: skip
+    """`blockwise.attention` on each device's own rows, heads and queries, by the kernels of the platform.
+
+    shard_map, because the trip counts of its loops depend on the data and may then differ between devices. Where the length is
+    sharded, each device all-gathers the keys and values of its heads.
+    """
+    (B, N, _, L, _), mesh = q.shape, jax.sharding.get_abstract_mesh()
+    parts = {axis: n for axis in ('batch', 'kv_heads', 'length') if (n := shards(axis)) > 1}
+    sizes = {'batch': B, 'kv_heads': N, 'length': L}
+    if mesh.empty or any(sizes[axis] % n for axis, n in parts.items()):
+        return _kernel(cfg, platform, None, q, k, v, packed)
+    length = mesh_axes('length') if 'length' in parts else None
+    rows, heads = mesh_axes('batch'), mesh_axes('kv_heads')
+    by_query, by_key = PartitionSpec(rows, heads, None, length), PartitionSpec(rows, heads, length)
+    specs = {'in_specs': (by_query, by_key, by_key, PartitionSpec(rows, length)), 'out_specs': (by_query, by_query)}
+    kernel = lambda *args: _kernel(cfg, platform, length, *args)
+    return jax.shard_map(kernel, mesh=mesh, check_vma=False, **specs)(q, k, v, packed)
+
+
+def _kernel(cfg, platform, length_axes, q, k, v, packed):
+    """Chooses the kernel for one device's queries; `length_axes` are the mesh axes that shard the length, or None."""
+    L, spec = q.shape[3], blockwise.Spec(cfg.r, cfg.k, cfg.logit_cap, cfg.block)
+    pallas, interpret = cfg.impl == 'pallas' or (cfg.impl == 'auto' and platform == 'tpu'), platform != 'tpu'
+    if pallas and not spec.k and not length_axes and L % tpu.LANES == 0 and L % min(L, spec.block) == 0:
+        return tpu.splash_attention(q, k, v, packed.segments, spec, packed.window, interpret=interpret)
+    # Causal rows of one document need no segments: padding comes last, and no token sees it.
+    if cfg.impl == 'auto' and platform == 'gpu' and cfg.documents == 'joined' and not length_axes and gpu.covers(q, spec):
+        return gpu.attention(q, k, v, packed.window)
+    offset = 0
+    if length_axes:
+        k, v = (jax.lax.all_gather(x, length_axes, axis=2, tiled=True) for x in (k, v))
+        offset = L * jax.lax.axis_index(length_axes)
+    if pallas and (not length_axes or min(L, spec.block) % tpu.LANES == 0):
+        return tpu.attention(q, k, v, packed.starts, spec, offset, interpret=interpret)
+    return blockwise.attention(q, k, v, packed.starts, spec, offset)

@@ -1,16 +1,16 @@
 """The feed-forward half of a layer: a lookup in a table of neurons."""
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
 
 from spark import ops
-from spark.config import FFN_KINDS, FFNConfig
+from spark.config import FFNConfig
 from spark.nn.layers import by_token, count, matrix
 
 
 class FFN(nn.Module):
-    """x (B, L, D) → (B, L, D), with d_ff neurons; `cfg.kind` names the lookup's σ1 and what it sees.
+    """The lookup of `cfg.kind`, with d_ff neurons, for each token.
 
     | kind          | σ1                | keys                                 | parameters |
     |---------------|-------------------|--------------------------------------|------------|
@@ -22,47 +22,45 @@ class FFN(nn.Module):
     """
 
     cfg: FFNConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x_BxLxD):
-        D, F, r = x_BxLxD.shape[-1], self.cfg.d_ff, self.cfg.r
+    def __call__(self, x_BxLxD: Float[Array, 'B L D']) -> Float[Array, 'B L D']:
+        D, F, r, kind = x_BxLxD.shape[-1], self.cfg.d_ff, self.cfg.r, self.cfg.traits
         x_TxD = by_token(x_BxLxD)
-        gated, _, has_predictor = FFN_KINDS[self.cfg.kind]
         keys = lambda name, width: matrix(self, name, (width, F), ('embed', 'ffn'), width, self.dtype)
         V_FxD = matrix(self, 'V', (F, D), ('ffn', 'embed'), F, self.dtype)
-        if gated:
-            q1, q2 = (x_TxD[..., :r], x_TxD[..., r:]) if has_predictor else (x_TxD, x_TxD)
+        if kind.gated:
+            q1, q2 = (x_TxD[..., :r], x_TxD[..., r:]) if kind.predictor else (x_TxD, x_TxD)
             K1, K2 = keys('K1', q1.shape[-1]), keys('K2', q2.shape[-1])
-            y_TxD = ops.spark_lookup(q1, q2, K1, K2, V_FxD, self.sigma1, lambda s: s)
+            y_TxD = ops.spark_lookup(q1, q2, K1, K2, V_FxD, self.activate, ops.ACTIVATIONS[kind.gate])
         else:
-            y_TxD = ops.dense_lookup(x_TxD, keys('K', D), V_FxD, self.sigma1)
+            y_TxD = ops.dense_lookup(x_TxD, keys('K', D), V_FxD, self.activate)
         return y_TxD.reshape(x_BxLxD.shape)
 
-    def sigma1(self, s_TxF):
-        """`sigma1` of this layer, counted."""
+    def activate(self, s_TxF: Float[Array, '*tokens F']) -> Float[Array, '*tokens F']:
+        """σ1 of this layer's scores; sows the number of active neurons."""
         s_TxF = nn.with_logical_constraint(s_TxF, ('batch', *(['length'] if s_TxF.ndim == 3 else []), 'ffn'))
-        a_TxF, active = sigma1(self.cfg, s_TxF)
+        a_TxF, active = activations(self.cfg, s_TxF)
         if active is not None:
             count(self, 'active', active)
         return a_TxF
 
 
-def sigma1(cfg, s):
-    """(σ1 of scores (…, F), top-k included; which entries are active, or None for kind 'gated', which has no zeros)."""
-    match cfg.kind, cfg.topk:
-        case 'gated', _:
-            return jax.nn.gelu(s), None
-        case 'relu' | 'relu2', _:
-            above = jax.nn.relu(s)
-            return (above if cfg.kind == 'relu' else above * above), s > 0
-        case _, 'statistical':
-            # Gemma 3n divides the variance by n, the paper by n − 1.
-            ddof = 0 if cfg.kind == 'gaussian_topk' else 1
-            # Tokens are normalised and keys point anywhere, so no mean is large against the spread.
-            above = ops.statistical_topk(s, cfg.k, ddof=ddof, huber=cfg.huber, pivot=False)
-        case _, 'exact':
-            above = ops.exact_topk(s, cfg.k)
-        case _, 'approx':
-            above = ops.approx_topk(s, cfg.k)
-    return jax.nn.gelu(above), above != 0
+def activations(
+    cfg: FFNConfig, s: Float[Array, '*tokens F']
+) -> tuple[Float[Array, '*tokens F'], Bool[Array, '*tokens F'] | None]:
+    """(σ1 of the scores, top-k included; which entries are active, None for a kind that has no zeros)."""
+    kind, sigma = cfg.traits, ops.ACTIVATIONS[cfg.traits.activation]
+    if not kind.topk:
+        a = sigma(s)
+        return a, a != 0 if kind.zeros else None
+    match cfg.topk:
+        case 'statistical':
+            # Tokens are normalised and keys have random directions, so no mean is large against the standard deviation.
+            kept = ops.statistical_topk(s, cfg.k, ddof=kind.ddof, huber=cfg.huber, pivot=False)
+        case 'exact':
+            kept = ops.exact_topk(s, cfg.k)
+        case 'approx':
+            kept = ops.approx_topk(s, cfg.k)
+    return sigma(kept), kept != 0

@@ -1,15 +1,16 @@
 """Rotary position embedding (arXiv 2104.09864)."""
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
-def rotation(positions, d, base=10_000.0):
-    """(sin, cos) of the angles positions · base^(−2i/d), i < d/2: float32, each (*positions.shape, d/2).
+def rotation(
+    positions: Int[Array, '*places'], d: int, base: float = 10_000.0
+) -> tuple[Float[Array, '*places half'], Float[Array, '*places half']]:
+    """(sin, cos) of the angles positions · base^(−2i/d), i < d/2, in float32.
 
-    Args:
-      positions: int: place of each token in its document.
-      d: even, the width of what is to be rotated. Spark rotates the predictor and the rest of a query or key separately.
-      base: the longest wavelength over 2π.
+    d is the width of what is rotated, an even number (else a ValueError): Spark rotates the two parts of a query or key
+    separately. base is the longest wavelength over 2π.
     """
     if d % 2:
         raise ValueError(f'rope rotates pairs: the last axis must be even, not {d}')
@@ -17,16 +18,10 @@ def rotation(positions, d, base=10_000.0):
     return jnp.sin(angle), jnp.cos(angle)
 
 
-def rope(x, rotation):
-    """Turns each pair (x[i], x[i + d/2]) of the last axis by its angle, in float32.
-
-    Args:
-      x: (B, L, H, d).
-      rotation: of (B, L) positions and d.
-
-    Returns:
-      x rotated, in its own dtype.
-    """
+def rope(
+    x: Float[Array, 'B L H d'], rotation: tuple[Float[Array, '#B L half'], Float[Array, '#B L half']]
+) -> Float[Array, 'B L H d']:
+    """Turns each pair (x[i], x[i + d/2]) of the last axis by its angle, in float32; the result has the dtype of x."""
     sin, cos = (part_BxLxf[:, :, None] for part_BxLxf in rotation)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)

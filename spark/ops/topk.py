@@ -3,8 +3,9 @@
     θ(x, k) = mean(x) + std(x) · Q(1 − k/n)          Q: quantile of the standard normal
     StatTopK_k(x) = max(x − θ, 0)                    argmin_{z ≥ 0} θ·‖z‖₁ + ½‖x − z‖²
 
-The three operators share one signature, `f(x, k, *, axis, where, …)`, and agree on the borders: with k ≥ n valid
-entries they return x itself, an entry outside `where` becomes 0, and k < 1 is a ValueError.
+The three operators share one signature, `f(x, k, *, axis, where, …)`, and agree in the limits: with k ≥ n valid entries they
+return x itself, an entry outside `where` becomes 0, and k < 1 is a ValueError. `where` is a boolean mask of the valid entries,
+None for all; it broadcasts against x over the axes before `axis`.
 """
 
 import functools
@@ -12,32 +13,38 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.scipy.special import ndtri
+from jaxtyping import Array, Bool, Float, Num
 
-# The name of thresholds for rematerialisation: one number per row, worth keeping where all else is computed again.
+# Rematerialisation policies find thresholds by this name: one number per row is worth keeping when all else is recomputed.
 THRESHOLD = 'threshold'
 
+X = Float[Array | np.ndarray, '*shape']
+K = int | float | np.number | Num[Array | np.ndarray, '...']
+Where = Bool[Array | np.ndarray, '...'] | None
 
-def statistical_threshold(x, k, *, axis=-1, where=None, ddof=1, pivot=True):
-    """θ(x, k): about k of the n valid entries of x lie above it if x is Gaussian.
+
+def statistical_threshold(
+    x: X, k: K, *, axis: int = -1, where: Where = None, ddof: int = 1, pivot: bool = True
+) -> Float[Array, '...']:
+    """θ(x, k): if x is Gaussian, about k of the n valid entries along `axis` lie above it.
 
     Args:
-      x: floating-point array; the statistics are in float32 (float64 for float64 x) and take one pass over x.
-      k: how many entries to keep, ≥ 1; a number, or an array that broadcasts against θ (k per row).
-      axis: the axis that the entries lie along.
-      where: boolean, the valid entries, None for all; broadcasts against x over the axes before `axis`. A row may have any
-        number n of them.
+      x: scores. The statistics take one pass over x, in float32 (in float64 for float64 x).
+      k: how many entries to keep, ≥ 1; an array gives k per row and broadcasts against θ.
+      axis, where: see above. A row may have any number n of valid entries.
       ddof: the variance is the sum of squares over n − ddof: 1 in Spark, 0 in Gemma 3n.
-      pivot: take squares about the first entry, so that the variance does not cancel where the mean is large against the spread.
-        Without it the sums fuse into the matmul that makes x, and lose (mean / std)² units of rounding.
+      pivot: subtract the first entry before squaring, so that the variance does not cancel where the mean is large against the
+        standard deviation. Without a pivot the sums fuse into the matmul that makes x, and lose (mean / std)² units of rounding.
 
     Returns:
-      θ in the dtype of the statistics, shaped as x with `axis` of size 1; −inf where k ≥ n (everything is kept), and
-      the mean itself for a row of equal entries, without NaN in value or gradient.
+      θ in the dtype of the statistics, shaped as x with `axis` of size 1. It is −inf where k ≥ n (everything is kept), and the
+      mean for a row of equal entries, where value and gradient are free of NaN.
 
     Raises:
-      ValueError: k is a number below 1, or `where` does not tell the entries along `axis` apart.
+      ValueError: k is a number below 1, or `where` has another size than x along `axis`.
     """
     _check_k(k)
     axis -= x.ndim if axis >= 0 else 0
@@ -52,32 +59,36 @@ def statistical_threshold(x, k, *, axis=-1, where=None, ddof=1, pivot=True):
     return checkpoint_name(jnp.where(share < 1, mean + std * quantile, -jnp.inf), THRESHOLD)
 
 
-def statistical_topk(x, k, *, axis=-1, where=None, ddof=1, huber=0.0, pivot=True):
+def statistical_topk(
+    x: X, k: K, *, axis: int = -1, where: Where = None, ddof: int = 1, huber: float = 0.0, pivot: bool = True
+) -> X:
     """StatTopK_k(x) = max(x − θ(x, k), 0), the soft threshold of the paper, in the dtype of x.
 
-    Gradients flow through mean and standard deviation. With `huber` = δ > 0 the kink at θ is rounded into a
-    parabola of width δ (in units of x), Huber(x − θ; δ)/δ, and the operator is continuously differentiable
-    (Theorem 3.2). The other arguments are those of `statistical_threshold`.
+    Gradients flow through mean and standard deviation. With `huber` = δ > 0 a parabola of width δ (in units of x) replaces the
+    kink at θ: Huber(x − θ; δ)/δ is continuously differentiable (Theorem 3.2). The other arguments are those of
+    `statistical_threshold`.
     """
     if huber < 0:
         raise ValueError(f'huber = {huber}: want a width ≥ 0')
     if where is None and isinstance(k, numbers.Real) and k >= x.shape[axis]:
         return x
     theta = statistical_threshold(x, k, axis=axis, where=where, ddof=ddof, pivot=pivot)
-    # Rounded before it is clipped: what XLA keeps for the backward pass is then one array in the dtype of x.
+    # Rounding comes before clipping: XLA then keeps one array in the dtype of x for the backward pass.
     above = jnp.maximum((x.astype(theta.dtype) - theta).astype(x.dtype), 0)
     if huber:
         above = jnp.where(above < huber, above * above / (2 * huber), above - huber / 2)
-    if where is not None or not isinstance(k, numbers.Real):  # a row with k ≥ n, θ = −∞, keeps everything
+    if where is not None or not isinstance(k, numbers.Real):  # a row with k ≥ n has θ = −∞ and keeps everything
         above = jnp.where(jnp.isneginf(theta), x, above)
     return _masked(above, where)
 
 
-def statistical_keep(x, k, *, axis=-1, where=None, ddof=1):
-    """Which entries attention keeps: x ≥ min(θ(x, k), max(x)) among the valid ones, boolean, shaped as x.
+def statistical_keep(
+    x: X, k: K, *, axis: int = -1, where: Where = None, ddof: int = 1
+) -> Bool[Array, '*shape']:
+    """The mask of the entries that attention keeps: x ≥ min(θ(x, k), max(x)) among the valid ones.
 
-    The largest entry always stays, so no query goes without a key: in a row of equal or evenly spread scores none may
-    reach θ. The mask has no gradient: softmax does not see the shift by θ. Arguments as in `statistical_threshold`.
+    The largest entry always stays, so that every query has a key: in a row of equal or evenly spread scores no entry may reach
+    θ. The mask has no gradient, since softmax is invariant to a shift by θ. Arguments as in `statistical_threshold`.
     """
     theta = statistical_threshold(jax.lax.stop_gradient(x), k, axis=axis, where=where, ddof=ddof)
     largest = jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf, where=where).astype(theta.dtype)
@@ -85,35 +96,35 @@ def statistical_keep(x, k, *, axis=-1, where=None, ddof=1):
     return keep if where is None else keep & where
 
 
-def exact_topk(x, k, *, axis=-1, where=None):
-    """The k largest valid entries of x along `axis` by a partial sort (`lax.top_k`), every other one 0.
+def exact_topk(x: X, k: int, *, axis: int = -1, where: Where = None) -> X:
+    """The k largest valid entries of x along `axis` by a partial sort (`lax.top_k`); all others become 0.
 
-    x keeps its dtype and shape; entries that tie with the k-th largest are all kept. k is an int ≥ 1.
+    All entries that tie with the k-th largest are kept.
     """
     return _keep_largest(x, k, axis, where, lambda x, k: jax.lax.top_k(x, k)[0])
 
 
-def approx_topk(x, k, *, axis=-1, where=None, recall=0.95):
-    """As `exact_topk`, with `lax.approx_max_k` at the given recall: approximate on TPU, a sort elsewhere."""
+def approx_topk(x: X, k: int, *, axis: int = -1, where: Where = None, recall: float = 0.95) -> X:
+    """As `exact_topk`, by `lax.approx_max_k` at the given recall: approximate on TPU, a sort elsewhere."""
     return _keep_largest(x, k, axis, where, lambda x, k: jax.lax.approx_max_k(x, k, recall_target=recall)[0])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
 def _mean_and_std(x, where, n, axis, ddof, pivot):
-    """Of the n valid entries, in one pass; (…, 1, …) each."""
+    """Mean and standard deviation of the n valid entries, in one pass."""
     total = lambda x: jnp.sum(_masked(x, where), axis=axis, keepdims=True) / jnp.maximum(n, 1)
-    # E[x²] − E[x]² takes one pass, but cancels where the mean is large against the spread: shift it.
-    # Any entry will do, a masked one too as long as it is finite; a maximum would cost a pass of its own.
-    about = jax.lax.slice_in_dim(x, 0, 1, axis=axis) if pivot else jnp.zeros((), x.dtype)
-    about = jnp.where(jnp.isfinite(about), about, 0)
+    # E[x²] − E[x]² takes one pass, but cancels where the mean is large against the standard deviation, so x is shifted by a
+    # pivot. Any finite entry serves, even a masked one; a maximum would cost another pass.
+    shift = jax.lax.slice_in_dim(x, 0, 1, axis=axis) if pivot else jnp.zeros((), x.dtype)
+    shift = jnp.where(jnp.isfinite(shift), shift, 0)
     mean = total(x)
-    variance = (total(jnp.square(x - about)) - jnp.square(mean - about)) * (n / jnp.maximum(n - ddof, 1))
+    variance = (total(jnp.square(x - shift)) - jnp.square(mean - shift)) * (n / jnp.maximum(n - ddof, 1))
     return mean, jnp.sqrt(jnp.maximum(variance, 0))
 
 
 @_mean_and_std.defjvp
 def _mean_and_std_jvp(axis, ddof, pivot, primals, tangents):
-    # In closed form it does not go through the pivot, and a constant row, std 0, has derivative 0 rather than NaN.
+    # The closed form does not involve the pivot, and gives a constant row (std 0) derivative 0 instead of NaN.
     x, where, n = primals
     dx = tangents[0]
     mean, std = _mean_and_std(x, where, n, axis, ddof, pivot)

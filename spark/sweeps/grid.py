@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pydantic
 
 from spark import config, flops
-from spark.config import FFN_KINDS, ExperimentConfig, matched_d_ff
+from spark.config import ATTENTION_KINDS, FFN_KINDS, ExperimentConfig, matched_d_ff
 from spark.data import pipeline
 from spark.errors import ConfigError
 from spark.runtime import write_json
@@ -103,15 +103,15 @@ def _adjust(base, chosen):
         f['d_ff'] = matched_d_ff(base_ffn.d_ff, base_ffn.kind, f['kind'])
         if f['d_ff'] != base_ffn.d_ff:
             notes.append(f'd_ff {base_ffn.d_ff} → {f["d_ff"]}')
-    _, topk, predictor = FFN_KINDS[f['kind']]
-    if topk and 'model.ffn.k' not in chosen:
+    kind = FFN_KINDS[f['kind']]
+    if kind.topk and 'model.ffn.k' not in chosen:
         f['k'] = round(base_ffn.k * f['d_ff'] / base_ffn.d_ff)
-    if not topk:
+    if not kind.topk:
         f |= {'k': 0, 'topk': 'statistical', 'huber': 0.0}
-    if not predictor:
+    if not kind.predictor:
         f['r'] = 0
-    if a['kind'] == 'dense':
-        a |= {'k': 0, 'r': 0}
+    kind = ATTENTION_KINDS[a['kind']]
+    a |= {name: 0 for name, has in [('k', kind.topk), ('r', kind.predictor)] if not has}
     for half, before, after in [('ffn', base_ffn, f), ('attention', base.model.attention, a)]:
         for name in ('k', 'r'):
             wanted = chosen.get(f'model.{half}.{name}', getattr(before, name))
@@ -151,7 +151,7 @@ def prepare_directory(out: pathlib.Path, base: ExperimentConfig, axes: dict[str,
             raise ConfigError(f'{path}: not the record of a sweep: {" ".join(str(e).split())}') from None
         if recorded_axes != set(axes):
             raise ConfigError(f'--out={out} belongs to a sweep over {", ".join(sorted(recorded_axes))}: choose another directory')
-        if different := config.differences(recorded_base, base, but=axes):
+        if different := config.differences(recorded_base, base, ignore=axes):
             raise ConfigError(f'--out={out} belongs to a sweep with {different}: choose another directory')
     for run in runs:
         recorded = out / 'runs' / run.name / 'config.json'

@@ -242,14 +242,14 @@ def _check_nothing_lost(workdir, save_every):
 
 
 def claim_directory(workdir: epath.Path, cfg: ExperimentConfig) -> None:
-    """Writes config.json to a new run directory, or compares the one that is there: only `config.HOW` may change.
+    """Writes config.json to a new run directory, or compares the one that is there: only `config.RESUMABLE` may change.
 
     Raises a ConfigError if the directory belongs to a run with another config, or holds files but no run.
     """
     path = workdir / 'config.json'
     if path.exists():
         previous = config.load(path)
-        if different := config.differences(previous, cfg, but=config.HOW):
+        if different := config.differences(previous, cfg, ignore=config.RESUMABLE):
             raise ConfigError(f'--workdir={workdir} belongs to a run with {different}: choose another directory')
         if (changed := config.differences(previous, cfg)) and jax.process_index() == 0:
             print(f'This run had {changed}', flush=True)

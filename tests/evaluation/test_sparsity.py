@@ -37,7 +37,7 @@ def seen(model, params, rows):
 
     def spy(method, args, kwargs, context):
         out = method(*args, **kwargs)
-        if context.method_name == 'sigma1':
+        if context.method_name == 'activate':
             everything = {'s': args[0], 'out': out} | ({'visible': args[1]} if len(args) > 1 else {})
             for name, x in everything.items():
                 sow(context.module, name, x)

@@ -1,17 +1,21 @@
 """Every token of the serving layout is that of the training model's full forward pass, by every kind of kernel."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from spark.config import ServeConfig
+from spark.config import ATTENTION_KINDS, FFN_KINDS, Kind, ServeConfig
 from spark.errors import ConfigError
 from spark.inference.decoder import extend
 from spark.inference.layout import DTYPES, Serving, from_params, lay_out, rows, serving_for
 from spark.inference.model import init_cache
 from spark.kernels import cpu
+from spark.nn import transformer
+from spark.nn.ffn import FFN
+from spark.nn.layers import matrix
 from tests.helpers import model_and_params, random_rows, small
 
 BUILT = pytest.mark.skipif(not cpu.available(), reason='no compiler at install')
@@ -56,10 +60,12 @@ def test_decoding_equals_the_full_forward_pass(kind, kernels, chunk):
 
 
 @pytest.mark.parametrize('kernels', KERNELS)
-@pytest.mark.parametrize('kind', ['gated', 'relu', 'relu2', 'topk', 'gaussian_topk', 'spark'])
-def test_every_kind_of_ffn(kind, kernels):
-    topk, predictor = kind in ('topk', 'gaussian_topk', 'spark'), kind == 'spark'
-    cfg = small('dense', **{'model.ffn.kind': kind, 'model.ffn.k': 8 * topk, 'model.ffn.r': 16 * predictor, 'model.n_layers': 2})
+@pytest.mark.parametrize('half, kind', [('ffn', kind) for kind in FFN_KINDS] + [('attention', kind) for kind in ATTENTION_KINDS])
+def test_every_kind_is_served_as_it_was_trained(half, kind, kernels):
+    """Over the tables of kinds, so that a new entry is tested, too."""
+    table, k, r = (FFN_KINDS, 8, 16) if half == 'ffn' else (ATTENTION_KINDS, 4, 4)
+    fields = {'kind': kind, 'k': k * table[kind].topk, 'r': r * table[kind].predictor}
+    cfg = small('dense', **{f'model.{half}.{name}': value for name, value in fields.items()}, **{'model.n_layers': 2})
     model, params = model_and_params(cfg)
     tokens = random_rows(cfg, length=12)[0]
     expected = full_logits(model, params, tokens)
@@ -187,5 +193,37 @@ def test_kernels_that_are_not_here_are_named():
     cfg = small('spark').model
     assert serving_for(cfg, 'float32', 'cpu').kernels == ('cpu' if cpu.available() else 'gather')
     assert serving_for(cfg, 'float32', 'cpu', devices=8).kernels == 'masked'
-    with pytest.raises(ConfigError, match=r"serve.kernels = 'cpu': here is 1 × gpu; want 'gather'"):
+    with pytest.raises(ConfigError, match=r"serve.kernels = 'cpu': there is 1 × gpu; want 'gather'"):
         serving_for(cfg, 'float32', 'gpu', serve=ServeConfig(kernels='cpu'))
+
+
+@pytest.mark.parametrize('kernels', KERNELS)
+def test_a_kernel_declines_what_it_does_not_compute(kernels, monkeypatch):
+    """With other σ1 and σ2 in the Spark kinds, the general path runs, not a kernel that has GELU or softplus built in."""
+    monkeypatch.setitem(FFN_KINDS, 'spark', Kind('relu', gate='softplus', topk=True, predictor=True))
+    monkeypatch.setitem(ATTENTION_KINDS, 'spark', Kind('softmax', gate='identity', topk=True, predictor=True))
+    cfg = small('spark', **{'model.n_layers': 2})
+    model, params = model_and_params(cfg)
+    tokens = random_rows(cfg, length=12)[0]
+    expected = full_logits(model, params, tokens)
+    logits, _, _ = piecewise(Serving(cfg.model, kernels=kernels), from_params(Serving(cfg.model), params), tokens, 4, whole=8)
+    for place, found in logits.items():
+        np.testing.assert_allclose(found, expected[:, place], atol=1e-3)
+    with pytest.raises(ConfigError, match=r"model.attention.impl = 'blockwise': want 'auto' or 'full' for kind 'spark'"):
+        model_and_params(small('spark', **{'model.attention.impl': 'blockwise'}))
+
+
+def test_a_parameter_that_the_layout_does_not_use_is_an_error(monkeypatch):
+    """A kind with a projection of its own trains; it is not served as if the projection were not there."""
+
+    class Projected(FFN):
+        @nn.compact
+        def __call__(self, x_BxLxD):
+            P = matrix(self, 'P', (x_BxLxD.shape[-1],) * 2, ('embed', None), x_BxLxD.shape[-1], self.dtype)
+            return FFN(self.cfg, self.dtype, name='inner')(x_BxLxD @ P)
+
+    monkeypatch.setattr(transformer, 'FFN', Projected)
+    cfg = small('dense', **{'model.n_layers': 2})
+    _, params = model_and_params(cfg)
+    with pytest.raises(ConfigError, match=r"generation does not use the parameters groups\.ffn_0\.P, .*FFN 'gated'"):
+        from_params(Serving(cfg.model), params)

@@ -18,7 +18,7 @@ from spark import ops
 from spark.inference.layout import records, rows
 from spark.inference.model import visible
 from spark.kernels import cpu
-from spark.nn.attention import sigma1
+from spark.nn.attention import weights as attention_weights
 from tests.helpers import ROOT, small
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason='no compiler at install')
@@ -109,7 +109,7 @@ def test_attention(B, N, G, L, before, window, cap, d, kind, dtype, data):
     written, (keys, table) = (keys, table), (keys.astype(jnp.float32), table.astype(jnp.float32))
     cfg = small(kind).model.attention.model_copy(update={'kind': kind, 'k': k, 'r': r if k else 0, 'logit_cap': cap})
     see = visible(before, L, S, first, window)[:, None, None]
-    weights, keep = sigma1(cfg, jnp.einsum('bngld,bnsd->bngls', q[..., :r], keys), see)
+    weights, keep = attention_weights(cfg, jnp.einsum('bngld,bnsd->bngls', q[..., :r], keys), see)
     gate = jax.nn.softplus(jnp.einsum('bngld,bnsd->bngls', q[..., r:], table[..., : d - r])) if k else 1.0
     expected = jnp.einsum('bngls,bnsd->bngld', weights * gate, table[..., d - r :])
     count = jnp.sum(jnp.broadcast_to(keep, weights.shape), axis=-1)

@@ -11,8 +11,8 @@ from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS
 
 D, F, r, k = 12, 40, 4, 6
-KINDS = [(kind, topk) for kind, (_, has_topk, _) in FFN_KINDS.items() for topk in
-         (['statistical', 'exact', 'approx'] if has_topk else ['statistical'])]  # fmt: skip
+KINDS = [(kind, topk) for kind, has in FFN_KINDS.items() for topk in
+         (['statistical', 'exact', 'approx'] if has.topk else ['statistical'])]  # fmt: skip
 EXPECTED = {
     'gated': lambda x, p, topk: jax.nn.gelu(x @ p['K1']) * (x @ p['K2']),
     'relu': lambda x, p, topk: jax.nn.relu(x @ p['K']),
@@ -24,8 +24,8 @@ EXPECTED = {
 
 
 def build(kind, topk='statistical', d_ff=F):
-    _, has_topk, has_predictor = FFN_KINDS[kind]
-    ffn = FFN(FFNConfig(kind=kind, d_ff=d_ff, k=k * has_topk, r=r * has_predictor, topk=topk), jnp.float32)
+    has = FFN_KINDS[kind]
+    ffn = FFN(FFNConfig(kind=kind, d_ff=d_ff, k=k * has.topk, r=r * has.predictor, topk=topk), jnp.float32)
     x = jax.random.normal(jax.random.key(0), (2, 5, D))
     variables = {'params': jax.tree.map(jnp.asarray, ffn.init(jax.random.key(1), x)['params'])}
     return ffn, jax.tree.map(lambda v: v.value, variables, is_leaf=lambda v: hasattr(v, 'value')), x
@@ -54,7 +54,7 @@ def test_kind_is_its_equation(kind, topk):
             assert (state[METRICS]['active'] == k).all()
 
 
-@pytest.mark.parametrize('kind', [kind for kind, (_, has_topk, _) in FFN_KINDS.items() if has_topk])
+@pytest.mark.parametrize('kind', [kind for kind, has in FFN_KINDS.items() if has.topk])
 def test_all_of_k_is_the_kind_without_topk(kind):
     """k = d_ff keeps everything: the dense limit of each sparse kind."""
     ffn, variables, x = build(kind)

@@ -9,7 +9,7 @@ from spark.ops import dense_lookup, rope, rotation, spark_lookup
 
 def test_lookups_are_the_equation():
     rng = np.random.default_rng(0)
-    q, K, V = rng.standard_normal((3, 6)), rng.standard_normal((6, 5)), rng.standard_normal((5, 4))
+    q, K, V = (jnp.asarray(rng.standard_normal(shape)) for shape in [(3, 6), (6, 5), (5, 4)])
     r = 2
     dense = dense_lookup(q, K, V, jnp.tanh)
     spark = spark_lookup(q[:, :r], q[:, r:], K[:r], K[r:], V, jax.nn.relu, jnp.cos)
@@ -29,7 +29,7 @@ def test_scores_in_float32_for_bfloat16_inputs():
 
 def test_rope_scores_depend_on_distance_alone_and_keep_length():
     rng = np.random.default_rng(0)
-    q, k = rng.standard_normal((2, 1, 1, 1, 8)).astype(np.float32)
+    q, k = jnp.asarray(rng.standard_normal((2, 1, 1, 1, 8)), jnp.float32)
     at = lambda x, p: rope(x, rotation(jnp.array([[p]]), 8))[0, 0, 0]
     np.testing.assert_allclose(at(q, 7) @ at(k, 3), at(q, 104) @ at(k, 100), rtol=1e-4)
     np.testing.assert_allclose(jnp.linalg.norm(at(q, 50)), np.linalg.norm(q), rtol=1e-5)

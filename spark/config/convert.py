@@ -1,0 +1,144 @@
+"""From config files, flags and run directories to a checked `ExperimentConfig`, and back to text."""
+
+import difflib
+import importlib.util
+import pathlib
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pydantic
+from etils import epath
+from ml_collections import ConfigDict, config_dict
+
+from spark.config.schema import ExperimentConfig, check_across
+from spark.errors import ConfigError
+
+
+def template(section: type[pydantic.BaseModel] = ExperimentConfig) -> ConfigDict:
+    """A ConfigDict with every field at its default; a field without a default is a placeholder of its type.
+
+    A config file starts from it and states what differs. Any field can be overridden on the command line.
+    """
+    template_ = ConfigDict()
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            template_[name] = template(field.annotation)
+        elif field.is_required():
+            template_[name] = config_dict.placeholder(field.annotation)
+        else:
+            template_[name] = field.default
+    return template_
+
+
+def from_file(path: str | pathlib.Path, variant: str | None = None) -> ConfigDict:
+    """What `get_config(variant)` of the Python file at `path` returns; None: `get_config()`."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*([] if variant is None else [variant]))
+
+
+def check_flags(argv: list[str]) -> None:
+    """Raises a ConfigError for a --config whose file is missing, or a --config.FIELD that does not exist."""
+    for arg in argv:
+        name, _, value = arg.lstrip('-').partition('=')
+        path = pathlib.Path(value.split(':')[0])
+        if name == 'config' and not path.is_file():
+            files = [str(p) for p in path.parent.glob('*.py')]
+            raise ConfigError(f'--config={value}: no such file{nearest(str(path), files)}')
+        if name.startswith('config.'):
+            field_type(name.partition('.')[2], f'--{name}')
+
+
+def field_type(name: str, label: str) -> Any:
+    """The annotation of a field's dotted name; a ConfigError that starts with `label` if there is no such field."""
+    section = ExperimentConfig
+    for part in name.split('.'):
+        known = section.model_fields if hasattr(section, 'model_fields') else {}
+        if part not in known:
+            raise ConfigError(f'{label}: {_no_such_field(part, known)}')
+        section = known[part].annotation
+    return section
+
+
+def validate(config: ConfigDict | dict) -> ExperimentConfig:
+    """A checked `ExperimentConfig`; a ConfigError of one line if a value is wrong."""
+    raw = _without_placeholders(config.to_dict() if isinstance(config, ConfigDict) else config)
+    try:
+        cfg = ExperimentConfig.model_validate(raw)
+    except pydantic.ValidationError as e:
+        raise ConfigError(_one_line(e)) from None
+    check_across(cfg)
+    return cfg
+
+
+def load(path: pathlib.Path | epath.Path) -> ExperimentConfig:
+    """The `ExperimentConfig` that a run wrote to config.json."""
+    try:
+        cfg = ExperimentConfig.model_validate_json(path.read_text())
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f'{path}: {getattr(e, "strerror", None) or e}; want the config.json of a run') from None
+    except pydantic.ValidationError as e:
+        raise ConfigError(f'{path}: {_one_line(e)}') from None
+    check_across(cfg)
+    return cfg
+
+
+def fields(cfg: pydantic.BaseModel, prefix: str = '') -> dict[str, Any]:
+    """The value of every leaf of a config, by its dotted name."""
+    leaves = {}
+    for name in type(cfg).model_fields:
+        value = getattr(cfg, name)
+        nested = isinstance(value, pydantic.BaseModel)
+        leaves |= fields(value, f'{prefix}{name}.') if nested else {prefix + name: value}
+    return leaves
+
+
+def differences(old: ExperimentConfig, new: ExperimentConfig, ignore: Collection[str] = ()) -> str:
+    """'a.b = 1, now 2; …' for the fields that differ; '' if none does. `ignore` names fields and sections."""
+    old, new = fields(old), fields(new)
+    ignored = lambda f: any(f == name or f.startswith(f'{name}.') for name in ignore)
+    return '; '.join(f'{f} = {old[f]!r}, now {new[f]!r}' for f in new if old[f] != new[f] and not ignored(f))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the closest of the known names, or ''."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f'; did you mean {close[0]}?' if close else ''
+
+
+def _without_placeholders(raw):
+    if not isinstance(raw, dict):
+        return raw
+    return {name: _without_placeholders(value) for name, value in raw.items() if value is not None}
+
+
+def _no_such_field(name, known):
+    if not known:
+        return f'no such field {name!r} inside of a value'
+    return f'no such field{nearest(name, known) or "."} Known: {", ".join(known)}'
+
+
+def _one_line(validation_error):
+    """The first error of a pydantic.ValidationError, and how many more there are."""
+    errors = validation_error.errors()
+    # A misspelt field often shows up twice, as unknown and as missing: name the misspelling.
+    first = min(errors, key=lambda e: e['type'] != 'extra_forbidden')
+    name = '.'.join(map(str, first['loc']))
+    if first['type'] == 'extra_forbidden':
+        section = ExperimentConfig
+        for part in first['loc'][:-1]:
+            section = section.model_fields[part].annotation
+        line = f'{name}: {_no_such_field(str(first["loc"][-1]), section.model_fields)}'
+    elif first['type'] == 'wrong_value':  # of `_Section._require`
+        line = '.'.join([*map(str, first['loc']), first['msg']])
+    elif first['type'] == 'missing':
+        line = f'{name}: missing; this field has no default'
+    else:
+        message = first['msg']
+        message = message[0].lower() + message[1:]
+        given = repr(first['input'])
+        given = given if len(given) < 200 else f'{given[:200]} …'
+        line = (f'{name} = {given}: ' if name else '') + message.replace('input should be', 'want')
+    more = len(errors) - 1
+    return line + (f' (and {more} more)' if more else '')

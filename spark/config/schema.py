@@ -1,0 +1,258 @@
+"""Every option of spark: its type, its default, its meaning, and what it must satisfy.
+
+Each section checks itself. `check_across` holds what involves two sections.
+"""
+
+import functools
+from typing import Literal
+
+import pydantic
+from pydantic import Field
+from pydantic_core import PydanticCustomError
+
+from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind
+from spark.errors import ConfigError
+
+# On resume, only these fields and sections may differ from the run's config.json: they do not change what is trained.
+RESUMABLE = (
+    *('mesh', 'sample', 'serve', 'data.threads', 'data.prefetch', 'data.cache_dir'),
+    *('train.log_every', 'train.save_every', 'train.keep', 'train.keep_every', 'train.stall_seconds', 'train.cache'),
+    *('train.profile_step', 'train.profile_steps'),
+    *('train.max_skips', 'train.spike'),  # a run that diverged may need other values to continue
+)
+
+
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra='forbid', strict=True, allow_inf_nan=False)
+
+    def _require(self, condition: bool, field: str, want: str):
+        """Raises an error about a field of this section; `convert._one_line` puts the section's name before it."""
+        if not condition:
+            value = functools.reduce(getattr, field.split('.'), self)
+            raise PydanticCustomError('wrong_value', '{field} = {value}: want {want}', {
+                'field': field, 'value': repr(value), 'want': want,
+            })  # fmt: skip
+
+    @pydantic.model_validator(mode='after')
+    def _integers_fit_32_bits(self):
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            self._require(not isinstance(value, int) or abs(value) < 2**31, name, 'less than 2³¹')
+        return self
+
+
+class FFNConfig(_Section):
+    """A lookup in a table of d_ff neurons."""
+
+    kind: Literal[*FFN_KINDS] = 'gated'
+    d_ff: int = Field(gt=0)  # neurons; at equal parameters a kind with two matrices has 1.5 × the neurons of one with three
+    k: int = Field(0, ge=0)  # neurons kept per token, approximately; 0 for kinds without top-k
+    r: int = Field(0, ge=0)  # predictor rank: a token's first r dimensions score the neurons; 0 for kinds without a predictor
+    topk: Literal['statistical', 'exact', 'approx'] = 'statistical'  # the operator that selects the k
+    huber: float = Field(0.0, ge=0)  # width of the smoothed threshold (Theorem 3.2); 0: a plain soft threshold
+
+    @property
+    def traits(self) -> Kind:
+        """What this kind computes."""
+        return FFN_KINDS[self.kind]
+
+    @pydantic.model_validator(mode='after')
+    def _check(self):
+        kind, has = f'kind {self.kind!r}', self.traits
+        self._require(not has.topk or 1 <= self.k <= self.d_ff, 'k', f'1 … d_ff = {self.d_ff} for {kind}')
+        self._require(has.topk or self.k == 0, 'k', f'0: {kind} has no top-k')
+        self._require(not has.predictor or self.r >= 1, 'r', f'at least 1: {kind} has a predictor')
+        self._require(has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor')
+        soft = has.topk and self.topk == 'statistical'
+        self._require(soft or not self.huber, 'huber', "0: only a kind with topk 'statistical' is smoothed")
+        self._require(has.topk or self.topk == 'statistical', 'topk', f"'statistical', the default: {kind} has no top-k")
+        return self
+
+
+class AttentionConfig(_Section):
+    """A lookup in a table of tokens."""
+
+    kind: Literal[*ATTENTION_KINDS] = 'dense'
+    n_heads: int = Field(gt=0)
+    n_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    k: int = Field(0, ge=0)  # keys kept per query, approximately; 0 for kinds without top-k
+    r: int = Field(0, ge=0)  # predictor rank: a head's first r dimensions score the keys; 0 for kinds without a predictor
+    window: int = Field(0, ge=0)  # keys that a query of a local layer sees, its own included; 0 if no layer is local
+    logit_cap: float = Field(0.0, ge=0)  # soft-cap of the softmax's logits; 0: none
+    rope_base: float = Field(10_000.0, gt=0)
+    # full: all scores at once. blockwise: in linear memory, by XLA. pallas: in linear memory, by TPU kernels, which other
+    # platforms interpret slowly. auto: full up to one block of tokens; above that, the fastest for the platform.
+    impl: Literal['auto', 'full', 'blockwise', 'pallas'] = 'auto'
+    block: int = Field(512, gt=0)  # tokens per block of blockwise and pallas; on TPU a multiple of 128
+    query_dim: float = Field(0.0, ge=0)  # queries are scaled by 1/sqrt(this); 0: head_dim
+    # Documents packed into one row: apart: a token sees only its own document. joined: a token sees all tokens before it.
+    documents: Literal['apart', 'joined'] = 'apart'
+
+    @property
+    def traits(self) -> Kind:
+        """What this kind computes."""
+        return ATTENTION_KINDS[self.kind]
+
+    @pydantic.model_validator(mode='after')
+    def _check(self):
+        kind, has, d = f'kind {self.kind!r}', self.traits, self.head_dim
+        self._require(self.n_heads % self.n_kv_heads == 0, 'n_kv_heads', f'a divisor of n_heads = {self.n_heads}')
+        self._require(d % 2 == 0, 'head_dim', 'an even number (rotary pairs)')
+        self._require(not has.topk or self.k >= 1, 'k', f'at least 1 for {kind}')
+        self._require(has.topk or self.k == 0, 'k', f'0: {kind} has no top-k')
+        self._require(not has.predictor or (0 < self.r < d and self.r % 2 == 0), 'r',
+                      f'an even number in 2 … head_dim − 2 = {d - 2} for {kind} (rotary pairs)')  # fmt: skip
+        self._require(has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor')
+        self._require(self.impl != 'pallas' or self.block % 128 == 0, 'block', "a multiple of 128 for impl 'pallas'")
+        return self
+
+
+class ModelConfig(_Section):
+    """A decoder with Gemma-2's block."""
+
+    vocab_size: int = Field(0, ge=0)  # 0: the tokenizer's
+    d_model: int = Field(gt=0)
+    n_layers: int = Field(gt=0)
+    pattern: tuple[Literal['local', 'global'], ...] = ('local', 'global')  # of the layers, repeated n_layers / len(pattern) times
+    ffn: FFNConfig
+    attention: AttentionConfig
+    logit_cap: float = Field(0.0, ge=0)  # soft-cap of the output logits; 0: none
+    remat: Literal['none', 'full', 'dots', 'dots_no_batch'] = 'none'  # what the backward pass recomputes; see nn/transformer.py
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the computation; auto: float32 on CPU, else bfloat16
+
+    @pydantic.model_validator(mode='after')
+    def _check(self):
+        f, pattern, local = self.ffn, self.pattern, 'local' in self.pattern
+        self._require(f.r < self.d_model, 'ffn.r', f'1 … d_model − 1 = {self.d_model - 1} for kind {f.kind!r}')
+        self._require(len(pattern) > 0, 'pattern', "at least one of 'local', 'global'")
+        self._require(self.n_layers % len(pattern) == 0, 'n_layers', f'a multiple of len(model.pattern) = {len(pattern)}')
+        window = self.attention.window
+        self._require(not local or window >= 1, 'attention.window', 'at least 1: model.pattern has local layers')
+        self._require(local or window == 0, 'attention.window', '0: model.pattern has no local layer')
+        return self
+
+
+class DataConfig(_Section):
+    """What to train on; `spark.data` documents the strings."""
+
+    source: str = 'stdlib'  # stdlib | text:GLOB | tfds:NAME | array_record:GLOB, or a mixture: '0.7 stdlib + 0.3 text:a/*.txt'
+    eval_source: str = ''  # text for validation and test; empty: the held-out splits of `source`
+    holdout: float = Field(0.05, gt=0, lt=0.5)  # share of a source without splits for validation, and as much for test
+    tokenizer: str = 'bytes'  # bytes | sentencepiece:FILE | hf:FILE
+    seq_len: int = Field(gt=0)  # tokens in a row
+    batch_size: int = Field(gt=0)  # rows in an optimizer step, over all devices
+    shuffle_rows: int = Field(0, ge=0)  # size of the window in which packed rows are shuffled, to spread long documents; 0: off
+    epochs: int = Field(0, ge=0)  # passes over the training data; 0: no limit
+    threads: int = Field(8, gt=0)  # threads that read and tokenize; the order of the data does not depend on their number
+    prefetch: int = Field(4, gt=0)  # batches that are prepared ahead
+    cache_dir: str = ''  # where prepared corpora are kept; empty: $SPARK_CACHE or ~/.cache/spark
+
+
+class MeshConfig(_Section):
+    """Devices along each mesh axis; the product is the number of devices."""
+
+    data: int = Field(-1, ge=-1)  # model replicas; -1: all devices that the other axes leave
+    fsdp: int = Field(1, gt=0)  # splits parameters, optimizer state and the rows of a batch
+    context: int = Field(1, gt=0)  # splits parameters, optimizer state and the tokens of a row; keys and values are all-gathered
+    model: int = Field(1, gt=0)  # splits heads, neurons and vocabulary
+    slices: int = Field(1, gt=0)  # groups of devices with a fast network inside; `data` is split over them
+
+    @pydantic.model_validator(mode='after')
+    def _check(self):
+        self._require(self.data != 0, 'data', 'at least 1, or -1 for all the devices that are left')
+        return self
+
+
+class OptimizerConfig(_Section):
+    """AdamW, linear warm-up, cosine decay."""
+
+    lr: float = Field(gt=0)  # peak learning rate
+    final_lr: float = Field(0.1, ge=0, le=1)  # learning rate at the last step, as a share of the peak
+    warmup_steps: int = Field(0, ge=0)
+    b1: float = Field(0.9, ge=0, lt=1)
+    b2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)  # of matrices; the scales of norms are exempt
+    clip: float = Field(1.0, ge=0)  # global gradient norm; 0: no clipping
+    z_loss: float = Field(0.0, ge=0)  # weight of log²Z in the loss
+
+
+class TrainConfig(_Section):
+    """The loop."""
+
+    steps: int = Field(gt=0)
+    accumulate: int = Field(1, gt=0)  # microbatches per step, whose gradients are summed
+    loss_pieces: int = Field(1, gt=0)  # parts of the vocabulary; the loss computes logits for one part at a time
+    log_every: int = Field(10, gt=0)
+    eval_every: int = Field(0, ge=0)  # steps between evaluations; 0: only at the end
+    eval_batches: int = Field(0, ge=0)  # batches of an evaluation while training; 0: the whole validation split
+    save_every: int = Field(100, gt=0)
+    keep: int = Field(2, gt=0)  # number of newest checkpoints to keep
+    keep_every: int = Field(0, ge=0)  # also keep the checkpoints at multiples of this step; 0: none
+    # An update whose loss or gradient is not finite is skipped, at most max_skips times in a row; one more ends the run.
+    max_skips: int = Field(0, ge=0)
+    # An update is also skipped if its gradient norm exceeds the running mean by this factor; 0: never.
+    spike: float = Field(0.0, ge=0)
+    # The watchdog ends a run that makes no progress for this long, and prints all stacks. Compiling, saving and restoring may
+    # take ten times as long, and a step 20 times its usual duration. 0: no watchdog.
+    stall_seconds: float = Field(300.0, ge=0)
+    # Start from the parameters of this run directory, or of its checkpoints/STEP; optimizer and data start anew.
+    restore_from: str = ''
+    activity: bool = True  # log active neurons and attended keys with the loss
+    profile_step: int = Field(0, ge=0)  # first step of a profiler trace into workdir/profile; 0: none
+    profile_steps: int = Field(3, gt=0)  # length of that trace, and of a trace that SIGUSR1 starts
+    # Keep compiled programs in $JAX_COMPILATION_CACHE_DIR, or else in workdir/xla_cache, for restarts. auto: on accelerators.
+    cache: Literal['auto', 'on', 'off'] = 'auto'
+
+    @pydantic.model_validator(mode='after')
+    def _check(self):
+        self._require(self.spike == 0 or self.spike > 1, 'spike', 'more than 1, or 0 to accept any gradient norm')
+        self._require(self.max_skips > 0 or not self.spike, 'max_skips', 'at least 1: train.spike skips updates')
+        return self
+
+
+class SampleConfig(_Section):
+    """The continuation shown when training ends."""
+
+    prompt: str = ''
+    tokens: int = Field(64, ge=0)  # 0: no sample
+    temperature: float = Field(0.8, ge=0)  # 0: greedy
+
+
+class ServeConfig(_Section):
+    """How scripts/generate.py runs the trained model."""
+
+    # cpu, tpu, gpu: kernels for that platform. gather: plain JAX that reads active entries only. masked: plain JAX that
+    # computes every entry. auto: the fastest that is available.
+    kernels: Literal['auto', 'cpu', 'tpu', 'gpu', 'gather', 'masked'] = 'auto'
+    capacity: float = Field(1.5, gt=0)  # of gather, tpu and gpu: they have room for capacity × k active entries per token
+    overflow: Literal['masked', 'drop'] = 'masked'  # a token with more is computed in full, or loses the excess; it is reported
+
+
+class ExperimentConfig(_Section):
+    """One training run."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
+    sample: SampleConfig = SampleConfig()
+    serve: ServeConfig = ServeConfig()
+
+
+def check_across(cfg: ExperimentConfig) -> None:
+    """Checks what involves two sections."""
+    m, d, t, warmup = cfg.model, cfg.data, cfg.train, cfg.optimizer.warmup_steps
+    require(d.batch_size % t.accumulate == 0, 'train.accumulate', t.accumulate, f'a divisor of data.batch_size = {d.batch_size}')
+    require(m.vocab_size % t.loss_pieces == 0, 'train.loss_pieces', t.loss_pieces,
+            f'a divisor of model.vocab_size = {m.vocab_size}')  # fmt: skip
+    require(warmup < t.steps, 'optimizer.warmup_steps', warmup, f'less than train.steps = {t.steps}')
+
+
+def require(condition: bool, name: str, value: object, want: str) -> None:
+    """A ConfigError of one line unless `condition`."""
+    if not condition:
+        raise ConfigError(f'{name} = {value!r}: want {want}')
