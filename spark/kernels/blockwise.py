@@ -45,8 +45,7 @@ PerQuery = Float32[Array, 'B N G L']
 Segments = Int[Array, '#B L']  # contiguous in each row; one row may stand for all
 Starts = Int32[Array, 'B L']  # the first key that each query sees
 Offset = int | Int[Array, '']  # the position of the first query among the keys, a multiple of the block
-Block = Float[Array, '...']  # something of each pair in a block of queries and a block of keys
-
+Block = Float[Array, '...']  # a number for each pair of a query and a key of two blocks, or for each query of one
 
 _exact_einsum = functools.partial(jnp.einsum, precision='highest', preferred_element_type=jnp.float32)
 
@@ -68,7 +67,7 @@ class Passes(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a block of queries and a block of keys have between them."""
+    """The scores of a block of queries with a block of keys, and what follows from them."""
 
     score: Block  # s; −inf for keys that are not visible
     logit: Block  # cap(s)
@@ -146,9 +145,8 @@ def thresholds(q: Queries, k: Keys, starts_BxL: Starts, spec: Spec, offset: Offs
         mean = s / n
         std = jnp.sqrt(jnp.maximum(s2 / n - mean * mean, 0) * (n / jnp.maximum(n - 1, 1)))
         share = spec.k / n
-        quantile = ndtri(jnp.where(share < 1, share, 0.5))
-        theta = mean + _exact_einsum('BNGqr,BNr->BNGq', q_i, centre[:, :, 0]) - std * quantile
-        return jnp.where(share < 1, theta, -jnp.inf)
+        mean = mean + _exact_einsum('BNGqr,BNr->BNGq', q_i, centre[:, :, 0])
+        return jnp.where(share < 1, mean - std * ndtri(jnp.where(share < 1, share, 0.5)), -jnp.inf)
 
     return _join_blocks(jax.lax.map(query_block, jnp.arange(L // b)))
 
@@ -260,17 +258,16 @@ def masked_scores(
 def softmax_step(scores: Scores, running_max: Block, axis: int) -> tuple[Block, Block, Block]:
     """One step of the online softmax, with keys along `axis`, where running_max has size 1.
 
-    Returns p = exp(logit − new maximum), or 0 where not kept; the factor for sums made with the old maximum; the new maximum.
+    Returns p = exp(logit − new maximum), 0 where not kept; the factor for sums made with the old maximum; and the new maximum.
     """
-    block_max = jnp.max(jnp.where(scores.keep, scores.logit, -jnp.inf), axis=axis, keepdims=True)
-    new_max = jnp.maximum(running_max, block_max)
+    new_max = jnp.maximum(running_max, jnp.max(jnp.where(scores.keep, scores.logit, -jnp.inf), axis=axis, keepdims=True))
     shift = jnp.where(new_max == -jnp.inf, 0.0, new_max)  # −inf until a key is kept, and −inf − −inf is NaN
     p = jnp.where(scores.keep, jnp.exp(scores.logit - shift), 0.0)
     return p, jnp.exp(running_max - shift), new_max
 
 
 def score_gradients(scores: Scores, log_z: Block, u: Block, delta: Block, spec: Spec) -> tuple[Block, list[tuple[slice, Block]]]:
-    """The weights of the values, and the gradients of the scores: (dimensions of the head that make a score, its gradient)."""
+    """The weights of the values, and for each kind of score, the part of a head that makes it and its gradient."""
     p = jnp.where(scores.keep, jnp.exp(scores.logit - log_z), 0.0)
     ds = p * (scores.gate * u - delta)
     if spec.logit_cap:

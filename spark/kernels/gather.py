@@ -1,4 +1,4 @@
-"""The second half of a Spark lookup, for any backend, that reads only the records of active entries.
+"""The second half of a Spark lookup in plain JAX, which reads only the records of active entries.
 
     y = V · (a ⊙ σ2(K2ᵀ q2))        where a = σ1(TopK(K1ᵀ q1)) is known, and nonzero for about k of n entries
 

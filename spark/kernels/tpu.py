@@ -2,8 +2,7 @@
 
 Scores are transposed, (keys, queries), with keys in sublanes and queries in lanes. What is one number per query (the threshold,
 the sums of the softmax, a count) is then a row of lanes, as it is in memory. The query heads that share a key-value head are
-processed together, so that each block of keys is read once for all of them. Matmuls have inputs in the dtype of k and sum in
-float32.
+processed together, so that a block of keys is read once for all. Matmuls take inputs in the dtype of k, and sum in float32.
 """
 
 import functools
@@ -71,7 +70,6 @@ def gradients(
 ) -> tuple[Queries, Keys, Values]:  # fmt: skip
     """`blockwise.gradients` in two kernels: dq sums over blocks of keys; dk and dv sum over blocks of queries."""
     G, d, d_v, b = q.shape[2], q.shape[-1], v.shape[-1], spec.block
-
     by_query, by_key = (_Grid(q, k, v, starts, offset, spec, interpret, by_key) for by_key in (False, True))
     extra = [(theta, 'per_query'), (log_z, 'per_query'), (dy, 'y'), (delta, 'per_query')]
     [dq] = by_query.call(_dq_kernel, 'spark_attention_dq', extra, [(q, 'q')], scratch=[(G, b, d)], matmuls=3)
@@ -183,8 +181,8 @@ class _Grid:
     """A Pallas grid (row, key-value head, outer block, inner block), and the block of each array that a step wants.
 
     A kernel sums over the inner blocks. These are blocks of keys, and the outer ones blocks of queries; `by_key` swaps them. An
-    outer block needs only the inner blocks first … last: those with a query that sees one of the keys. The steps before and after
-    compute nothing. They ask for the nearest block that is needed, which is in VMEM already, so that they read nothing, either.
+    outer block needs only the inner blocks first … last, in which some query sees some key. The steps before and after compute
+    nothing. They ask for the nearest block that is needed, which is in VMEM already, so that they read nothing, either.
     """
 
     def __init__(self, q, k, v, starts, offset, spec, interpret, by_key=False):
@@ -195,9 +193,9 @@ class _Grid:
         first = starts[:, ::b] // b  # since starts do not decrease
         last = jnp.broadcast_to(block_offset + jnp.arange(L // b), first.shape)
         if by_key:  # where no query sees a block, last < first
-            keys = jnp.arange(S // b)
-            last = jax.vmap(lambda row: jnp.searchsorted(row, keys, side='right'))(first).astype(jnp.int32) - 1
-            first = jnp.broadcast_to(jnp.maximum(keys - block_offset, 0), last.shape)
+            key_blocks = jnp.arange(S // b)
+            last = jax.vmap(lambda row: jnp.searchsorted(row, key_blocks, side='right'))(first).astype(jnp.int32) - 1
+            first = jnp.broadcast_to(jnp.maximum(key_blocks - block_offset, 0), last.shape)
         self.scalars = first, last, block_offset[None]
 
         def blocks(shape, index):
