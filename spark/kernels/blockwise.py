@@ -198,11 +198,11 @@ def look_up(
         def visit(j, carry):
             y, total, running_max, attended, max_score = carry
             s = _scores(q_i, _slice_block(k, j, b, 2), starts_i, theta_i, block_offset + i, j, spec)
-            p, rescale, running_max = softmax_step(s, running_max[..., None], axis=-1)
-            y = y * rescale + _mixed_einsum('BNGqk,BNkv->BNGqv', p * s.gate, _slice_block(v, j, b, 2))
-            total = total * rescale[..., 0] + jnp.sum(p, axis=-1)
+            p, rescale, running_max = softmax_step(s, running_max, axis=-1)
+            y = y * rescale[..., None] + _mixed_einsum('BNGqk,BNkv->BNGqv', p * s.gate, _slice_block(v, j, b, 2))
+            total = total * rescale + jnp.sum(p, axis=-1)
             attended = attended + jnp.sum(s.keep, axis=-1, dtype=jnp.float32)
-            return y, total, running_max[..., 0], attended, jnp.maximum(max_score, jnp.max(s.score, axis=-1))
+            return y, total, running_max, attended, jnp.maximum(max_score, jnp.max(s.score, axis=-1))
 
         zero = jnp.zeros((B, N, G, b), jnp.float32)
         carry = jnp.zeros((B, N, G, b, v.shape[-1]), jnp.float32), zero, zero - jnp.inf, zero, zero - jnp.inf
@@ -255,14 +255,14 @@ def masked_scores(
     return Scores(jnp.where(visible, s, -jnp.inf), logit, keep, gate, gate_slope)
 
 
-def softmax_step(scores: Scores, running_max: Block, axis: int) -> tuple[Block, Block, Block]:
-    """One step of the online softmax, with keys along `axis`, where running_max has size 1.
+def softmax_step(scores: Scores, running_max: Block, axis: int, keepdims: bool = False) -> tuple[Block, Block, Block]:
+    """One step of the online softmax over keys along `axis`, which running_max keeps (with size 1) or not.
 
     Returns p = exp(logit − new maximum), 0 where not kept; the factor for sums made with the old maximum; and the new maximum.
     """
-    new_max = jnp.maximum(running_max, jnp.max(jnp.where(scores.keep, scores.logit, -jnp.inf), axis=axis, keepdims=True))
+    new_max = jnp.maximum(running_max, jnp.max(jnp.where(scores.keep, scores.logit, -jnp.inf), axis=axis, keepdims=keepdims))
     shift = jnp.where(new_max == -jnp.inf, 0.0, new_max)  # −inf until a key is kept, and −inf − −inf is NaN
-    p = jnp.where(scores.keep, jnp.exp(scores.logit - shift), 0.0)
+    p = jnp.where(scores.keep, jnp.exp(scores.logit - (shift if keepdims else jnp.expand_dims(shift, axis))), 0.0)
     return p, jnp.exp(running_max - shift), new_max
 
 

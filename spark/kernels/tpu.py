@@ -95,7 +95,7 @@ def _forward_kernel(first, last, block_offset, q, k, v, starts, *refs, spec):
         for g in heads:
             row = pl.ds(g, 1)
             s = _scores(q[g], k[...], starts[...], theta[0][row] if theta else None, block_offset[0] + i, j, spec)
-            p, rescale, running_max[g] = blockwise.softmax_step(s, running_max[g], axis=0)
+            p, rescale, running_max[g] = blockwise.softmax_step(s, running_max[g], axis=0, keepdims=True)
             acc[g] = acc[g] * rescale + _dot(v[...], (p * s.gate).astype(v.dtype), 0, 0)
             total[g] = total[g] * rescale + jnp.sum(p, axis=0, keepdims=True)
             attended[row] += jnp.sum(s.keep.astype(jnp.float32), axis=0, keepdims=True)
