@@ -1,7 +1,7 @@
-"""Reading the active records of a table on GPU: `gather.read_rows` for a few queries, in Pallas by way of Triton.
+"""`gather.read_rows` on GPU, for few queries and σ2 the identity, in Pallas through Triton.
 
-One launch: a program takes a block of a query's active records, reads their keys' part, then their values' part, and leaves a
-partial y; a second sums these up, in the same order every time.
+Each program takes a block of a query's active records. It reads the keys' part and then the values' part, and writes a partial y.
+XLA then sums the partial results, always in the same order, so that the result is deterministic.
 """
 
 import math
@@ -11,56 +11,53 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from spark.kernels.gather import Q2, Counts, Indices, Output, Table, Weights
+
 BLOCK = 16  # records per program
-WIDEST = 256  # columns at a time
+MAX_COLUMNS = 256  # that a program reads at a time
 
 
-def columns(R, D):
-    """Columns that go at a time, a power of two that divides both widths; 0 if that is too few to be worth a kernel."""
-    c = math.gcd(R, D, WIDEST)
+def columns(R: int, D: int) -> int:
+    """Columns read at a time: a power of two that divides both widths, or 0 if there is none worth a kernel."""
+    c = math.gcd(R, D, MAX_COLUMNS)
     c &= -c
     return c if c >= 16 else 0
 
 
-def read_rows(q2, weight, index, count, table, *, interpret=False):
-    """y (T, D) = Σ_c weight · (K2[index] · q2) V[index] over the first `count` of each query's entries.
+def read_rows(q2: Q2, weight: Weights, index: Indices, count: Counts, table: Table, *, interpret: bool = False) -> Output:
+    """y = Σ_c weight_c (K2[index_c] · q2) V[index_c] over the first `count` of each query's entries.
 
-    Args:
-      q2: (T, R), so that `columns` has an answer.
-      weight: (T, C), 0 behind `count`.
-      index: int32 (T, C), any entry behind `count`.
-      count: int32 (T,).
-      table: (n, R + D).
+    `columns` must not be 0. Past `count`, weights are 0 and indices may be any.
     """
     (T, R), C, W = q2.shape, index.shape[1], table.shape[1]
-    D, wide = W - R, columns(R, W - R)
+    D, width = W - R, columns(R, W - R)
     pad = -C % BLOCK
     index, weight = jnp.pad(index, ((0, 0), (0, pad))), jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, pad)))
     blocks = index.shape[1] // BLOCK
 
     def kernel(q, weight, index, count, table, y):
         t, block = pl.program_id(0), pl.program_id(1)
-        here = pl.ds(block * BLOCK, BLOCK)
-        entries, w = index[t, here], weight[t, here]
+        places = pl.ds(block * BLOCK, BLOCK)
+        entries, w = index[t, places], weight[t, places]
 
-        def part(begin):
-            """(BLOCK, wide) of the records from column `begin` on."""
-            cols = begin + jax.lax.broadcasted_iota(jnp.int32, (BLOCK, wide), 1)
-            rows = jnp.broadcast_to(entries[:, None], (BLOCK, wide))
+        def load(begin):
+            """The records' columns begin … begin + width − 1."""
+            cols = begin + jax.lax.broadcasted_iota(jnp.int32, (BLOCK, width), 1)
+            rows = jnp.broadcast_to(entries[:, None], (BLOCK, width))
             return plgpu.load(table.at[rows, cols]).astype(jnp.float32)
 
         @pl.when(block * BLOCK < count[t])
         def _():
             score = jnp.zeros(BLOCK, jnp.float32)
-            for begin in range(0, R, wide):
-                score += jnp.sum(part(begin) * q[t, pl.ds(begin, wide)].astype(jnp.float32)[None], axis=1)
-            for begin in range(0, D, wide):
-                y[t, block, pl.ds(begin, wide)] = jnp.sum(part(R + begin) * (w * score)[:, None], axis=0)
+            for begin in range(0, R, width):
+                score += jnp.sum(load(begin) * q[t, pl.ds(begin, width)].astype(jnp.float32)[None], axis=1)
+            for begin in range(0, D, width):
+                y[t, block, pl.ds(begin, width)] = jnp.sum(load(R + begin) * (w * score)[:, None], axis=0)
 
         @pl.when(block * BLOCK >= count[t])
         def _():
-            for begin in range(0, D, wide):
-                y[t, block, pl.ds(begin, wide)] = jnp.zeros(wide, jnp.float32)
+            for begin in range(0, D, width):
+                y[t, block, pl.ds(begin, width)] = jnp.zeros(width, jnp.float32)
 
     partial_TxBxD = pl.pallas_call(
         kernel, interpret=interpret, name='spark_read_rows', grid=(T, blocks),

@@ -10,7 +10,7 @@ import pytest
 from spark.config import AttentionConfig
 from spark.kernels import blockwise, gpu
 from spark.nn.attention import Packed, in_blocks
-from tests.kernels.test_blockwise import by_ops, inputs
+from tests.kernels.test_blockwise import by_ops, inputs, visible_of
 
 DENSE = blockwise.Spec()
 CONFIG = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=16, documents='joined')
@@ -25,7 +25,7 @@ def test_the_same_lookup(window):
         return y, n, *backward(c)
 
     ours = run(functools.partial(gpu.attention, window=window, implementation='xla'))
-    for a, b in zip(ours, run(lambda *x: by_ops(*x, seen, window, DENSE)), strict=True):
+    for a, b in zip(ours, run(lambda *x: by_ops(*x, visible_of(seen, window), DENSE)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
