@@ -29,7 +29,7 @@ class BuildKernels(build_ext):
     def build_extension(self, ext):
         """Keeps the compiler's first error, which the compiler writes to file descriptor 2 and no exception carries."""
         stderr = os.dup(2)
-        with tempfile.TemporaryFile('w+') as log:
+        with tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as log:
             os.dup2(log.fileno(), 2)
             try:
                 jaxlib = importlib.util.find_spec('jaxlib')
@@ -44,10 +44,11 @@ class BuildKernels(build_ext):
             finally:
                 os.dup2(stderr, 2)
                 log.seek(0)
-                lines = log.read().splitlines()
-                print(*lines, sep='\n', file=sys.stderr)
+                output = log.read()
+                sys.stderr.write(output)
                 if self.error:
-                    self.error = textwrap.shorten(next((line for line in lines if 'error' in line), self.error), 200)
+                    errors = [line for line in output.splitlines() if 'error' in line]
+                    self.error = textwrap.shorten(errors[0] if errors else self.error, 200)
 
     def run(self):
         super().run()
@@ -56,11 +57,11 @@ class BuildKernels(build_ext):
         report.unlink(missing_ok=True)
         if self.error is None:
             return
-        library.unlink(missing_ok=True)  # of older sources
+        library.unlink(missing_ok=True)  # built from older sources
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(f'{self.error}\n', encoding='utf-8')
         try:
-            terminal = open('/dev/tty', 'w')  # because pip hides what a build prints unless it fails
+            terminal = open('/dev/tty', 'w', errors='replace')  # because pip hides what a build prints unless it fails
         except OSError:
             terminal = sys.stderr
         print(f'\nWARNING: spark runs without its CPU kernels, more slowly. Their build failed: {self.error}', file=terminal)

@@ -122,7 +122,7 @@ void compute(InstructionSet set, const M& m, Pool& pool) {
 
 ffi::ErrorOr<InstructionSet> resolve(int64_t set) {
   static const InstructionSet supported = best();
-  if (set > supported) return ffi::Unexpected(ffi::Error::InvalidArgument("this processor lacks the instruction set asked for"));
+  if (set > supported) return ffi::Unexpected(ffi::Error::InvalidArgument("this processor does not support the requested instruction set"));
   return set == kBest ? supported : static_cast<InstructionSet>(set);
 }
 

@@ -2,6 +2,9 @@
 //
 // vec.h, product.h, topk.h, ffn.h and attention.h state the code once, on vectors of SPARK_WIDTH floats. portable.cc, avx2.cc and
 // avx512.cc compile it, each for its own instruction set and in its own namespace. ffi.cc checks XLA's buffers and picks a set.
+//
+// GCC 12 and clang 14 build it without warnings. On 64-bit ARM it was tested under emulation (qemu), as built by either compiler, by
+// tests/kernels/cpu_driver.cc, which found no difference; its speed there is unknown.
 #pragma once
 
 #include <cstddef>
