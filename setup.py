@@ -2,8 +2,14 @@
 
 import importlib.util
 import os
+import pathlib
+import sys
+import tempfile
+import textwrap
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 AOT = ['jax[tpu]']  # libtpu, in the version that this jax wants: it compiles for TPUs that are not there
 EVAL = ['lm-eval>=0.4.9']
@@ -12,24 +18,64 @@ TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'beartype>=0.21',
 TEST += [*AOT, *EVAL, *SLURM]
 
 
+CPU = pathlib.Path('spark/kernels/cpu')
 
-def kernels():
-    """The CPU kernels, against the headers that jaxlib carries; nothing where they cannot be built, and XLA does their work."""
-    jaxlib = importlib.util.find_spec('jaxlib')
-    if os.name == 'nt' or jaxlib is None:
-        return []
-    here = 'spark/kernels/cpu'
-    return [Extension(
-        'spark.kernels._cpu',
-        sources=[f'{here}/{name}.cc' for name in ('ffi', 'portable', 'avx2', 'avx512')],
-        depends=[f'{here}/{name}.h' for name in ('begin', 'bodies', 'lookups')],
-        include_dirs=[os.path.join(jaxlib.submodule_search_locations[0], 'include')],
-        # Python's own flags have -fwrapv, with which indices take the AVX2 kernels twice the time.
-        extra_compile_args=['-std=gnu++17', '-O3', '-g0', '-fno-wrapv', '-ffp-contract=fast', '-w'],
-        language='c++',
-        optional=True,  # without a compiler everything else still installs
-    )]  # fmt: skip
 
+class BuildKernels(build_ext):
+    """Builds the CPU kernels. If that fails, the install goes on, says so, and leaves the reason for `kernels.cpu` to report."""
+
+    error = None
+
+    def build_extension(self, ext):
+        """Keeps the compiler's first error, which the compiler writes to file descriptor 2 and no exception carries."""
+        stderr = os.dup(2)
+        with tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as log:
+            os.dup2(log.fileno(), 2)
+            try:
+                jaxlib = importlib.util.find_spec('jaxlib')
+                if jaxlib is None:
+                    raise CompileError('jaxlib, whose headers they need, is not installed')
+                # -isystem hides the warnings of XLA's headers.
+                ext.extra_compile_args += ['-isystem', os.path.join(jaxlib.submodule_search_locations[0], 'include')]
+                super().build_extension(ext)
+            except Exception as error:
+                self.error = str(error)
+                raise  # setuptools goes on, because the extension is optional
+            finally:
+                os.dup2(stderr, 2)
+                log.seek(0)
+                output = log.read()
+                sys.stderr.write(output)
+                if self.error:
+                    errors = [line for line in output.splitlines() if 'error' in line]
+                    self.error = textwrap.shorten(errors[0] if errors else self.error, 200)
+
+    def run(self):
+        super().run()
+        library = pathlib.Path(self.get_ext_fullpath('spark.kernels._cpu'))
+        report = library.with_name('cpu_build_error.txt')
+        report.unlink(missing_ok=True)
+        if self.error is None:
+            return
+        library.unlink(missing_ok=True)  # built from older sources
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(f'{self.error}\n', encoding='utf-8')
+        try:
+            terminal = open('/dev/tty', 'w', errors='replace')  # because pip hides what a build prints unless it fails
+        except OSError:
+            terminal = sys.stderr
+        print(f'\nWARNING: spark runs without its CPU kernels, more slowly. Their build failed: {self.error}', file=terminal)
+
+
+KERNELS = Extension(
+    'spark.kernels._cpu',
+    sources=[str(path) for path in sorted(CPU.glob('*.cc'))],
+    depends=[str(path) for path in sorted(CPU.glob('*.h'))],
+    # Python's own flags have -fwrapv, with which indices take the AVX2 kernels twice the time.
+    extra_compile_args=['-std=gnu++17', '-O3', '-g0', '-fno-wrapv', '-ffp-contract=fast', '-Wall', '-Wextra'],
+    language='c++',
+    optional=True,  # a failed build does not stop the install
+)
 
 setup(
     name='spark-transformer',
@@ -41,7 +87,8 @@ setup(
     python_requires='>=3.11',
     packages=find_packages(include=['spark', 'spark.*']),
     package_data={'spark.data': ['*.model'], 'spark.evaluation': ['*.html'], 'spark.kernels': ['cpu/*.cc', 'cpu/*.h']},
-    ext_modules=kernels(),
+    ext_modules=[KERNELS],
+    cmdclass={'build_ext': BuildKernels},
     install_requires=[
         'jax>=0.10',
         'flax>=0.12',

@@ -1,7 +1,7 @@
-"""Both lookups on CPUs, by kernels in C++ behind XLA's foreign function interface: they touch only what is active.
+"""Both lookups on CPUs, by C++ kernels behind XLA's foreign function interface, which read only what is active.
 
-`pip install` builds them (cpu/*.cc) if there is a compiler; `available()` says if they can be used. They take float32 queries and
-tables in float32, bfloat16 or int8 with a float32 scale per row; everything is computed in float32 on XLA's own threads.
+`pip install` builds them from cpu/*.cc if there is a compiler; `available()` tells. Queries are float32. Tables are float32,
+bfloat16, or int8 with a float32 scale per row. All arithmetic is in float32, on XLA's own threads.
 """
 
 import ctypes
@@ -13,14 +13,16 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int32, Num
 from scipy.special import ndtri
 
-SETS = ('best', 'portable', 'avx2', 'avx512')  # instruction sets; SSE2 or NEON are the portable one's
+SETS = ('best', 'portable', 'avx2', 'avx512')  # instruction sets; 'portable' is SSE2 or NEON
+AnyArray = Array | np.ndarray
 
 
 @functools.cache
-def _library():
-    """The library, its functions registered with XLA; None if it was not built. $SPARK_CPU_KERNELS names another, or 'none'."""
+def _library() -> ctypes.CDLL | None:
+    """The library, with its functions registered in XLA; None if there is none. $SPARK_CPU_KERNELS is another path, or 'none'."""
     built = [pathlib.Path(__file__).with_name(f'_cpu{suffix}') for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     path = os.environ.get('SPARK_CPU_KERNELS') or next((path for path in built if path.exists()), None)
     if path in (None, 'none'):
@@ -31,46 +33,61 @@ def _library():
     return library
 
 
-def available():
-    """Were the kernels built?"""
+def available() -> bool:
+    """True if the kernels can be used; if not, `why_unavailable` says why."""
     return _library() is not None
 
 
-def instruction_sets():
-    """Those of SETS that this processor has, the best last."""
+def why_unavailable() -> str:
+    """The reason, for a message: what setup.py recorded when the build failed, if it did."""
+    if os.environ.get('SPARK_CPU_KERNELS') == 'none':
+        return 'SPARK_CPU_KERNELS=none'
+    report = pathlib.Path(__file__).with_name('cpu_build_error.txt')
+    return report.read_text('utf-8').strip() if report.exists() else 'they were never built; `pip install` builds them'
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those of SETS that this processor supports, the best last."""
     return SETS[1 : _library().spark_best_set() + 1]
 
 
-def preferred():
-    """What 'best' stands for: $SPARK_CPU_INSTRUCTIONS, one of SETS, to try another than the processor's best."""
+def preferred() -> str:
+    """The instruction set that 'best' stands for: $SPARK_CPU_INSTRUCTIONS, to try another than the processor's best."""
     return os.environ.get('SPARK_CPU_INSTRUCTIONS', 'best')
 
 
-def matmul(x_TxD, W_OxD, scales=None, *, instructions='best'):
-    """x Wᵀ: float32 (T, O).
-
-    Args:
-      x_TxD: float32.
-      W_OxD: float32, bfloat16 or int8.
-      scales: float32 (O,), of int8 rows.
-      instructions: one of SETS.
-    """
+def matmul(
+    x_TxD: Float32[AnyArray, 'T D'],
+    W_OxD: Num[AnyArray, 'O D'],
+    scales: Float32[AnyArray, ' O'] | None = None,
+    *,
+    instructions: str = 'best',
+) -> Float32[Array, 'T O']:
+    """x Wᵀ; `scales` are those of int8 rows."""
     y = jax.ShapeDtypeStruct((x_TxD.shape[0], W_OxD.shape[0]), jnp.float32)
     return _call('spark_matmul', y, instructions)(x_TxD, W_OxD, _scales(scales))
 
 
-def ffn(x_TxD, K1_Fxr, records_FxR, k, huber=0.0, K1_scales=None, record_scales=None, *, instructions='best'):
-    """The Spark FFN, V · (GELU(StatTopK_k(K1 x[:r])) ⊙ K2 x[r:]), reading the rows of active neurons alone.
+def ffn(
+    x_TxD: Float32[AnyArray, 'T D'],
+    K1_Fxr: Num[AnyArray, 'F r'],
+    records_FxR: Num[AnyArray, 'F 2*D-r'],
+    k: int,
+    huber: float = 0.0,
+    K1_scales: Float32[AnyArray, ' F'] | None = None,
+    record_scales: Float32[AnyArray, 'F 2'] | None = None,
+    *,
+    instructions: str = 'best',
+) -> tuple[Float32[Array, 'T D'], Int32[Array, ' T']]:
+    """The Spark FFN, V · (GELU(StatTopK_k(K1 x[:r])) ⊙ K2 x[r:]), which reads only the records of active neurons.
 
     Args:
-      x_TxD: float32.
-      K1_Fxr: float32, bfloat16 or int8.
-      records_FxR: (F, (D − r) + D), a neuron's row of K2 and its row of V side by side, in the dtype of K1.
-      k, huber: of FFNConfig.
-      K1_scales: float32 (F,), record_scales: float32 (F, 2), of int8 rows.
+      records_FxR: for each neuron its row of K2 followed by its row of V, in the dtype of K1.
+      k, huber: as in FFNConfig.
+      K1_scales, record_scales: of int8 rows; a record has one for K2 and one for V.
 
     Returns:
-      (y float32 (T, D), active neurons int32 (T,)).
+      (y, the number of active neurons of each token).
     """
     T, F = x_TxD.shape[0], K1_Fxr.shape[0]
     quantile = -ndtri(k / F) if k < F else -np.inf
@@ -79,39 +96,50 @@ def ffn(x_TxD, K1_Fxr, records_FxR, k, huber=0.0, K1_scales=None, record_scales=
     return call(x_TxD, K1_Fxr, _scales(K1_scales), records_FxR, _scales(record_scales))
 
 
-def attention(q, new, keys, records, first, length, *, k=0, window=0, cap=0.0, instructions='best'):
-    """Attention of L queries to a ring of S slots, place p of a row in slot p mod S, where their own keys and values go first.
+def attention(
+    q: Float32[AnyArray, 'B N G L d'],
+    new: Float32[AnyArray, 'B N L 2*d'],
+    keys: Num[AnyArray, 'B N S r'],
+    records: Num[AnyArray, 'B N S 2*d-r'],
+    first: Int32[AnyArray, ' B'],
+    length: Int32[AnyArray, ''],
+    *,
+    k: int = 0,
+    window: int = 0,
+    cap: float = 0.0,
+    instructions: str = 'best',
+) -> tuple[Float32[Array, 'B N G L d'], Int32[Array, 'B N G L'], Num[Array, 'B N S r'], Num[Array, 'B N S 2*d-r']]:
+    """Writes the new keys and values to the cache, then lets L queries attend to it.
 
-    Spark if k > 0: the r leading dimensions of the keys are scanned, the rest and the values are read for survivors alone.
+    The cache is a ring buffer of S slots: position p lies in slot p mod S. Spark attention, k > 0, scans the first r dimensions
+    of the keys, and reads the remaining ones and the values of attended keys only. Dense attention, k = 0, needs r = d.
 
     Args:
-      q: float32 (B, N, G, L, d), rotated and scaled; query l has place length + l.
-      new: float32 (B, N, L, 2d), the rotated keys of these places and their values, side by side.
-      keys: (B, N, S, r) float32 or bfloat16; r = d for dense attention.
-      records: (B, N, S, (d − r) + d), the rest of a token's key and its value side by side, in the dtype of keys.
-      first: int32 (B,), the first place that holds a token; what is before it sees itself alone.
-      length: int32 ().
-      k, window, cap: of AttentionConfig; window 0: all.
+      q: after rotary embedding and scaling; query l has position length + l.
+      new: the keys at these positions, after rotary embedding, followed by their values.
+      keys: float32 or bfloat16.
+      records: for each token the remaining dimensions of its key followed by its value, in the dtype of `keys`.
+      first: each row's first position that holds a token; a padding token, before it, sees itself alone.
+      k, window, cap: as in AttentionConfig; window 0 means none.
 
     Returns:
-      (y float32 (B, N, G, L, d), attended keys int32 (B, N, G, L), keys, records); the last two in place where nobody else needs
-      the old ones.
+      (y, the number of attended keys, keys, records). The cache is updated in place where no one else needs the old one.
     """
     shapes = [jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:-1], jnp.int32)]
     shapes += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, records)]
     attrs = {'k': np.int64(k), 'window': np.int64(window), 'cap': np.float32(cap)}
     call = _call('spark_attention', shapes, instructions, {2: 2, 3: 3}, **attrs)
-    return call(q, new, keys, records, first, length, quantiles(k, keys.shape[2]))
+    return tuple(call(q, new, keys, records, first, length, quantiles(k, keys.shape[2])))
 
 
-def quantiles(k, n):
-    """float32 (n + 1,): Q(1 − k / i) for i visible keys, −∞ up to k."""
+def quantiles(k: int, n: int) -> Float32[Array, ' {n}+1']:
+    """Q(1 − k / i) for i = 0 … n visible keys; −∞ where i ≤ k."""
     i = np.arange(n + 1)
     return jnp.asarray(np.where(i > k, -ndtri(np.minimum(k / np.maximum(i, 1), 1)), -np.inf), jnp.float32)
 
 
-def read(x, *, instructions='best'):
-    """The sum of a float32 array, (): the fastest way to read it, and so the measure of the others."""
+def read(x: Float32[AnyArray, '...'], *, instructions: str = 'best') -> Float32[Array, '']:
+    """The sum of an array: the fastest way to read memory, with which the other kernels are compared."""
     return _call('spark_read', jax.ShapeDtypeStruct((), jnp.float32), instructions)(x)
 
 

@@ -1,4 +1,5 @@
-// XLA's side of the kernels: checks shapes, picks the instruction set, and lends XLA's own threads, so that nothing competes.
+// The kernels as custom calls of XLA: checks shapes, picks the instruction set, and runs on XLA's own threads, so that no second pool
+// of threads competes with it.
 
 #include <algorithm>
 #include <atomic>
@@ -10,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "lookups.h"
+#include "kernels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -18,14 +19,14 @@ namespace ffi = xla::ffi;
 namespace spark {
 namespace {
 
-// XLA's threads, asked once for all the loops of a call: waking a thread takes as long as reading a megabyte, so helpers wait for the
-// next loop awake. The caller works too and waits for tasks, not for helpers: one that XLA starts late finds nothing to do, and nothing
-// can lock up.
+// Runs the loops of one call on XLA's threads. Waking a thread takes as long as reading a megabyte, so helpers are scheduled once per
+// call and spin between its loops. The calling thread works too, and waits for tasks to be done, not for helpers to start. So a helper
+// that XLA starts late finds nothing to do, and a busy thread pool cannot cause a deadlock.
 class XlaPool final : public Pool {
  public:
   explicit XlaPool(ffi::ThreadPool pool) : pool_(pool), threads_(std::max<int64_t>(1, pool.num_threads())) {}
   ~XlaPool() {
-    if (state_) state_->over = true;
+    if (state_) state_->closed = true;
   }
 
   int threads() const override { return threads_; }
@@ -42,12 +43,12 @@ class XlaPool final : public Pool {
     state.context = context;
     state.n = n;
     state.next = state.done = 0;
-    state.loop = ++loops_;  // from here on helpers may come in
-    for (; asked_ < helpers; ++asked_) pool_.Schedule([shared = state_] { shared->help(); });
+    state.loop = ++loops_;  // opens the loop to helpers
+    for (; scheduled_ < helpers; ++scheduled_) pool_.Schedule([shared = state_] { shared->help(); });
     state.work();
     wait([&] { return state.done == n; });
     state.loop = 0;
-    wait([&] { return state.inside == 0; });  // nobody looks at this loop any more
+    wait([&] { return state.inside == 0; });  // no helper may still read this loop's task
   }
 
  private:
@@ -58,8 +59,9 @@ class XlaPool final : public Pool {
   }
 
   struct State {
-    std::atomic<bool> over{false};
-    std::atomic<int> loop{0}, inside{0}, next{0}, done{0};  // loop: the number of the open one; 0: none is
+    std::atomic<bool> closed{false};
+    std::atomic<int> loop{0};  // number of the open loop; 0: none
+    std::atomic<int> inside{0}, next{0}, done{0};  // helpers in the loop; next task; tasks that are done
     void (*task)(void*, int) = nullptr;
     void* context = nullptr;
     int n = 0;
@@ -68,8 +70,8 @@ class XlaPool final : public Pool {
       for (int i; (i = next++) < n; ++done) task(context, i);
     }
     void help() {
-      for (int last = 0; !over;) {
-        wait([&] { return over || (loop && loop != last); });
+      for (int last = 0; !closed;) {
+        wait([&] { return closed || (loop && loop != last); });
         ++inside;
         if (const int now = loop) {
           work();
@@ -81,24 +83,24 @@ class XlaPool final : public Pool {
   };
 
   ffi::ThreadPool pool_;
-  int threads_, asked_ = 0, loops_ = 0;
+  int threads_, scheduled_ = 0, loops_ = 0;
   std::shared_ptr<State> state_;
 };
 
-// What a thread has taken, innermost last, and what it took before at each depth.
-struct Taken {
-  struct Buffer { void* at; size_t bytes; };
+// A thread's stack of scratch buffers: the first `depth` are in use, the others are kept for reuse.
+struct ScratchStack {
+  struct Buffer { void* address; size_t bytes; };
   std::vector<Buffer> buffers;
   size_t depth = 0;
-  ~Taken() {
-    for (Buffer& b : buffers) std::free(b.at);
+  ~ScratchStack() {
+    for (Buffer& b : buffers) std::free(b.address);
   }
 };
-thread_local Taken taken;
+thread_local ScratchStack scratch;
 
-enum Set { kBest = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3 };
+enum InstructionSet { kBest = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3 };
 
-Set best() {
+InstructionSet best() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -110,18 +112,18 @@ Set best() {
 }
 
 template <class M>
-void look_up(Set set, const M& m, Pool& pool) {
+void compute(InstructionSet set, const M& m, Pool& pool) {
 #if defined(__x86_64__)
-  if (set == kAvx512) return avx512::look_up(m, pool);
-  if (set == kAvx2) return avx2::look_up(m, pool);
+  if (set == kAvx512) return avx512::compute(m, pool);
+  if (set == kAvx2) return avx2::compute(m, pool);
 #endif
-  return portable::look_up(m, pool);
+  return portable::compute(m, pool);
 }
 
-ffi::ErrorOr<Set> chosen(int64_t set) {
-  static const Set here = best();
-  if (set > here) return ffi::Unexpected(ffi::Error::InvalidArgument("this processor lacks the instruction set asked for"));
-  return set == kBest ? here : static_cast<Set>(set);
+ffi::ErrorOr<InstructionSet> resolve(int64_t set) {
+  static const InstructionSet supported = best();
+  if (set > supported) return ffi::Unexpected(ffi::Error::InvalidArgument("this processor does not support the requested instruction set"));
+  return set == kBest ? supported : static_cast<InstructionSet>(set);
 }
 
 using Dims = ffi::AnyBuffer::Dimensions;
@@ -133,22 +135,22 @@ std::string text(Dims dims) {
 }
 
 template <class B>
-ffi::Error wrong(const char* name, B got, const std::string& want) {
+ffi::Error wrong_shape(const char* name, B got, const std::string& want) {
   return ffi::Error::InvalidArgument(std::string(name) + " has shape " + text(got.dimensions()) + ": want " + want);
 }
 
 template <class B>
-bool is(B b, std::initializer_list<int64_t> shape) {
+bool has_shape(B b, std::initializer_list<int64_t> shape) {
   Dims dims = b.dimensions();
   return dims.size() == shape.size() && std::equal(dims.begin(), dims.end(), shape.begin());
 }
 
-#define WANT(BUFFER, ...) \
-  if (!is(BUFFER, {__VA_ARGS__})) return wrong(#BUFFER, BUFFER, #__VA_ARGS__)
+#define REQUIRE_SHAPE(BUFFER, ...) \
+  if (!has_shape(BUFFER, {__VA_ARGS__})) return wrong_shape(#BUFFER, BUFFER, #__VA_ARGS__)
 
-// f(a value of the type of the weights)
+// f(a value of the weights' element type)
 template <class F>
-ffi::Error by_type(ffi::AnyBuffer w, F f) {
+ffi::Error dispatch_type(ffi::AnyBuffer w, F f) {
   switch (w.element_type()) {
     case ffi::DataType::F32: return f(float{});
     case ffi::DataType::BF16: return f(bf16{});
@@ -166,40 +168,40 @@ using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
 
 ffi::Error MatmulImpl(ffi::ThreadPool threads, int64_t set, Floats x, ffi::AnyBuffer w, Floats scales, ffi::Result<Floats> y) {
-  auto use = chosen(set);
+  auto use = resolve(set);
   if (use.has_error()) return use.error();
-  if (x.dimensions().size() != 2 || w.dimensions().size() != 2) return wrong("w", w, "two axes, as x");
+  if (x.dimensions().size() != 2 || w.dimensions().size() != 2) return wrong_shape("w", w, "two axes, as x");
   const int64_t tokens = x.dimensions()[0], in = x.dimensions()[1], out = w.dimensions()[0];
-  WANT(w, out, in);
-  WANT(*y, tokens, out);
-  return by_type(w, [&](auto type) {
+  REQUIRE_SHAPE(w, out, in);
+  REQUIRE_SHAPE(*y, tokens, out);
+  return dispatch_type(w, [&](auto type) {
     using T = decltype(type);
-    if (std::is_same_v<T, int8_t> && !is(scales, {out})) return wrong("scales", scales, "a float per row of int8 weights");
+    if (std::is_same_v<T, int8_t> && !has_shape(scales, {out})) return wrong_shape("scales", scales, "a float per row of int8 weights");
     XlaPool pool(threads);
     Matmul<T> m{int(tokens), int(in), int(out), x.typed_data(), rows<T>(w, scales), y->typed_data()};
-    look_up(*use, m, pool);
+    compute(*use, m, pool);
     return ffi::Error::Success();
   });
 }
 
 ffi::Error FFNImpl(ffi::ThreadPool threads, int64_t set, float quantile, float huber, Floats x, ffi::AnyBuffer k1, Floats k1_scales,
                    ffi::AnyBuffer records, Floats record_scales, ffi::Result<Floats> y, ffi::Result<Ints> active) {
-  auto use = chosen(set);
+  auto use = resolve(set);
   if (use.has_error()) return use.error();
-  if (x.dimensions().size() != 2 || k1.dimensions().size() != 2) return wrong("k1", k1, "two axes, as x");
+  if (x.dimensions().size() != 2 || k1.dimensions().size() != 2) return wrong_shape("k1", k1, "two axes, as x");
   const int64_t tokens = x.dimensions()[0], D = x.dimensions()[1], neurons = k1.dimensions()[0], r = k1.dimensions()[1];
-  WANT(records, neurons, 2 * D - r);
-  WANT(*y, tokens, D);
-  WANT(*active, tokens);
+  REQUIRE_SHAPE(records, neurons, 2 * D - r);
+  REQUIRE_SHAPE(*y, tokens, D);
+  REQUIRE_SHAPE(*active, tokens);
   if (records.element_type() != k1.element_type()) return ffi::Error::InvalidArgument("k1 and records: want one dtype");
-  return by_type(k1, [&](auto type) {
+  return dispatch_type(k1, [&](auto type) {
     using T = decltype(type);
-    if (std::is_same_v<T, int8_t> && !(is(k1_scales, {neurons}) && is(record_scales, {neurons, 2})))
-      return wrong("record_scales", record_scales, "(neurons, 2), and (neurons) for k1, of int8 weights");
+    if (std::is_same_v<T, int8_t> && !(has_shape(k1_scales, {neurons}) && has_shape(record_scales, {neurons, 2})))
+      return wrong_shape("record_scales", record_scales, "(neurons, 2), and (neurons) for k1, of int8 weights");
     XlaPool pool(threads);
     FFN<T> m{int(tokens), int(D), int(neurons), int(r), quantile, huber, x.typed_data(), rows<T>(k1, k1_scales),
              rows<T>(records, record_scales), y->typed_data(), active->typed_data()};
-    look_up(*use, m, pool);
+    compute(*use, m, pool);
     return ffi::Error::Success();
   });
 }
@@ -207,27 +209,27 @@ ffi::Error FFNImpl(ffi::ThreadPool threads, int64_t set, float quantile, float h
 ffi::Error AttentionImpl(ffi::ThreadPool threads, int64_t set, int64_t k, int64_t window, float cap, Floats q, Floats fresh,
                          ffi::AnyBuffer keys, ffi::AnyBuffer records, Ints first, Ints length, Floats quantiles, ffi::Result<Floats> y,
                          ffi::Result<Ints> attended, ffi::Result<ffi::AnyBuffer> new_keys, ffi::Result<ffi::AnyBuffer> new_records) {
-  auto use = chosen(set);
+  auto use = resolve(set);
   if (use.has_error()) return use.error();
-  if (q.dimensions().size() != 5) return wrong("q", q, "(batch, heads, group, tokens, head_dim)");
-  if (keys.dimensions().size() != 4) return wrong("keys", keys, "(batch, heads, slots, r)");
+  if (q.dimensions().size() != 5) return wrong_shape("q", q, "(batch, heads, group, tokens, head_dim)");
+  if (keys.dimensions().size() != 4) return wrong_shape("keys", keys, "(batch, heads, slots, r)");
   Dims s = q.dimensions();
   const int64_t B = s[0], N = s[1], G = s[2], L = s[3], d = s[4], slots = keys.dimensions()[2], r = keys.dimensions()[3];
-  WANT(fresh, B, N, L, 2 * d);
-  WANT(keys, B, N, slots, r);
-  WANT(records, B, N, slots, 2 * d - r);
-  WANT(first, B);
-  WANT(length);
-  WANT(*y, B, N, G, L, d);
-  WANT(*attended, B, N, G, L);
-  if (k) WANT(quantiles, slots + 1);
-  if (r > d || (!k && r != d)) return wrong("keys", keys, "r below head_dim for a top-k, or r = head_dim for dense attention");
-  const int64_t before = length.typed_data()[0], all = before + L, reach = window ? std::min(window + L - 1, all) : all;
-  if (before < 0 || reach > slots) return wrong("keys", keys, "slots for all that the queries see");
+  REQUIRE_SHAPE(fresh, B, N, L, 2 * d);
+  REQUIRE_SHAPE(keys, B, N, slots, r);
+  REQUIRE_SHAPE(records, B, N, slots, 2 * d - r);
+  REQUIRE_SHAPE(first, B);
+  REQUIRE_SHAPE(length);
+  REQUIRE_SHAPE(*y, B, N, G, L, d);
+  REQUIRE_SHAPE(*attended, B, N, G, L);
+  if (k) REQUIRE_SHAPE(quantiles, slots + 1);
+  if (r > d || (!k && r != d)) return wrong_shape("keys", keys, "r below head_dim for a top-k, or r = head_dim for dense attention");
+  const int64_t before = length.typed_data()[0], after = before + L, visible = window ? std::min(window + L - 1, after) : after;
+  if (before < 0 || visible > slots) return wrong_shape("keys", keys, "a slot for every position that the queries see");
   if (records.element_type() != keys.element_type()) return ffi::Error::InvalidArgument("keys and records: want one dtype");
   if (new_keys->untyped_data() != keys.untyped_data() || new_records->untyped_data() != records.untyped_data())
     return ffi::Error::Internal("the cache was not updated in place");
-  return by_type(keys, [&](auto type) {
+  return dispatch_type(keys, [&](auto type) {
     using T = decltype(type);
     if constexpr (std::is_same_v<T, int8_t>) {
       return ffi::Error::InvalidArgument("keys: want float32 or bfloat16");
@@ -237,38 +239,38 @@ ffi::Error AttentionImpl(ffi::ThreadPool threads, int64_t set, int64_t k, int64_
                      first.typed_data(), quantiles.typed_data(), q.typed_data(), fresh.typed_data(),
                      static_cast<T*>(new_keys->untyped_data()), static_cast<T*>(new_records->untyped_data()), y->typed_data(),
                      attended->typed_data()};
-      look_up(*use, m, pool);
+      compute(*use, m, pool);
       return ffi::Error::Success();
     }
   });
 }
 
 ffi::Error ReadImpl(ffi::ThreadPool threads, int64_t set, Floats x, ffi::Result<Floats> y) {
-  auto use = chosen(set);
+  auto use = resolve(set);
   if (use.has_error()) return use.error();
   XlaPool pool(threads);
-  look_up(*use, Read{int64_t(x.element_count()), x.typed_data(), y->typed_data()}, pool);
+  compute(*use, Read{int64_t(x.element_count()), x.typed_data(), y->typed_data()}, pool);
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-#if defined(__SANITIZE_ADDRESS__)  // which knows the system's memory only
-void* take(size_t bytes) { return std::malloc(bytes ? bytes : 1); }
-void give_back(void* last) { std::free(last); }
+#if defined(__SANITIZE_ADDRESS__)  // it checks malloc's buffers, not ours
+void* allocate_scratch(size_t bytes) { return std::malloc(bytes ? bytes : 1); }
+void free_scratch(void* latest) { std::free(latest); }
 #else
-void* take(size_t bytes) {
-  if (taken.depth == taken.buffers.size()) taken.buffers.push_back({nullptr, 0});
-  Taken::Buffer& b = taken.buffers[taken.depth++];
-  if (b.bytes < bytes || !b.at) {
-    std::free(b.at);
+void* allocate_scratch(size_t bytes) {
+  if (scratch.depth == scratch.buffers.size()) scratch.buffers.push_back({nullptr, 0});
+  ScratchStack::Buffer& b = scratch.buffers[scratch.depth++];
+  if (b.bytes < bytes || !b.address) {
+    std::free(b.address);
     b.bytes = (bytes + 127) / 64 * 64;
-    b.at = std::aligned_alloc(64, b.bytes);
-    if (!b.at) std::abort();
+    b.address = std::aligned_alloc(64, b.bytes);
+    if (!b.address) std::abort();
   }
-  return b.at;
+  return b.address;
 }
-void give_back(void*) { --taken.depth; }
+void free_scratch(void*) { --scratch.depth; }
 #endif
 }  // namespace spark
 

@@ -1,0 +1,265 @@
+// Checks the CPU kernels against scalar loops in double precision, on random inputs and without JAX, so that it also runs on an
+// emulated processor. Prints one line per instruction set; exits with 1 at the first mismatch. test_cpu.py compiles and runs it.
+//
+// Each case runs twice, with the tasks of every loop in opposite orders: the results must be bitwise the same.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+
+namespace spark {
+void* allocate_scratch(size_t bytes) { return std::malloc(bytes ? bytes : 1); }
+void free_scratch(void* latest) { std::free(latest); }
+}  // namespace spark
+
+namespace {
+using namespace spark;
+using Floats = std::vector<float>;
+
+struct SerialPool final : Pool {
+  bool backwards;
+  explicit SerialPool(bool backwards) : backwards(backwards) {}
+  int threads() const override { return 3; }
+  void run(int n, void (*task)(void*, int), void* context) override {
+    for (int i = 0; i < n; ++i) task(context, backwards ? n - 1 - i : i);
+  }
+};
+
+std::mt19937 generator(0);
+int uniform(int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(generator); }
+Floats normal(size_t n, float std = 1) {
+  Floats x(n);
+  for (float& v : x) v = std::normal_distribution<float>(0, std)(generator);
+  return x;
+}
+
+void fail(const std::string& what) {
+  std::printf("%s\n", what.c_str());
+  std::exit(1);
+}
+void close(const std::string& what, double found, double expected, double scale) {
+  if (!(std::abs(found - expected) <= 1e-4 * scale + 1e-6))
+    fail(what + ": " + std::to_string(found) + ", expected " + std::to_string(expected));
+}
+
+float widen(float x) { return x; }
+float widen(int8_t x) { return x; }
+float widen(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+void narrow(float x, float* to) { *to = x; }
+void narrow(float x, int8_t* to) { *to = int8_t(std::lrint(std::fmax(-127, std::fmin(127, x * 40)))); }
+void narrow(float x, bf16* to) {  // the nearer of the two neighbours; the even one in a tie
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const bf16 down{uint16_t(bits >> 16)}, up{uint16_t((bits >> 16) + 1)};
+  const double below = std::abs(double(x) - widen(down)), above = std::abs(widen(up) - double(x));
+  *to = below < above || (below == above && down.bits % 2 == 0) ? down : up;
+}
+
+// A random matrix; `exact` is what it stands for, with scales for each of `parts` column ranges [0, split) and [split, columns).
+template <class T>
+struct Matrix {
+  std::vector<T> values;
+  Floats scales;
+  std::vector<double> exact;
+  Matrix(int rows, int columns, int parts = 1, int split = 0) : values(size_t(rows) * columns), exact(values.size()) {
+    const Floats x = normal(values.size()), s = normal(size_t(rows) * parts);
+    if (std::is_same_v<T, int8_t>)
+      for (float v : s) scales.push_back(0.02f + 0.005f * std::abs(v));
+    for (size_t i = 0; i < values.size(); ++i) {
+      narrow(x[i], &values[i]);
+      const int part = parts == 2 && int(i % columns) >= split;
+      exact[i] = widen(values[i]) * (scales.empty() ? 1.0 : double(scales[i / columns * parts + part]));
+    }
+  }
+  Rows<T> rows() const { return {values.data(), scales.empty() ? nullptr : scales.data()}; }
+};
+
+double dot(const double* w, const float* x, int n) {
+  double sum = 0;
+  for (int i = 0; i < n; ++i) sum += w[i] * x[i];
+  return sum;
+}
+double gelu(double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
+double largest(const std::vector<double>& x) {
+  double m = 0;
+  for (double v : x) m = std::fmax(m, std::abs(v));
+  return m;
+}
+double threshold(const std::vector<double>& s, double quantile) {
+  double mean = 0, squares = 0;
+  for (double v : s) mean += v / s.size();
+  for (double v : s) squares += (v - mean) * (v - mean);
+  return mean + quantile * std::sqrt(squares / std::fmax(1, double(s.size()) - 1));
+}
+
+template <class M>
+void compute([[maybe_unused]] const std::string& set, const M& m, bool backwards) {
+  SerialPool pool(backwards);
+#if defined(__x86_64__)
+  if (set == "avx512") return avx512::compute(m, pool);
+  if (set == "avx2") return avx2::compute(m, pool);
+#endif
+  portable::compute(m, pool);
+}
+
+template <class T>
+void check_matmul(const std::string& set) {
+  const int tokens = uniform(1, 20), in = uniform(1, 300), out = uniform(1, 90);
+  const Floats x = normal(size_t(tokens) * in);
+  const Matrix<T> w(out, in);
+  Floats y(size_t(tokens) * out), again(y);
+  compute(set, Matmul<T>{tokens, in, out, x.data(), w.rows(), y.data()}, false);
+  compute(set, Matmul<T>{tokens, in, out, x.data(), w.rows(), again.data()}, true);
+  if (y != again) fail("matmul depends on the order of tasks");
+  for (int t = 0; t < tokens; ++t)
+    for (int o = 0; o < out; ++o)
+      close("matmul", y[t * out + o], dot(&w.exact[size_t(o) * in], &x[t * in], in), std::sqrt(in));
+}
+
+template <class T>
+void check_ffn(const std::string& set, int tokens) {
+  const int D = uniform(2, 300), F = uniform(2, 400), r = uniform(1, D - 1), R = 2 * D - r;
+  const float quantile = Floats{-INFINITY, 0, 1, 1.5}[uniform(0, 3)], huber = uniform(0, 1) * 0.3f;
+  const Floats x = normal(size_t(tokens) * D);
+  const Matrix<T> k1(F, r), records(F, R, 2, D - r);
+  Floats y(size_t(tokens) * D), again(y);
+  std::vector<int32_t> active(tokens);
+  FFN<T> m{tokens, D, F, r, quantile, huber, x.data(), k1.rows(), records.rows(), y.data(), active.data()};
+  compute(set, m, false);
+  m.y = again.data();
+  compute(set, m, true);
+  if (y != again) fail("ffn depends on the order of tasks");
+  for (int t = 0; t < tokens; ++t) {
+    std::vector<double> s(F), expected(D);
+    int count = 0;
+    for (int f = 0; f < F; ++f) s[f] = dot(&k1.exact[size_t(f) * r], &x[t * D], r);
+    const double theta = threshold(s, quantile);
+    for (int f = 0; f < F; ++f) {
+      if (quantile != -INFINITY && !(s[f] > theta)) continue;
+      double above = quantile == -INFINITY ? s[f] : s[f] - theta;
+      if (huber > 0 && quantile != -INFINITY) above = above < huber ? above * above / (2 * huber) : above - huber / 2;
+      const double* record = &records.exact[size_t(f) * R];
+      const double weight = gelu(above) * dot(record, &x[t * D + r], D - r);
+      for (int i = 0; i < D; ++i) expected[i] += weight * record[D - r + i];
+      ++count;
+    }
+    close("ffn's active neurons", active[t], count, 1e4);  // a score within rounding of the threshold may go either way
+    for (int i = 0; i < D; ++i) close("ffn", y[t * D + i], expected[i], largest(expected));
+  }
+}
+
+template <class T>
+void check_attention(const std::string& set, bool dense) {
+  const int B = uniform(1, 2), N = uniform(1, 2), G = uniform(1, 5), L = uniform(1, 14), d = 2 * uniform(2, 130);
+  const int r = dense ? d : uniform(1, d - 1), k = dense ? 0 : uniform(1, 20), window = uniform(0, 1) * uniform(1, 30);
+  const int length = uniform(0, 100), reach = window ? std::fmin(window + L - 1, length + L) : length + L, S = reach + uniform(0, 7);
+  const float cap = uniform(0, 1) * 5.0f;
+  const int width = 2 * d - r, heads = B * N;
+  const Floats q = normal(size_t(heads) * G * L * d, 1 / std::sqrt(float(d))), fresh = normal(size_t(heads) * L * 2 * d);
+  const Matrix<T> old_keys(heads * S, r), old_records(heads * S, width);
+  std::vector<int32_t> first(B), attended(size_t(heads) * G * L);
+  for (int32_t& p : first) p = uniform(0, length);
+  Floats quantiles(S + 1), y(q.size()), again(y);
+  for (int i = 0; i <= S; ++i) quantiles[i] = i > k ? std::log(double(i) / k) / 2 : -INFINITY;
+  std::vector<T> keys = old_keys.values, records = old_records.values;
+  Attention<T> m{B, N, G, L, d, r, S, k, window, cap, length, first.data(), quantiles.data(), q.data(), fresh.data(),
+                 keys.data(), records.data(), y.data(), attended.data()};
+  compute(set, m, false);
+  std::vector<T> keys_again = old_keys.values, records_again = old_records.values;
+  m.keys = keys_again.data();
+  m.records = records_again.data();
+  m.y = again.data();
+  compute(set, m, true);
+  if (y != again) fail("attention depends on the order of tasks");
+  std::vector<T> new_keys = old_keys.values, new_records = old_records.values;
+  for (int h = 0; h < heads; ++h)
+    for (int l = 0; l < L; ++l)
+      for (int i = 0; i < 2 * d; ++i) {
+        const size_t slot = size_t(h) * S + (length + l) % S;
+        narrow(fresh[(size_t(h) * L + l) * 2 * d + i], i < r ? &new_keys[slot * r + i] : &new_records[slot * width + i - r]);
+      }
+  if (std::memcmp(keys.data(), new_keys.data(), keys.size() * sizeof(T)) ||
+      std::memcmp(records.data(), new_records.data(), records.size() * sizeof(T)))
+    fail("attention has written a wrong cache");
+  int differ = 0;
+  for (int i = 0; i < heads * G * L; ++i) {
+    const int h = i / (G * L), position = length + i % L;
+    const int from = std::fmin(position, std::fmax(first[h / N], window ? position - window + 1 : 0)), n = position - from + 1;
+    auto row = [&](const std::vector<T>& table, int p, int columns) {
+      const T* start = &table[(size_t(h) * S + (from + p) % S) * columns];
+      std::vector<double> values(columns);
+      for (int c = 0; c < columns; ++c) values[c] = widen(start[c]);
+      return values;
+    };
+    std::vector<double> s(n), weights(n), expected(d);
+    double top = -INFINITY, total = 0;
+    for (int p = 0; p < n; ++p) top = std::fmax(top, s[p] = dot(row(new_keys, p, r).data(), &q[size_t(i) * d], r));
+    const double theta = k && n > k ? std::fmin(threshold(s, quantiles[n]), top) : -INFINITY;
+    auto softcap = [&](double x) { return cap ? cap * std::tanh(x / cap) : x; };
+    int count = 0;
+    for (int p = 0; p < n; ++p)
+      if (s[p] >= theta) {
+        total += weights[p] = std::exp(softcap(s[p]) - softcap(top));
+        ++count;
+      }
+    if (count != attended[i]) {  // a score within rounding of the hard threshold may go either way
+      differ += 1;
+      continue;
+    }
+    for (int p = 0; p < n; ++p) {
+      const std::vector<double> record = row(new_records, p, width);
+      const double gate = k ? std::log1p(std::exp(dot(record.data(), &q[size_t(i) * d + r], d - r))) : 1;
+      for (int c = 0; c < d; ++c) expected[c] += weights[p] / total * gate * record[d - r + c];
+    }
+    for (int c = 0; c < d; ++c) close("attention", y[size_t(i) * d + c], expected[c], largest(expected));
+  }
+  if (differ > 0.05 * heads * G * L + (dense ? 0 : 1)) fail("attention: the numbers of attended keys differ");
+}
+
+void check_read(const std::string& set) {
+  const Floats x = normal(uniform(1, 200000));
+  double expected = 0;
+  for (float v : x) expected += v;
+  float y;
+  compute(set, Read{int64_t(x.size()), x.data(), &y}, false);
+  close("read", y, expected, std::sqrt(x.size()));
+}
+
+template <class T>
+void check_type(const std::string& set) {
+  for (int i = 0; i < 10; ++i) check_matmul<T>(set);
+  for (int tokens : {1, 2, 3, 4, 5, 17, 64, 67}) check_ffn<T>(set, tokens);
+  if constexpr (!std::is_same_v<T, int8_t>)
+    for (int i = 0; i < 20; ++i) check_attention<T>(set, i % 2);
+}
+}  // namespace
+
+int main() {
+  std::vector<std::string> sets = {"portable"};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back("avx2");
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    sets.push_back("avx512");
+#endif
+  for (const std::string& set : sets) {
+    check_type<float>(set);
+    check_type<bf16>(set);
+    check_type<int8_t>(set);
+    check_read(set);
+    std::printf("%s: ok\n", set.c_str());
+  }
+}
