@@ -95,22 +95,22 @@ setup(
         'optax>=0.2.5',
         'orbax-checkpoint>=0.12',
         'tensorstore>=0.1.78',  # Orbax's format, read piece by piece
-        'grain>=0.2.15',
+        'grain>=0.2.16',  # before it, a window shuffle does not go on where it was
         'array_record>=0.8',
         'tensorflow-datasets>=4.9.9',
-        'importlib_resources',  # tensorflow-datasets imports it without declaring it
+        'importlib_resources>=6',  # tensorflow-datasets imports it without declaring it
         'ml_collections>=1.1',
-        'absl-py',
-        'etils[epath]',
+        'absl-py>=2.1',
+        'etils[epath]>=1.12',
         'pydantic>=2.7',
-        'filelock',
+        'filelock>=3.16',
         'jaxtyping>=0.3',  # shapes in annotations; the tests check them
-        'numpy',
-        'scipy',
+        'numpy>=2.0',
+        'scipy>=1.14',
         'matplotlib>=3.8',
-        'tqdm',
+        'tqdm>=4.66',
         'tensorboardX>=2.6',
-        'sentencepiece>=0.2',
+        'sentencepiece>=0.2.2',  # before it, an empty model file kills the process
         'tokenizers>=0.20',
     ],
     extras_require={

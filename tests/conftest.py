@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, one compilation cache for all tests and the processes they start, small configs."""
+"""Eight virtual CPU devices, one compilation cache for all tests and the processes they start, checked shapes, small configs."""
 
 import os
 import pathlib
@@ -9,7 +9,40 @@ import pytest
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(tempfile.gettempdir()) / 'spark-test-xla-cache'))
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
+# Programs are small and run a few times: compiling them takes most of the time, and LLVM without optimization half as long.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+
+
+import flax.struct
+from jaxtyping import install_import_hook
+
+
+def pytree(cls, dataclass=flax.struct.dataclass):
+    """flax.struct.dataclass whose constructor takes anything: JAX rebuilds pytrees with shapes or shardings for leaves."""
+    cls = dataclass(cls)
+    cls.__no_type_check__ = True
+    return cls
+
+
+# Annotated types and shapes hold for every call that a test makes.
+flax.struct.dataclass = pytree
+install_import_hook('spark', 'beartype.beartype')
+
+
+def pytest_configure(config):
+    """`-m soak` asks for the long versions of tests, before they are imported."""
+    if 'soak' in config.option.markexpr:
+        os.environ['SPARK_SOAK'] = '1'
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without that they are left out, whatever else is asked for."""
+    if 'soak' not in config.option.markexpr:
+        soak = [item for item in items if item.get_closest_marker('soak')]
+        config.hook.pytest_deselected(items=soak)
+        items[:] = [item for item in items if item not in soak]
 
 
 @pytest.fixture(scope='session')

@@ -1,8 +1,8 @@
 """Scripts in forks of a process that has imported everything: a case takes milliseconds instead of seconds.
 
-`python -m tests.forks` reads one JSON object per line, {argv, stops, output, seconds}, runs scripts/ARGV[0] with the rest of
-argv in a fork, where each of `stops`, such as 'spark.training.step:Trainer.init_state', ends the process with 0, and answers
-with the exit code.
+`python -m tests.forks` reads one JSON object per line, {argv, stops, stdout, stderr, env, seconds}, runs scripts/ARGV[0] with the
+rest of argv in a fork, where each of `stops`, such as 'spark.training.step:Trainer.init_state', ends the process with 0, and
+answers with the exit code.
 """
 
 import importlib
@@ -31,15 +31,24 @@ class Forks:
         # Relative paths that a case makes up lie in the directory, too.
         pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
         self._server = subprocess.Popen(command, env=env, cwd=directory, **pipes)
-        self._output = directory / 'output'
+        self._files = directory / 'stdout', directory / 'stderr'
 
     def run(self, *argv, stops=(), seconds=60):
         """(exit code, stdout and stderr together); a code below 0 is a signal's, −SIGALRM if it ran out of time."""
-        case = {'argv': [str(a) for a in argv], 'stops': stops, 'output': str(self._output), 'seconds': seconds}
+        output, _ = self._files
+        return self._ask(argv, stops, seconds, output, output), output.read_text(errors='replace')
+
+    def script(self, *argv, seconds=120, **env):
+        """Like subprocess.run of scripts/ARGV[0]: a CompletedProcess with text."""
+        code = self._ask(argv, (), seconds, *self._files, env)
+        return subprocess.CompletedProcess(argv, code, *(path.read_text(errors='replace') for path in self._files))
+
+    def _ask(self, argv, stops, seconds, stdout, stderr, env=None):
+        case = {'argv': [str(a) for a in argv], 'stops': stops, 'seconds': seconds, 'env': env or {},
+                'stdout': str(stdout), 'stderr': str(stderr)}  # fmt: skip
         self._server.stdin.write(json.dumps(case) + '\n')
         self._server.stdin.flush()
-        code = int(self._server.stdout.readline())
-        return code, self._output.read_text(errors='replace')
+        return int(self._server.stdout.readline())
 
     def close(self):
         """Ends the server."""
@@ -49,9 +58,9 @@ class Forks:
 
 def _child(case):
     signal.alarm(case['seconds'])
-    to = os.open(case['output'], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for fd in (1, 2):
-        os.dup2(to, fd)
+    os.environ.update(case['env'])
+    for fd, name in [(1, 'stdout'), (2, 'stderr')]:
+        os.dup2(os.open(case[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), fd)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
     def stop(*_, **__):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import shutil
 
@@ -20,7 +21,15 @@ from tests.processes import run, write_config
 
 # The same cases every time: a new failure comes with a change, not by chance.
 QUIET = {'deadline': None, 'derandomize': True, 'database': None, 'suppress_health_check': list(HealthCheck)}
-cases = lambda n: settings(max_examples=n, **QUIET)
+SOAK = 'SPARK_SOAK' in os.environ  # by conftest.py
+
+
+def cases(n):
+    """n cases in a soak, a fifth of them in the slow tests."""
+    mark = pytest.mark.soak if SOAK else pytest.mark.slow
+    return lambda test: mark(settings(max_examples=n if SOAK else n // 5, **QUIET)(test))
+
+
 # Everything before the compiler starts, which no input can make fail any more.
 BEFORE_COMPILING = 'spark.training.step:Trainer.init_state', 'spark.training.step:Trainer.compile_train_step'
 KNOWN = {0: None, 2: 'ConfigError: ', 4: 'DataError: ', 5: ('CheckpointError: ', 'DamagedError: ')}
@@ -67,7 +76,6 @@ values = st.one_of(
 )  # fmt: skip
 
 
-@pytest.mark.slow
 @cases(150)
 @given(st.dictionaries(st.sampled_from(LEAVES), values, min_size=1, max_size=3), st.sampled_from([None, 'delete', 'add']))
 def test_mutated_configs(place, changes, more):
@@ -85,7 +93,6 @@ def test_mutated_configs(place, changes, more):
     train(place, f'--config={tmp}/mutated.py')
 
 
-@pytest.mark.slow
 @cases(60)
 @given(st.one_of(
     st.text(max_size=60).map(str.encode),
@@ -104,7 +111,6 @@ def test_files_that_are_no_configs(place, content):
     assert train(place, f'--config={tmp}/broken.py')[0] == 2
 
 
-@pytest.mark.slow
 @cases(120)
 @given(
     st.one_of(st.sampled_from(LEAVES), st.sampled_from([f'{name}s' for name in LEAVES]), st.text('abc.=_', max_size=9)),
@@ -124,7 +130,6 @@ lines = st.one_of(pieces, st.text(max_size=20).map(lambda text: json.dumps({'tex
                   st.sampled_from([b'{"text": 3}', b'{"text": ""}', b'[]', b'{"text": "a"', b'{"text": "\\ud800"}']))  # fmt: skip
 
 
-@pytest.mark.slow
 @cases(150)
 @given(
     st.lists(st.tuples(st.sampled_from(['txt', 'txt', 'jsonl', 'txt.gz', 'jsonl.gz', 'md']), st.lists(lines, max_size=4))),
@@ -173,7 +178,6 @@ def mutate(data, rng):
     return bytes(data)
 
 
-@pytest.mark.slow
 @cases(60)
 @given(st.integers(0, 1), st.integers(0, 2**32), st.booleans())
 def test_tokenizer_files(place, tokenizers, which, seed, other):
@@ -185,7 +189,6 @@ def test_tokenizer_files(place, tokenizers, which, seed, other):
           stops=['spark.training.step:Trainer.__init__'])  # fmt: skip
 
 
-@pytest.mark.slow
 @cases(60)
 @given(st.integers(0, 2**32), st.sampled_from(['train.py', 'evaluate.py', 'generate.py']))
 def test_run_directories(place, seed, script):

@@ -11,10 +11,19 @@ import time
 import pytest
 
 from spark.kernels import cpu
+from tests.forks import Forks
 from tests.helpers import ROOT
 from tests.processes import assert_same_run, environment, error, script, write_config
 
 STEPS = 24
+
+
+@pytest.fixture(scope='module')
+def forks(tmp_path_factory):
+    """Scripts that need no process of their own."""
+    forks = Forks(tmp_path_factory.mktemp('forks'))
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope='module')
@@ -104,22 +113,20 @@ def test_the_same_seed_gives_the_same_run(place):
         (['--config.optimizer.lr=1e30', '--config.optimizer.clip=0', '--workdir={}/diverged'], 3, 'loss'),
     ],
 )
-def test_a_mistake_is_one_line_and_an_exit_code(place, args, code, message):
+def test_a_mistake_is_one_line_and_an_exit_code(place, forks, args, code, message):
     tmp, _ = place
-    result = train(tmp, 'whole', *[a.format(tmp) for a in args])
+    result = forks.script('train.py', f'--config={tmp}/config.py', f'--workdir={tmp}/whole', *[a.format(tmp) for a in args])
     assert result.returncode == code, result.stderr
     assert message in error(result.stderr)
 
 
-def test_missing_files_and_help(place):
-    tmp, _ = place
-    run = lambda *args: subprocess.run(script(*args), env=environment(tmp), capture_output=True, text=True, timeout=120)
-    missing = run('train.py', f'--config={ROOT}/configs/tinny.py', f'--workdir={tmp}/x')
+def test_missing_files_and_help(forks, tmp_path):
+    missing = forks.script('train.py', f'--config={ROOT}/configs/tinny.py', f'--workdir={tmp_path}/x')
     assert missing.returncode == 2 and 'no such file; did you mean' in missing.stderr and 'tiny.py' in missing.stderr
     for name in sorted(p.name for p in (ROOT / 'scripts').glob('*.py')):
-        shown = run(name, '--help')
+        shown = forks.script(name, '--help')
         assert shown.returncode == 0 and f'python scripts/{name}' in shown.stdout
-        nothing = run(name, '--no_such_flag')
+        nothing = forks.script(name, '--no_such_flag')
         assert nothing.returncode == 2 and nothing.stderr.count('\n') == 1
 
 
@@ -136,10 +143,9 @@ def test_losses_of_two_revisions_are_compared(place):
     assert done.returncode == 2 and '1 revisions: want OLD_REV NEW_REV' in done.stderr
 
 
-def test_train_a_tokenizer(place):
+def test_train_a_tokenizer(place, forks):
     tmp, _ = place
-    args = ['tokenizer.py', f'--source=text:{tmp}/*.txt', f'--out={tmp}/t.model']
-    run = lambda *more: subprocess.run(script(*args, *more), env=environment(tmp), capture_output=True, text=True, timeout=120)
+    run = lambda *more: forks.script('tokenizer.py', f'--source=text:{tmp}/*.txt', f'--out={tmp}/t.model', *more)
     done = run('--vocab_size=300')
     assert done.returncode == 0, done.stderr
     from spark.data.tokenizer import load
@@ -160,7 +166,7 @@ def one_line(result, code, message):
     assert len(said) == 1 and message in said[0] and 'Traceback' not in result.stderr
 
 
-def test_evaluate_a_run(place):
+def test_evaluate_a_run(place, forks):
     tmp, _ = place
     args = ['evaluate.py', f'--workdir={tmp}/whole', f'--json={tmp}/e.json', '--plots', '--neurons=1']
     done = run_script(tmp, *args)
@@ -172,7 +178,8 @@ def test_evaluate_a_run(place):
         assert words in done.stdout
     left = {p.name for p in (tmp / 'whole' / 'evaluation' / f'test_{STEPS}').iterdir()}
     assert left == {'activity.png', 'scores_1.png', 'attended.png', 'neurons_1.html'}
-    assert train(tmp, 'whole').returncode == 0  # the directory is still the run's
+    again = forks.script('train.py', f'--config={tmp}/config.py', f'--workdir={tmp}/whole')
+    assert again.returncode == 0, again.stderr  # the directory is still the run's
 
 
 @pytest.mark.parametrize(
@@ -189,17 +196,17 @@ def test_evaluate_a_run(place):
         (['--workdir={}/whole', '--split=none', '--tasks=helaswag'], 2, 'did you mean hellaswag?'),
     ],
 )
-def test_what_evaluate_cannot_do(place, args, code, message):
+def test_what_evaluate_cannot_do(place, forks, args, code, message):
     tmp, _ = place
-    one_line(run_script(tmp, 'evaluate.py', *[a.format(tmp) for a in args], HF_HUB_OFFLINE='1'), code, message)
+    one_line(forks.script('evaluate.py', *[a.format(tmp) for a in args]), code, message)
 
 
-def test_a_sweep_is_stopped_resumed_and_tells_what_failed(place):
+def test_a_sweep_is_stopped_resumed_and_tells_what_failed(place, forks):
     tmp, _ = place
     out = tmp / 'sweep'
     args = ['sweep.py', f'--config={tmp}/config.py', f'--out={out}', '--axis=optimizer.lr=1e-2,1e30', '--axis=seed=0']
     args += ['--config.optimizer.clip=0.0', f'--json={tmp}/rows.json']
-    printed = run_script(tmp, *args, '--launcher=print')
+    printed = forks.script(*args, '--launcher=print')
     assert printed.returncode == 0 and printed.stdout.count('--config.optimizer.clip=0.0') == 2, printed.stderr
     first, pipes = 'lr-0.01_seed-0', {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True}
     process = subprocess.Popen(script(*args), env=environment(tmp), **pipes)
@@ -220,50 +227,45 @@ def test_a_sweep_is_stopped_resumed_and_tells_what_failed(place):
     assert {'results.csv', 'results.md', 'loss_flops.png'} <= {p.name for p in out.iterdir()}
 
     written = (out / 'runs' / first / 'summary.json').stat().st_mtime_ns
-    again = run_script(tmp, *args, '--launcher=print')
+    again = forks.script(*args, '--launcher=print')
     assert again.stdout.count('train.py') == 1  # the failed one is left
     assert (out / 'runs' / first / 'summary.json').stat().st_mtime_ns == written
-    one_line(run_script(tmp, *args, '--config.train.steps=30'), 2, 'belongs to a sweep with train.steps = 24, now 30')
-    one_line(run_script(tmp, *args, '--axis=model.ffn.kk=1'), 2, '--axis=model.ffn.kk=1: no such field; did you mean k?')
+    one_line(forks.script(*args, '--config.train.steps=30'), 2, 'belongs to a sweep with train.steps = 24, now 30')
+    one_line(forks.script(*args, '--axis=model.ffn.kk=1'), 2, '--axis=model.ffn.kk=1: no such field; did you mean k?')
 
 
-def generate(tmp, *args, **env):
-    """scripts/generate.py on the whole run."""
-    command = script('generate.py', f'--workdir={tmp}/whole', *args)
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(tmp) | env)
-
-
-def test_generate(place):
+def test_generate(place, forks):
     """Side by side, streamed and from a file: the same greedy text; a stop cuts it; and the speed is told."""
     tmp, _ = place
+    generate = lambda *args: forks.script('generate.py', f'--workdir={tmp}/whole', *args)
     (tmp / 'prompts').write_text('spark\nkey top\n')
     greedy = '--temperature=0', '--n=12', '--chunk=8'
-    done = generate(tmp, f'--prompts={tmp}/prompts', f'--json={tmp}/generated.json', *greedy)
+    done = generate(f'--prompts={tmp}/prompts', f'--json={tmp}/generated.json', *greedy)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp / 'generated.json').read_text())
     assert [p + t for p, t in zip(('spark', 'key top'), report['texts'], strict=True)] == done.stdout.split('\n\n')[:2]
     assert 'ms a step' in done.stdout and report['decode_tokens_per_second'] > 0 < report['prefill_tokens_per_second']
-    streamed = generate(tmp, '--prompt=spark', '--stream', *greedy)
+    streamed = run_script(tmp, 'generate.py', f'--workdir={tmp}/whole', '--prompt=spark', '--stream', *greedy)
     assert streamed.stdout.startswith('spark' + report['texts'][0] + '\n')
     stop = report['texts'][0][3:5]
-    stopped = generate(tmp, '--prompt=spark', '--stream', f'--stop={stop}', *greedy)
+    stopped = generate('--prompt=spark', '--stream', f'--stop={stop}', *greedy)
     assert stopped.stdout.split('\n')[0] == ('spark' + report['texts'][0].partition(stop)[0]).split('\n')[0]
 
 
-def test_generate_by_other_kernels(place):
+def test_generate_by_other_kernels(place, forks):
     """The same greedy text from weights of the same dtype; a word if the CPU kernels were not built; and int8."""
     tmp, _ = place
-    args = '--prompt=spark', '--temperature=0', '--n=12', f'--json={tmp}/other.json'
+    args = f'--workdir={tmp}/whole', '--prompt=spark', '--temperature=0', '--n=12', f'--json={tmp}/other.json'
     texts, reports = set(), {}
     more = {'auto': [], 'masked': ['--kernels=masked'], 'none': [], 'int8': ['--dtype=int8']}
     for name in more:
-        done = generate(tmp, *args, *more[name], **({'SPARK_CPU_KERNELS': 'none'} if name == 'none' else {}))
+        done = forks.script('generate.py', *args, *more[name], **({'SPARK_CPU_KERNELS': 'none'} if name == 'none' else {}))
         assert done.returncode == 0, done.stderr
         reports[name] = json.loads((tmp / 'other.json').read_text())
         assert ('The CPU kernels were not built' in done.stdout) == (name == 'none' or not cpu.available())
         if name != 'int8':
             texts.add(reports[name]['texts'][0])
-    done = generate(tmp, *args, '--kernels=gather', '--capacity=0.2', '--overflow=drop')
+    done = forks.script('generate.py', *args, '--kernels=gather', '--capacity=0.2', '--overflow=drop')
     assert done.returncode == 0 and 'overflows of the capacity' in done.stdout, done.stderr
     assert len(texts) == 1
     assert [reports[name]['kernels'] for name in ('masked', 'none')] == ['masked', 'gather']
@@ -297,6 +299,6 @@ def test_an_install_without_a_compiler(tmp_path):
         (['--prompt=a', '--kernels=tpu'], 2, "serve.kernels = 'tpu': here is 1 × cpu; want 'gather'"),
     ],
 )
-def test_what_generate_cannot_do(place, args, code, message):
-    done = generate(place[0], *args)
+def test_what_generate_cannot_do(place, forks, args, code, message):
+    done = forks.script('generate.py', f'--workdir={place[0]}/whole', *args)
     assert done.returncode == code and message in done.stderr.splitlines()[-1], done.stderr

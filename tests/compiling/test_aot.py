@@ -171,7 +171,7 @@ def test_topk_over_a_sharded_d_ff_reduces_two_scalars_per_token(mesh):
 def compile_script(*arguments):
     """In a process of its own: jax's profiler crashes in one that has loaded libtpu without a chip."""
     command = [sys.executable, str(ROOT / 'scripts' / 'compile.py'), *arguments]
-    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=550)
 
 

@@ -130,19 +130,43 @@ def test_array_record(tmp_path):
         texts(source, 'train', data_config(tmp_path))
 
 
-def test_embedded_corpus_is_the_standard_library(tmp_path):
-    cfg = data_config(tmp_path)
+@pytest.fixture(scope='module')
+def embedded(tmp_path_factory):
+    """(directory with the embedded corpus, exit codes, output) of two processes that prepare it at once, as those of a job do."""
+    directory = tmp_path_factory.mktemp('embedded')
+    code = '''
+import sys
+from spark.config import DataConfig
+from spark.data import sources
+print(len(sources.open_source('stdlib', 'train', DataConfig(seq_len=8, batch_size=1, cache_dir=sys.argv[1]))[0][1]))
+'''
+    command = [sys.executable, '-c', code, str(directory / 'cache')]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    said = [p.communicate(timeout=200) for p in both]
+    return directory, [p.returncode for p in both], said
+
+
+def test_two_processes_prepare_the_corpus_at_once(embedded):
+    directory, codes, said = embedded
+    assert codes == [0, 0], said
+    documents = texts('stdlib', 'train', data_config(directory))
+    assert said[0][0].splitlines()[-1] == said[1][0].splitlines()[-1] == str(len(documents))
+
+
+def test_embedded_corpus_is_the_standard_library(embedded):
+    cfg = data_config(embedded[0])
     sizes = {split: len(texts('stdlib', split, cfg)) for split in ('train', 'validation', 'test')}
     assert sizes['train'] > 400 and min(sizes.values()) > 15
     assert any('class JSONDecoder' in text for text in texts('stdlib', 'train', cfg) + texts('stdlib', 'test', cfg))
 
 
-def test_tfds_by_name(tmp_path, monkeypatch):
-    texts('stdlib', 'test', data_config(tmp_path))
+def test_tfds_by_name(embedded, monkeypatch):
     import tensorflow_datasets as tfds
 
-    monkeypatch.setattr(tfds, 'builder', lambda name: tfds.builder_from_directory(next((tmp_path / 'cache').glob(f'{name}/*/*'))))
-    cfg = data_config(tmp_path)
+    prepared = embedded[0] / 'cache'
+    monkeypatch.setattr(tfds, 'builder', lambda name: tfds.builder_from_directory(next(prepared.glob(f'{name}/*/*'))))
+    cfg = data_config(embedded[0])
     assert texts('tfds:stdlib_corpus', 'test', cfg) == texts('stdlib', 'test', cfg)
 
 
@@ -158,19 +182,3 @@ def test_source_strings():
                            ('0 stdlib', 'must be above 0'), ('', 'is not a source'), ('csv:a', 'is not a source')]:  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             sources.parse(wrong)
-
-
-def test_two_processes_prepare_the_corpus_at_once(tmp_path):
-    """As those of a job on a fresh machine do."""
-    code = '''
-import sys
-from spark.config import DataConfig
-from spark.data import sources
-print(len(sources.open_source('stdlib', 'train', DataConfig(seq_len=8, batch_size=1, cache_dir=sys.argv[1]))[0][1]))
-'''
-    command = [sys.executable, '-c', code, str(tmp_path)]
-    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
-    said = [p.communicate(timeout=200) for p in both]
-    assert [p.returncode for p in both] == [0, 0], said
-    assert said[0][0].splitlines()[-1] == said[1][0].splitlines()[-1]

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import shlex
 import signal
 import subprocess
 import sys
@@ -48,9 +47,16 @@ def test_xpk():
 def test_gcloud():
     archive, create, copy, start = commands('gcloud', job('gcloud', 'zone=z', 'spot=1', topology='v5p:4x4x4'))
     assert archive == ['git', '-C', '/repo', 'archive', REVISION, '-o', '/tmp/big-0123456789ab.tar']
-    assert {'--accelerator-type=v5p-128', '--version=v2-alpha-tpuv5', '--spot', '--zone=z'} <= set(create)
-    assert copy[4:7] == ['scp', '/tmp/big-0123456789ab.tar', 'big:big.tar'] and '--worker=all' in copy and '--worker=all' in start
-    assert f'bash -c {shlex.quote(restart_loop(job("gcloud", "zone=z")))}' in start[-1] and TRAIN in start[-1]
+    tpu = ['gcloud', 'compute', 'tpus', 'tpu-vm']
+    assert create == [
+        *tpu, 'create', 'big', '--accelerator-type=v5p-128', '--zone=z', '--version=v2-alpha-tpuv5', '--spot',
+    ]  # fmt: skip
+    assert copy == [*tpu, 'scp', '/tmp/big-0123456789ab.tar', 'big:big.tar', '--worker=all', '--zone=z']
+    forever = f'while true; do code=0; {TRAIN} || code=$?; [ $code -eq 75 ] || exit $code; done'
+    assert start == [*tpu, 'ssh', 'big', '--worker=all', '--zone=z', (
+        "--command=mkdir -p big && tar -xf big.tar -C big && cd big && python3 -m venv .venv && . .venv/bin/activate && "
+        f"pip install -q '.[tpu,gcs]' && (setsid nohup bash -c '{forever}' > ../big.log 2>&1 &)"
+    )]  # fmt: skip
 
 
 def test_slurm():
@@ -58,12 +64,26 @@ def test_slurm():
     mine = job('slurm', 'nodes=4', 'gres=gpu:8', workdir=shared)
     unpack, submit = commands('slurm', mine)
     source = '/shared/runs/big.source-0123456789ab'
-    assert submit == ['sbatch', f'{source}/launch.sbatch'] and source in unpack[-1]
+    assert unpack == ['bash', '-c', f'mkdir -p {source} && git -C /repo archive {REVISION} | tar -x -C {source}']
+    assert submit == ['sbatch', f'{source}/launch.sbatch']
     script = ENGINES['slurm'].commands(mine, pathlib.Path('/repo'))[1].script
-    assert {
-        '#SBATCH --nodes=4', '#SBATCH --gres=gpu:8', '#SBATCH --signal=TERM@600', f'cd {source}',
-        f'srun {TRAIN.replace("gs://bucket/runs/big", shared)}', '[ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"',
-    } <= set(script.splitlines())  # fmt: skip
+    assert script == f"""#!/bin/bash
+#SBATCH --job-name=big
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=24:00:00
+#SBATCH --gres=gpu:8
+#SBATCH --signal=TERM@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=big-%j.log
+# Revision {REVISION}
+cd {source}
+srun {TRAIN.replace("gs://bucket/runs/big", shared)}
+code=$?
+[ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
+exit $code
+"""
     assert subprocess.run(['bash', '-n'], input=script, text=True).returncode == 0
 
 

@@ -47,8 +47,8 @@ def test_survivors_on_gaussian_input(d, share):
     assert jnp.quantile(jnp.abs(survivors / k - 1), 0.99) < bound
 
 
-@hypothesis.given(st.integers(2, 40), st.data())
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(st.sampled_from([2, 3, 40]), st.data())  # each is compiled
+@hypothesis.settings(max_examples=30, deadline=None)
 def test_solves_the_variational_problem(n, data):
     """StatTopK minimises θ‖z‖₁ + ½‖x − z‖² over z ≥ 0 (for the θ of the row): no other z does better."""
     seed = data.draw(st.integers(0, 2**31))

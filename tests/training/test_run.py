@@ -1,5 +1,6 @@
 """Training in this process: meshes agree, accumulation and chunks change nothing, runs resume bitwise."""
 
+import functools
 import json
 import os
 import signal
@@ -55,11 +56,10 @@ def losses(cfg, devices, steps=10):
 STEADY = {'optimizer.eps': 1e-3, 'optimizer.lr': 1e-3}
 
 
-@pytest.fixture(scope='module', params=['spark', 'dense'])
-def one_device(request):
-    """(kind, losses, params) of ten steps on one device, no accumulation."""
-    seen, params, _ = losses(small(request.param, **STEADY), jax.devices()[:1])
-    return request.param, seen, params
+@pytest.fixture(scope='module')
+def one_device():
+    """kind → (losses, params) of ten steps on one device, no accumulation."""
+    return functools.cache(lambda kind: losses(small(kind, **STEADY), jax.devices()[:1])[:2])
 
 
 MESHES = [
@@ -75,9 +75,13 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize('overrides', MESHES, ids=str)
-def test_every_mesh_gives_the_losses_of_one_device(one_device, overrides):
-    kind, expected, params = one_device
+# A dense model is sharded by the same table: once over all axes, and once with a row split over devices.
+KINDS_AND_MESHES = [*(('spark', mesh) for mesh in MESHES), ('dense', MESHES[0]), ('dense', MESHES[5])]
+
+
+@pytest.mark.parametrize(('kind', 'overrides'), KINDS_AND_MESHES, ids=str)
+def test_every_mesh_gives_the_losses_of_one_device(one_device, kind, overrides):
+    expected, params = one_device(kind)
     cfg = small(kind, **STEADY, **overrides)
     devices = jax.devices()[: 1 if overrides.get('mesh.data') == 1 else 8]
     seen, sharded_params, _ = losses(cfg, devices)
@@ -294,8 +298,9 @@ def test_where_the_time_went(corpus):
     for name in ('start', 'compile', 'data', 'evaluate', 'checkpoint'):
         seconds = [line[f'seconds_{name}'] for line in lines]
         assert seconds == sorted(seconds) and f'seconds_{name}' in summary
-    assert lines[-1]['seconds_compile'] > 0 and 0 < lines[-1]['goodput'] < 1
-    assert lines[0]['goodput'] < lines[-1]['goodput'] or lines[-1]['seconds_checkpoint'] > 0
+    assert lines[-1]['seconds_compile'] > 0 and lines[-1]['seconds_evaluate'] > 0 and lines[-1]['seconds_checkpoint'] > 0
+    # The first step is little beside what came before it; until the first evaluation there are only steps.
+    assert 0 < lines[0]['goodput'] < min(0.5, lines[3]['goodput'])
 
 
 def test_metrics_in_a_bucket(monkeypatch):
