@@ -4,6 +4,8 @@ Each section checks itself. `check_across` holds what involves two sections.
 """
 
 import functools
+import itertools
+from collections.abc import Iterator
 from typing import Literal
 
 import pydantic
@@ -25,19 +27,17 @@ RESUMABLE = (
 class _Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra='forbid', strict=True, allow_inf_nan=False)
 
-    def _require(self, condition: bool, field: str, want: str):
-        """Raises an error about a field of this section; `convert._one_line` puts the section's name before it."""
-        if not condition:
-            value = functools.reduce(getattr, field.split('.'), self)
-            raise PydanticCustomError('wrong_value', '{field} = {value}: want {want}', {
-                'field': field, 'value': repr(value), 'want': want,
-            })  # fmt: skip
+    def _rules(self) -> Iterator[tuple[bool, str, str]]:
+        """What this section must satisfy: (is it so, the field to name if not, what that field should be)."""
+        yield from ()
 
     @pydantic.model_validator(mode='after')
-    def _integers_fit_32_bits(self):
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            self._require(not isinstance(value, int) or abs(value) < 2**31, name, 'less than 2³¹')
+    def _check(self):
+        integers = ((not isinstance(x, int) or abs(x) < 2**31, name, 'less than 2³¹') for name, x in self)
+        for satisfied, field, want in itertools.chain(integers, self._rules()):
+            if not satisfied:  # `convert._one_line` puts the section's name before the field's
+                value = functools.reduce(getattr, field.split('.'), self)
+                raise PydanticCustomError('wrong_value', '{line}', {'line': f'{field} = {value!r}: want {want}'})
         return self
 
 
@@ -56,17 +56,15 @@ class FFNConfig(_Section):
         """What this kind computes."""
         return FFN_KINDS[self.kind]
 
-    @pydantic.model_validator(mode='after')
-    def _check(self):
+    def _rules(self):
         kind, has = f'kind {self.kind!r}', self.traits
-        self._require(not has.topk or 1 <= self.k <= self.d_ff, 'k', f'1 … d_ff = {self.d_ff} for {kind}')
-        self._require(has.topk or self.k == 0, 'k', f'0: {kind} has no top-k')
-        self._require(not has.predictor or self.r >= 1, 'r', f'at least 1: {kind} has a predictor')
-        self._require(has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor')
+        yield not has.topk or 1 <= self.k <= self.d_ff, 'k', f'1 … d_ff = {self.d_ff} for {kind}'
+        yield has.topk or self.k == 0, 'k', f'0: {kind} has no top-k'
+        yield not has.predictor or self.r >= 1, 'r', f'at least 1: {kind} has a predictor'
+        yield has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor'
         soft = has.topk and self.topk == 'statistical'
-        self._require(soft or not self.huber, 'huber', "0: only a kind with topk 'statistical' is smoothed")
-        self._require(has.topk or self.topk == 'statistical', 'topk', f"'statistical', the default: {kind} has no top-k")
-        return self
+        yield soft or not self.huber, 'huber', "0: only a kind with topk 'statistical' is smoothed"
+        yield has.topk or self.topk == 'statistical', 'topk', f"'statistical', the default: {kind} has no top-k"
 
 
 class AttentionConfig(_Section):
@@ -94,18 +92,16 @@ class AttentionConfig(_Section):
         """What this kind computes."""
         return ATTENTION_KINDS[self.kind]
 
-    @pydantic.model_validator(mode='after')
-    def _check(self):
+    def _rules(self):
         kind, has, d = f'kind {self.kind!r}', self.traits, self.head_dim
-        self._require(self.n_heads % self.n_kv_heads == 0, 'n_kv_heads', f'a divisor of n_heads = {self.n_heads}')
-        self._require(d % 2 == 0, 'head_dim', 'an even number (rotary pairs)')
-        self._require(not has.topk or self.k >= 1, 'k', f'at least 1 for {kind}')
-        self._require(has.topk or self.k == 0, 'k', f'0: {kind} has no top-k')
-        self._require(not has.predictor or (0 < self.r < d and self.r % 2 == 0), 'r',
-                      f'an even number in 2 … head_dim − 2 = {d - 2} for {kind} (rotary pairs)')  # fmt: skip
-        self._require(has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor')
-        self._require(self.impl != 'pallas' or self.block % 128 == 0, 'block', "a multiple of 128 for impl 'pallas'")
-        return self
+        yield self.n_heads % self.n_kv_heads == 0, 'n_kv_heads', f'a divisor of n_heads = {self.n_heads}'
+        yield d % 2 == 0, 'head_dim', 'an even number (rotary pairs)'
+        yield not has.topk or self.k >= 1, 'k', f'at least 1 for {kind}'
+        yield has.topk or self.k == 0, 'k', f'0: {kind} has no top-k'
+        even = f'an even number in 2 … head_dim − 2 = {d - 2} for {kind} (rotary pairs)'
+        yield not has.predictor or (0 < self.r < d and self.r % 2 == 0), 'r', even
+        yield has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor'
+        yield self.impl != 'pallas' or self.block % 128 == 0, 'block', "a multiple of 128 for impl 'pallas'"
 
 
 class ModelConfig(_Section):
@@ -121,16 +117,13 @@ class ModelConfig(_Section):
     remat: Literal['none', 'full', 'dots', 'dots_no_batch'] = 'none'  # what the backward pass recomputes; see nn/transformer.py
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the computation; auto: float32 on CPU, else bfloat16
 
-    @pydantic.model_validator(mode='after')
-    def _check(self):
-        f, pattern, local = self.ffn, self.pattern, 'local' in self.pattern
-        self._require(f.r < self.d_model, 'ffn.r', f'1 … d_model − 1 = {self.d_model - 1} for kind {f.kind!r}')
-        self._require(len(pattern) > 0, 'pattern', "at least one of 'local', 'global'")
-        self._require(self.n_layers % len(pattern) == 0, 'n_layers', f'a multiple of len(model.pattern) = {len(pattern)}')
-        window = self.attention.window
-        self._require(not local or window >= 1, 'attention.window', 'at least 1: model.pattern has local layers')
-        self._require(local or window == 0, 'attention.window', '0: model.pattern has no local layer')
-        return self
+    def _rules(self):
+        f, pattern, local, window = self.ffn, self.pattern, 'local' in self.pattern, self.attention.window
+        yield f.r < self.d_model, 'ffn.r', f'1 … d_model − 1 = {self.d_model - 1} for kind {f.kind!r}'
+        yield len(pattern) > 0, 'pattern', "at least one of 'local', 'global'"
+        yield self.n_layers % len(pattern) == 0, 'n_layers', f'a multiple of len(model.pattern) = {len(pattern)}'
+        yield not local or window >= 1, 'attention.window', 'at least 1: model.pattern has local layers'
+        yield local or window == 0, 'attention.window', '0: model.pattern has no local layer'
 
 
 class DataConfig(_Section):
@@ -158,10 +151,8 @@ class MeshConfig(_Section):
     model: int = Field(1, gt=0)  # splits heads, neurons and vocabulary
     slices: int = Field(1, gt=0)  # groups of devices with a fast network inside; `data` is split over them
 
-    @pydantic.model_validator(mode='after')
-    def _check(self):
-        self._require(self.data != 0, 'data', 'at least 1, or -1 for all the devices that are left')
-        return self
+    def _rules(self):
+        yield self.data != 0, 'data', 'at least 1, or -1 for all the devices that are left'
 
 
 class OptimizerConfig(_Section):
@@ -205,11 +196,9 @@ class TrainConfig(_Section):
     # Keep compiled programs in $JAX_COMPILATION_CACHE_DIR, or else in workdir/xla_cache, for restarts. auto: on accelerators.
     cache: Literal['auto', 'on', 'off'] = 'auto'
 
-    @pydantic.model_validator(mode='after')
-    def _check(self):
-        self._require(self.spike == 0 or self.spike > 1, 'spike', 'more than 1, or 0 to accept any gradient norm')
-        self._require(self.max_skips > 0 or not self.spike, 'max_skips', 'at least 1: train.spike skips updates')
-        return self
+    def _rules(self):
+        yield self.spike == 0 or self.spike > 1, 'spike', 'more than 1, or 0 to accept any gradient norm'
+        yield self.max_skips > 0 or not self.spike, 'max_skips', 'at least 1: train.spike skips updates'
 
 
 class SampleConfig(_Section):
