@@ -41,7 +41,7 @@ class Documents(Sequence):
     """A random-access sequence of texts. Item i is `read(indices[i])`, decoded; a DataError names a record that is unusable."""
 
     name: str
-    indices: Sequence[int]
+    indices: Sequence[int] | np.ndarray
     read: Callable[[int], bytes]
 
     def __len__(self) -> int:
