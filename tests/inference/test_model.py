@@ -1,7 +1,5 @@
 """Every token of the serving layout is that of the training model's full forward pass, by every kind of kernel."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +19,7 @@ KERNELS = ['masked', 'gather', pytest.param('cpu', marks=BUILT)]
 LENGTH = 40
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit(static_argnums=0)
 def full_logits(model, params, tokens):
     """Float32 logits (B, L, V) of whole rows."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
