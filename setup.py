@@ -97,14 +97,14 @@ setup(
         'tensorstore>=0.1.78',  # Orbax's format, read piece by piece
         'grain>=0.2.16',  # before it, a window shuffle does not go on where it was
         'array_record>=0.8',
-        'tensorflow-datasets>=4.9.9',
+        'tensorflow-datasets>=4.9.10',  # before it, not with the newest protobuf
         'importlib_resources>=6',  # tensorflow-datasets imports it without declaring it
         'ml_collections>=1.1',
         'absl-py>=2.1',
         'etils[epath]>=1.12',
         'pydantic>=2.7',
         'filelock>=3.16',
-        'jaxtyping>=0.3',  # shapes in annotations; the tests check them
+        'jaxtyping>=0.3.6',  # shapes in annotations; the tests check them
         'numpy>=2.0',
         'scipy>=1.14',
         'matplotlib>=3.8',

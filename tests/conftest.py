@@ -64,7 +64,7 @@ def trained(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope='module', params=['spark', 'dense'])
+@pytest.fixture(scope='module', params=['spark'])
 def run(request, trained):
-    """Of either kind."""
+    """`trained` of a Spark model; `@BOTH` tests a dense one, too."""
     return trained(request.param)

@@ -1,17 +1,20 @@
 """Small configs and models that the tests share."""
 
+import functools
 import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax.core import meta
 
 from spark.config import from_file, template, validate
 from spark.nn.transformer import Transformer
 
 ROOT = pathlib.Path(__file__).parent.parent
+BOTH = pytest.mark.parametrize('run', ['spark', 'dense'], indirect=True)
 
 
 def shipped(name, variant=None):
@@ -67,8 +70,13 @@ def records(workdir):
 
 
 def model_and_params(cfg, seed=0):
-    """The float32 Transformer of a config and random parameters."""
-    model = Transformer(cfg.model)
+    """The float32 Transformer of a config and random parameters, the same objects at every call."""
+    return _model_and_params(cfg.model, seed)
+
+
+@functools.cache
+def _model_and_params(cfg, seed):
+    model = Transformer(cfg)
     token = jnp.zeros((1, 1), jnp.int32)
     return model, meta.unbox(jax.jit(model.init)(jax.random.key(seed), token, token, token))
 

@@ -182,11 +182,10 @@ def test_a_slice_that_is_not_there(tmp_path):
     for words in ('Compiling for 4 × TPU v5 lite', 'of 16 GiB: fits', '| memory traffic |', '| all-reduce | data |',
                   'largest buffers', 'lookup.py:'):  # fmt: skip
         assert words in done.stdout
-    wrong = compile_script(f'--config={ROOT}/configs/tiny.py', '--topology=v5e:3x7')
-    assert wrong.returncode == 2 and '--topology=v5e:3x7' in wrong.stderr.splitlines()[-1]
 
 
 @libtpu
+@pytest.mark.slow
 def test_what_does_not_fit_is_said(tmp_path):
     big = {'model.d_model': 4096, 'model.ffn.d_ff': 100000, 'model.n_layers': 8, 'data.batch_size': 4}
     big = [f'--config.{name}={value}' for name, value in big.items()]
@@ -263,6 +262,13 @@ def test_between_slices_goes_each_gradient_once(tmp_path):
     keys_and_values = 2 * 4 * 2048 * 256 * 2
     # In each layer, forward, backward's second forward, and the sum of the gradients.
     assert moved('context') < 2 * 4 * keys_and_values
+
+
+@libtpu
+@pytest.mark.slow
+def test_a_topology_that_no_slice_has():
+    done = compile_script(f'--config={ROOT}/configs/tiny.py', '--topology=v5e:3x7')
+    assert done.returncode == 2 and '--topology=v5e:3x7' in done.stderr.splitlines()[-1]
 
 
 @libtpu

@@ -8,6 +8,7 @@ import pytest
 
 from spark.errors import CheckpointError, ConfigError, DataError
 from spark.evaluation import evaluate, plots
+from tests.helpers import BOTH
 
 
 @pytest.fixture(scope='module')
@@ -17,6 +18,7 @@ def evaluated(run):
     return model, *evaluate.evaluate(model, 'test')
 
 
+@BOTH
 def test_the_loss_is_that_of_training(run, evaluated):
     _, summary = run
     _, report, sums = evaluated
@@ -63,6 +65,7 @@ def test_sums_outlive_the_int32_they_are_made_in(run, monkeypatch):
     assert drained['loss'] == pytest.approx(whole['loss'], rel=1e-6)
 
 
+@BOTH
 def test_flops_follow_what_was_measured(evaluated):
     model, report, _ = evaluated
     cfg = model.cfg.model

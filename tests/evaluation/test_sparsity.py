@@ -44,7 +44,7 @@ def seen(model, params, rows):
         return out
 
     with nn.intercept_methods(spy):
-        _, state = model.apply(params, *rows.values(), mutable=[METRICS])
+        _, state = jax.jit(lambda params, rows: model.apply(params, *rows, mutable=[METRICS]))(params, tuple(rows.values()))
     layers = lambda half, name: np.asarray(by_layer(model.cfg, state[METRICS], half, name))
     ffns = zip(*(layers('ffn', name) for name in ('s', 'out')), strict=True)
     return list(ffns), list(zip(*(layers('attention', name) for name in ('s', 'out', 'visible')), strict=True))

@@ -13,10 +13,11 @@ from spark.evaluation import evaluate
 from spark.inference.layout import DTYPES, from_params
 from spark.inference.load import load
 from spark.nn.transformer import Transformer
-from tests.helpers import small
+from tests.helpers import BOTH, small
 from tests.processes import environment
 
 
+@BOTH
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_the_weights_to_serve_are_those_that_were_trained(run, dtype):
     """Read layer by layer and laid out on the way, to the bit what parameters that are in memory give."""

@@ -23,6 +23,7 @@ KERNELS = ['masked', 'gather', pytest.param('cpu', marks=BUILT)]
 LENGTH = 40
 
 
+@jax.jit(static_argnums=0)
 def full_logits(model, params, tokens):
     """Float32 logits (B, L, V) of whole rows."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -15,6 +15,7 @@ from tests.helpers import model_and_params, random_rows, shipped, small
 PUBLISHED = {'2b': 2_614_341_888, '9b': 9_241_705_984, '27b': 27_227_128_320}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits_of(model, params, *rows):
     return model.apply(params, model.apply(params, *rows), method='logits')
 
