@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from spark.inference.layout import Serving
-from spark.inference.model import forward, init_cache
+from spark.inference.model import Tokens, forward, init_cache
 from spark.inference.sampling import GREEDY, Sampling, sample
 from spark.runtime import trim
 
@@ -20,7 +20,7 @@ extend = jax.jit(forward, static_argnames='serving', donate_argnames='cache')
 
 @functools.partial(jax.jit, static_argnames=('serving', 'n', 'sampling'))
 def generate(
-    serving: Serving, weights: dict, prompt_BxL: Int[Array, 'B L'], key: Key[Array, ''], *, n: int, sampling: Sampling = GREEDY,
+    serving: Serving, weights: dict, prompt_BxL: Tokens, key: Key[Array, ''], *, n: int, sampling: Sampling = GREEDY,
     lengths_B: Int[Array, ' B'] | None = None,
 ) -> Int[Array, 'B n']:  # fmt: skip
     """The n ≥ 1 tokens that follow each prompt, in one compiled program.

@@ -6,6 +6,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -14,19 +15,21 @@ from spark import ops
 from spark.config import AttentionConfig, Kind
 from spark.errors import ConfigError
 from spark.kernels import blockwise, gpu, tpu
+from spark.nn.block import Integers
 from spark.nn.layers import by_token, count, matrix, mesh_axes, shards, sow
 
 # What attention kernels compute: blockwise and Pallas for training, C++ for decoding. They decline every other kind.
 KERNEL_KINDS = (Kind('softmax'), Kind('softmax', gate='softplus', topk=True, predictor=True))
 
+ArrayOrNumpy = Array | np.ndarray
 Heads = Float[Array, 'B L H d']
 Rotations = list[tuple[Float[Array, '*positions half'], Float[Array, '*positions half']]]
 
 
 def visible_keys(
-    q_positions: Int[Array, '#B L'], k_positions: Int[Array, '#B S'],
-    q_segments: Int[Array, '#B L'], k_segments: Int[Array, '#B S'], window: int = 0,
-) -> Bool[Array, 'B L S']:  # fmt: skip
+    q_positions: Int[ArrayOrNumpy, '#B L'], k_positions: Int[ArrayOrNumpy, '#B S'],
+    q_segments: Int[ArrayOrNumpy, '#B L'], k_segments: Int[ArrayOrNumpy, '#B S'], window: int = 0,
+) -> Bool[ArrayOrNumpy, 'B L S']:  # fmt: skip
     """Query l sees key s if both are in the same segment, and s is not later, and less than `window` (if not 0) before l."""
     distance = q_positions[:, :, None] - k_positions[:, None, :]
     seen = (q_segments[:, :, None] == k_segments[:, None, :]) & (distance >= 0)
@@ -37,14 +40,14 @@ def visible_keys(
 class Packed:
     """What the queries of packed rows see, as attention in blocks takes it: the first key that each sees, and its segment."""
 
-    starts: Int[Array, 'B L']
-    segments: Int[Array, 'B L']
+    starts: Integers
+    segments: Integers
     window: int = flax.struct.field(pytree_node=False)
 
 
 def visible_to(
-    cfg: AttentionConfig, window: int, positions: Int[Array, 'B L'], segments: Int[Array, 'B L']
-) -> Bool[Array, 'B L L'] | Packed:
+    cfg: AttentionConfig, window: int, positions: Integers, segments: Integers
+) -> Bool[ArrayOrNumpy, 'B L L'] | Packed:
     """What each query sees, in the form that `cfg.impl` takes: the mask of `visible_keys`, or for attention in blocks, `Packed`.
 
     Raises:
@@ -72,7 +75,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxLxD: Float[Array, 'B L D'], positions_BxL: Int[Array, 'B L'], visible: Bool[Array, 'B L L'] | Packed
+        self, x_BxLxD: Float[Array, 'B L D'], positions_BxL: Integers, visible: Bool[ArrayOrNumpy, 'B L L'] | Packed
     ) -> Float[Array, 'B L D']:
         cfg = self.cfg
         (B, L), D, H, N, d = positions_BxL.shape, x_BxLxD.shape[-1], cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
@@ -137,7 +140,7 @@ def weights(
     return ops.ACTIVATIONS[cfg.traits.activation](jnp.where(keep, ops.softcap(s, cfg.logit_cap), -jnp.inf)), keep
 
 
-def rotations(cfg: AttentionConfig, positions: Int[Array, '*positions']) -> Rotations:
+def rotations(cfg: AttentionConfig, positions: Int[ArrayOrNumpy, '*positions']) -> Rotations:
     """`ops.rotation` for each part of a head."""
     widths = [cfg.r, cfg.head_dim - cfg.r] if cfg.r else [cfg.head_dim]
     return [ops.rotation(positions, width, cfg.rope_base) for width in widths]

@@ -6,12 +6,14 @@ Each caller passes functions that hold its own parameters, caches and kernels.
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from spark import ops
 
 Hidden = Float[Array, 'B L D']
+Integers = Int[Array | np.ndarray, 'B L']  # ids, positions or segments
 
 
 def embed(rows_BxLxD: Hidden, dtype: DTypeLike) -> Hidden:

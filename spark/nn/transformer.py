@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from spark.config import ModelConfig
 from spark.nn.attention import Attention, visible_to
-from spark.nn.block import block, embed, logits
+from spark.nn.block import Integers, block, embed, logits
 from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, RMSNorm, by_token
 from spark.ops.topk import THRESHOLD
@@ -35,7 +35,7 @@ class Group(nn.Module):
     platform: str
 
     @nn.compact
-    def __call__(self, x_BxLxD: Float[Array, 'B L D'], positions_BxL: Int[Array, 'B L'], visible: dict):
+    def __call__(self, x_BxLxD: Float[Array, 'B L D'], positions_BxL: Integers, visible: dict):
         for i, span in enumerate(self.cfg.pattern):
             norm = lambda name, x, i=i: RMSNorm(name=f'{name}_{i}')(x)
             attention = Attention(self.cfg.attention, self.dtype, self.platform, name=f'attention_{i}')
@@ -75,7 +75,7 @@ class Transformer(nn.Module):
         self.final_norm = RMSNorm()
 
     def __call__(
-        self, tokens_BxL: Int[Array, 'B L'], positions_BxL: Int[Array, 'B L'], segments_BxL: Int[Array, 'B L']
+        self, tokens_BxL: Integers, positions_BxL: Integers, segments_BxL: Integers
     ) -> Float[Array, 'B L D']:
         """Hidden states after the final norm.
 

@@ -55,7 +55,7 @@ def _slices(devices, n):
     return list(found.values())
 
 
-def spec(logical: Sequence[str | None]) -> PartitionSpec:
+def spec(logical: Sequence[str | None] | PartitionSpec) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes (None: not split).
 
     Raises:
