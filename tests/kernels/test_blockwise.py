@@ -123,12 +123,14 @@ def test_bfloat16_has_its_own_accuracy(spec):
 
 def test_thresholds_in_closed_form_are_those_of_the_scores():
     q, k, _, _, seen = inputs(L=96, seed=5)
+    thresholds = jax.jit(blockwise.thresholds, static_argnums=3)
+    exact = jax.jit(lambda s, visible: ops.statistical_threshold(s, 6, where=jnp.broadcast_to(visible, s.shape))[..., 0])
     for window, segments in [(0, seen), (30, seen), (0, jnp.ones_like(seen)), (50, jnp.ones_like(seen))]:
         starts = blockwise.visible_starts(segments, window)
-        theta = blockwise.thresholds(q, k, starts, Spec(r=16, k=6, block=16))
+        theta = thresholds(q, k, starts, Spec(r=16, k=6, block=16))
         visible = visible_of(segments, window)[:, None, None]
         s = jnp.einsum('BNGqd,BNkd->BNGqk', q, k, precision='highest')
-        expected = ops.statistical_threshold(s, 6, where=jnp.broadcast_to(visible, s.shape))[..., 0]
+        expected = exact(s, visible)
         np.testing.assert_array_equal(jnp.isneginf(theta), jnp.isneginf(expected))
         finite = ~jnp.isneginf(expected)
         np.testing.assert_allclose(theta[finite], expected[finite], atol=2e-5)

@@ -20,12 +20,13 @@ CONFIG = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=16, documents='joined
 def test_the_same_lookup(window):
     q, k, v, c, seen = inputs(B=2, N=2, G=2, L=48, segments=False)
 
-    def run(f):
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(f, q, k, v):
         y, backward, n = jax.vjp(f, q, k, v, has_aux=True)
         return y, n, *backward(c)
 
-    ours = run(functools.partial(gpu.attention, window=window, implementation='xla'))
-    for a, b in zip(ours, run(lambda *x: by_ops(*x, visible_of(seen, window), DENSE)), strict=True):
+    ours = run(functools.partial(gpu.attention, window=window, implementation='xla'), q, k, v)
+    for a, b in zip(ours, run(lambda *x: by_ops(*x, visible_of(seen, window), DENSE), q, k, v), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 

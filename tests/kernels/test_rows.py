@@ -58,7 +58,7 @@ def test_pallas_kernels_interpreted(kernel, T, R, D, n, share, dtype):
         read, table = lambda *args: rows_tpu.read_rows(*args, interpret=True), rows_tpu.tiled(table)
     else:
         read = lambda *args: rows_gpu.read_rows(*args, interpret=True)
-    y, overflow = gather.look_up(q2, a, active, table, lambda s: s, room, kernel=read)
+    y, overflow = jax.jit(lambda *args: gather.look_up(*args, lambda s: s, room, kernel=read))(q2, a, active, table)
     assert int(overflow) == 0
     np.testing.assert_allclose(y[:, :D].astype(jnp.float32), expected, atol=1e-4 if dtype == jnp.float32 else 0.05)
 

@@ -1,5 +1,6 @@
 """The Pallas kernels, interpreted, against the maths in `ops`; and compiled for chips that are not there."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -52,10 +53,14 @@ def test_a_part_of_the_queries(spec):
     starts = blockwise.visible_starts(seen, 150)
     whole = both(q, k, v, c, seen, 150, spec)[0]
     values, summed = [], 0
+
+    @jax.jit
+    def run(q, c, starts, offset):
+        (y, n), backward = jax.vjp(lambda *x: tpu.attention(*x, starts, spec, offset, interpret=True), q, k, v)
+        return (y, n), backward((c, jnp.zeros_like(n)))
+
     for part in (slice(0, 256), slice(256, 512)):
-        look_up = lambda *x, part=part: tpu.attention(*x, starts[:, part], spec, part.start, interpret=True)
-        (y, n), backward = jax.vjp(look_up, q[..., part, :], k, v)
-        dq, *dkv = backward((c[..., part, :], jnp.zeros_like(n)))
+        (y, n), (dq, *dkv) = run(q[..., part, :], c[..., part, :], starts[:, part], part.start)
         values.append((y, n, dq))
         summed = jax.tree.map(jnp.add, summed, dkv) if summed else dkv
     (y, n), gradients = whole
@@ -81,12 +86,13 @@ def test_splash_attention_is_the_same_lookup(window, cap):
     spec = DENSE._replace(logit_cap=cap)
     q, k, v, c, seen = inputs(B=2, N=1, G=2, L=256)
 
-    def run(f):
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(f, q, k, v):
         y, backward, n = jax.vjp(f, q, k, v, has_aux=True)
         return y, n, *backward(c)
 
-    ours = run(lambda *x: tpu.splash_attention(*x, seen, spec, window, interpret=True))
-    for a, b in zip(ours, run(lambda *x: by_ops(*x, visible_of(seen, window), spec)), strict=True):
+    ours = run(lambda *x: tpu.splash_attention(*x, seen, spec, window, interpret=True), q, k, v)
+    for a, b in zip(ours, run(lambda *x: by_ops(*x, visible_of(seen, window), spec), q, k, v), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
