@@ -34,6 +34,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.scipy.special import ndtri
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
+from spark.ops import softcap
 from spark.ops.topk import THRESHOLD
 
 # G query heads share each of the N key-value heads.
@@ -251,8 +252,7 @@ def masked_scores(
 ) -> Scores:  # fmt: skip
     """`Scores` from s, in float32; `visible` and the thresholds broadcast against it."""
     keep = visible if theta is None else visible & (s >= theta)
-    logit = spec.logit_cap * jnp.tanh(s / spec.logit_cap) if spec.logit_cap else s
-    return Scores(jnp.where(visible, s, -jnp.inf), logit, keep, gate, gate_slope)
+    return Scores(jnp.where(visible, s, -jnp.inf), softcap(s, spec.logit_cap), keep, gate, gate_slope)
 
 
 def softmax_step(scores: Scores, running_max: Block, axis: int, keepdims: bool = False) -> tuple[Block, Block, Block]:
