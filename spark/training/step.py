@@ -110,7 +110,7 @@ class Trainer:
             add = lambda total, rows: (jax.tree.map(jnp.add, total, gradient(state.params, rows)), None)
             (grads, sums), _ = jax.lax.scan(add, zero, micro)
         grads = jax.tree.map(lambda g: g / sums['tokens'], grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good, guard = judge(cfg.train, state.guard, sums['nll'] + cfg.optimizer.z_loss * sums['log_z2'], norm)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         before, after = (state.params, state.opt_state), (optax.apply_updates(state.params, updates), opt_state)
