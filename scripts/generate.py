@@ -85,7 +85,7 @@ def load():
 
         served = load_run(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve, tick)
     if served.serving.platform == 'cpu' and not cpu.available():
-        print('The CPU kernels were not built, because there was no C++ compiler; XLA computes lookups instead, more slowly.')
+        print(f'The CPU kernels are not available ({cpu.why_unavailable()}); XLA computes lookups instead, more slowly.')
     return served
 
 

@@ -20,7 +20,7 @@ REVISION = '0123456789abcdef0123456789abcdef01234567'
 def job(via, *settings, workdir='gs://bucket/runs/big', **more):
     train = ['--config=configs/gemma2_2b.py:spark', '--config.train.steps=7', f'--workdir={workdir}']
     fields = {'name': 'big', 'train': train, 'workdir': workdir, 'revision': REVISION, 'topology': 'v5e-256', 'slices': 1}
-    return Job(**fields | more, options=parse_options(via, settings))
+    return Job(**fields | more, options=parse_options(via, list(settings)))
 
 
 def commands(via, job):
