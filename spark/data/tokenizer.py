@@ -22,7 +22,7 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode('utf-8'), np.uint8).astype(np.int32)
 
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+    def decode(self, ids: Iterable[int | np.integer] | np.ndarray) -> str:
         return bytes(int(i) for i in ids if i < 256).decode('utf-8', errors='replace')
 
 
@@ -42,7 +42,7 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._model.encode(text), np.int32)
 
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+    def decode(self, ids: Iterable[int | np.integer] | np.ndarray) -> str:
         return self._model.decode([int(i) for i in ids if i < self.vocab_size])
 
 
@@ -72,7 +72,7 @@ class HFTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._model.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+    def decode(self, ids: Iterable[int | np.integer] | np.ndarray) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
 

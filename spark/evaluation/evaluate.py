@@ -84,7 +84,7 @@ def evaluate(model: Model, split: str) -> tuple[dict, dict]:
     return report | {'layers': layers}, sums
 
 
-def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable[dict]) -> dict | None:
+def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable) -> dict | None:
     """The sums of `sparsity.observe` and of the losses over host batches, in 64 bits; None if there are no batches.
 
     One compiled step adds them up on the device; they are fetched every FETCH_EVERY batches.
