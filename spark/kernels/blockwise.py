@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.scipy.special import ndtri
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
@@ -45,7 +46,7 @@ Outputs = Float[Array, 'B N G L d_v']  # in the dtype of the values
 PerQuery = Float32[Array, 'B N G L']
 Segments = Int[Array, '#B L']  # contiguous in each row; one row may stand for all
 Starts = Int32[Array, 'B L']  # the first key that each query sees
-Offset = int | Int[Array, '']  # the position of the first query among the keys, a multiple of the block
+Offset = int | Int[Array | np.ndarray, '']  # the position of the first query among the keys, a multiple of the block
 Block = Float[Array, '...']  # a number for each pair of a query and a key of two blocks, or for each query of one
 
 _exact_einsum = functools.partial(jnp.einsum, precision='highest', preferred_element_type=jnp.float32)
