@@ -220,4 +220,4 @@ def test_run_directories(place, seed, script):
     more = {'train.py': [f'--config={tmp}/config.py'], 'generate.py': ['--prompt=spark'], 'evaluate.py': []}[script]
     there = any(p.name.isdigit() for p in workdir.glob('checkpoints/*'))
     code, said = fed(place, script, f'--workdir={workdir}', *more, stops=stops)
-    assert not (script == 'train.py' and code == 0 and there) or 'Going on from step' in said  # never silently from scratch
+    assert not (script == 'train.py' and code == 0 and there) or 'Resuming from step' in said  # never silently from scratch

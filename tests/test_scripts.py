@@ -73,7 +73,7 @@ def test_kill_between_two_saves_and_run_again(place):
     code, _, _ = interrupt(tmp, 'killed', signal.SIGKILL)
     assert code == -signal.SIGKILL
     again = train(tmp, 'killed')
-    assert again.returncode == 0 and 'Going on from step 8' in again.stdout, again.stderr
+    assert again.returncode == 0 and 'Resuming from step 8' in again.stdout, again.stderr
     assert_same_run(tmp / 'killed', tmp / 'whole', STEPS)
 
 
@@ -219,7 +219,7 @@ def test_a_sweep_is_stopped_resumed_and_tells_what_failed(place, forks):
 
     done = run_script(tmp, *args)
     assert done.returncode == 0, done.stderr
-    assert 'Going on from step' in (out / 'logs' / f'{first}.log').read_text()
+    assert 'Resuming from step' in (out / 'logs' / f'{first}.log').read_text()
     assert '- `lr-1e+30_seed-0`: failed, exit code 3: NotFiniteError: step' in done.stdout
     rows = json.loads((tmp / 'rows.json').read_text())
     assert [row['status'].split(',')[0] for row in rows] == ['done', 'failed']

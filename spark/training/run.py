@@ -174,7 +174,7 @@ class Run:
             self.step, self.state, data = restored
             self.batches.set_state(data['data'])
             self.evaluated, self.saved = data['evaluated'], self.step
-            print(f'Going on from step {self.step} in {self.workdir}', flush=True)
+            print(f'Resuming from step {self.step} in {self.workdir}', flush=True)
         else:
             _check_nothing_lost(self.workdir, self.cfg.train.save_every)
             self.step, self.state, self.evaluated, self.saved = 0, initial_state(self.trainer), True, None
@@ -188,8 +188,8 @@ class Run:
         return report
 
     def _params_before(self):
-        """(the parameters before a bad update, words about them), from the state, a checkpoint or the start."""
-        self.watchdog.alive('looking for what is not finite', slow=True)  # may read a checkpoint, and compiles
+        """(the parameters before a bad update, a description of where they come from)."""
+        self.watchdog.alive('looking for what is not finite', slow=True)  # it may read a checkpoint, and compiles
         if self.trainer.guarded:
             return self.state.params, ''  # the update was left out
         self.checkpoints.wait()

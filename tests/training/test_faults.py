@@ -242,7 +242,7 @@ def test_a_damaged_checkpoint_costs_what_came_after_the_one_before(place):
         path.write_bytes(path.read_bytes()[:-5])
     ((out, said),) = run(place, workdir)
     assert f'Warning: {workdir}/checkpoints/{STEPS}: ' in out + said and '4 steps are lost and trained again' in out + said
-    assert f'Going on from step {STEPS - 4}' in out
+    assert f'Resuming from step {STEPS - 4}' in out
     assert_same_run(workdir, straight(place), STEPS)
     assert [p.name for p in (workdir / 'damaged').iterdir()] == [str(STEPS)]
     for path in (workdir / 'checkpoints').rglob('*'):

@@ -57,7 +57,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_four(place):
         shutil.copytree(tmp / 'half', workdir)
         shutil.rmtree(workdir / 'checkpoints' / '8')
         outputs = run(config, workdir, processes=processes, devices=4)
-        assert 'Going on from step 4' in ''.join(out for out, _ in outputs)
+        assert 'Resuming from step 4' in ''.join(out for out, _ in outputs)
         np.testing.assert_allclose(losses(workdir), losses(tmp / 'one'), rtol=2e-5)
         crc = lambda workdir: [r['batch_crc'] for r in records(workdir) if r['split'] == 'train']
         assert crc(workdir) == crc(tmp / 'one')
@@ -85,7 +85,7 @@ def test_two_processes_stop_at_the_same_step_and_go_on(place):
     ends = [error(err) for _, err in end(started, 75)]
     steps = {re.search(r'stopped at step (\d+) of 120', line)[1] for line in ends}
     assert len(steps) == 1 and sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == sorted(steps)
-    assert any(f'Going on from step {min(steps)}' in out for out, _ in run(config, workdir, *longer, processes=2, devices=4))
+    assert any(f'Resuming from step {min(steps)}' in out for out, _ in run(config, workdir, *longer, processes=2, devices=4))
     run(config, tmp / 'straight', *longer, processes=2, devices=4)
     np.testing.assert_allclose(losses(workdir), losses(tmp / 'straight'), rtol=2e-5)
 
