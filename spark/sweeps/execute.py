@@ -30,6 +30,7 @@ def train_command(train: list[str], config_path: str, overrides: dict, base: Exp
 
 
 def is_finished(out: pathlib.Path, run: Run) -> bool:
+    """Did the run of this name write its summary?"""
     return (out / 'runs' / run.name / 'summary.json').exists()
 
 
