@@ -46,7 +46,11 @@ def main() -> None:
 
     workdir = run_directory(WORKDIR.value)
     summary, trainer, state = train(cfg, workdir)
-    summary['sample'] = continuation(cfg, trainer, state)
+    try:
+        summary['sample'] = continuation(trainer, state)
+    except errors.ConfigError as e:  # a model that generation does not know has been trained all the same
+        summary['sample'] = None
+        print(f'No sample: {e}', flush=True)
     summary['revision'] = os.environ.get('SPARK_REVISION')  # set by scripts/launch.py
     if jax.process_index() == 0:
         write_json(workdir / 'summary.json', summary)
@@ -55,8 +59,8 @@ def main() -> None:
         print(table(cfg, summary))
 
 
-def continuation(cfg: config.ExperimentConfig, trainer, state) -> str | None:
-    """cfg.sample.prompt and what the model writes after it; None if the config asks for no sample."""
+def continuation(trainer, state) -> str | None:
+    """sample.prompt and what the model writes after it; None if the config asks for no sample."""
     import jax
     import jax.numpy as jnp
 
@@ -65,6 +69,7 @@ def continuation(cfg: config.ExperimentConfig, trainer, state) -> str | None:
     from spark.inference.layout import Serving, from_params
     from spark.inference.sampling import Sampling
 
+    cfg = trainer.cfg
     if not cfg.sample.tokens:
         return None
     tokenizer = load(cfg.data.tokenizer)

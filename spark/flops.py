@@ -35,8 +35,8 @@ def flops_per_token(
 
     Args:
       cfg: with vocab_size filled in.
-      context: in 'decode' the token is the last of this many and sees them all; otherwise the result is the mean over the
-        tokens of a document of this length.
+      context: in 'decode' the token is the last of this many, of which a local layer sees its window; otherwise the result is
+        the mean over the tokens of a document of this length.
       phase: 'training' counts forward and backward, three times the forward pass, which computes every entry of a lookup and
         masks; 'prefill' and 'decode' count kept entries only.
       active: measured neurons per token, a number or one per layer; None: k, or d_ff in a kind without top-k.

@@ -7,7 +7,8 @@ class Kind(NamedTuple):
     """What a kind of lookup computes: V · (σ1(TopK(K1ᵀ q1)) ⊙ σ2(K2ᵀ q2)), or V · σ1(TopK(Kᵀ q)) without a gate.
 
     All code branches on these properties and never on the kind's name. A kernel states the `Kind`s that it computes, and
-    declines all others.
+    declines all others. A predictor needs a gate: the rest of the key is its second score. In attention a gate also needs a
+    predictor.
     """
 
     activation: str  # σ1, a name in ops.ACTIVATIONS
@@ -19,12 +20,12 @@ class Kind(NamedTuple):
 
     @property
     def gated(self) -> bool:
-        """Does a second score multiply the first one?"""
+        """True if a second score multiplies the first."""
         return bool(self.gate)
 
     @property
     def sparse(self) -> bool:
-        """Do entries become exactly zero, so that active ones can be counted?"""
+        """True if some entries become exactly zero, so that active ones can be counted."""
         return self.topk or self.zeros
 
     @property
@@ -45,6 +46,12 @@ ATTENTION_KINDS = {
     'dense': Kind('softmax'),
     'spark': Kind('softmax', gate='softplus', topk=True, predictor=True),
 }
+
+
+for _name, _kind in (FFN_KINDS | ATTENTION_KINDS).items():
+    assert _kind.gated or not _kind.predictor, f'kind {_name!r}: a predictor needs a gate'
+for _name, _kind in ATTENTION_KINDS.items():
+    assert _kind.predictor or not _kind.gated, f'kind {_name!r}: in attention a gate needs a predictor'
 
 
 def matched_d_ff(d_ff: int, kind: str, other: str) -> int:

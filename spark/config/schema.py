@@ -185,8 +185,8 @@ class TrainConfig(_Section):
     max_skips: int = Field(0, ge=0)
     # An update is also skipped if its gradient norm exceeds the running mean by this factor; 0: never.
     spike: float = Field(0.0, ge=0)
-    # The watchdog ends a run that makes no progress for this long, and prints all stacks. Compiling, saving and restoring may
-    # take ten times as long, and a step 20 times its usual duration. 0: no watchdog.
+    # The watchdog ends a run that makes no progress for this long, and prints all stacks. Compiling, evaluating, saving and
+    # restoring may take ten times as long, and a step 20 times its usual duration. 0: no watchdog.
     stall_seconds: float = Field(300.0, ge=0)
     # Start from the parameters of this run directory, or of its checkpoints/STEP; optimizer and data start anew.
     restore_from: str = ''

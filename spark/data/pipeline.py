@@ -7,7 +7,6 @@ A document of tokens t₁ … t_n becomes inputs BOS t₁ … t_n and targets t�
 wherever rows are cut.
 """
 
-import functools
 import zlib
 from collections.abc import Iterator
 
@@ -45,19 +44,20 @@ class EvalDataset:
     """The batches of a split, 'validation', 'test' or 'train', in order, once, without dropping any; the last one is padded."""
 
     def __init__(self, cfg: DataConfig, split: str, tokenizer: Tokenizer):
-        self._cfg, self._tokenizer = cfg, tokenizer
+        self._tokenizer = tokenizer
         self._documents = grain.MapDataset.concatenate([grain.MapDataset.source(d) for d in held_out(cfg, split)])
         self._batches = _batches(_rows(self._documents, cfg, tokenizer), cfg, drop_remainder=False)
 
     def __iter__(self) -> Iterator[dict]:
         return iter(self._batches)
 
-    @functools.cached_property
-    def n_batches(self) -> int:
-        """How many batches there are. Only tokenizing the whole split can tell, so the first use takes as long as that."""
-        lengths = self._documents.map(lambda text: len(self._tokenizer.encode(text)) + 1)
-        tokens = sum(lengths.to_iter_dataset(_read_options(self._cfg)))
-        return -(-tokens // (self._cfg.batch_size * self._cfg.seq_len))
+    def __len__(self) -> int:
+        """The number of documents. Only tokenizing the whole split could tell the number of batches."""
+        return len(self._documents)
+
+    def documents_ending_in(self, batch: dict) -> int:
+        """How many documents have their last token in a batch."""
+        return int(np.sum((batch['targets'] == self._tokenizer.eos) & (batch['segments'] > 0)))
 
 
 def held_out(cfg: DataConfig, split: str) -> list[sources.Documents]:

@@ -59,7 +59,7 @@ class Serving(NamedTuple):
 
 
 def serving_for(cfg: ModelConfig, dtype: str, platform: str, devices: int = 1, serve: ServeConfig | None = None) -> Serving:
-    """The `Serving` by a ServeConfig. Kernels 'auto' are the platform's fastest on one device, and 'masked' on several.
+    """The `Serving` that a ServeConfig asks for. Kernels 'auto' are the platform's fastest on one device, 'masked' on several.
 
     Raises:
       ConfigError: the kernels asked for are not available.
@@ -72,7 +72,7 @@ def serving_for(cfg: ModelConfig, dtype: str, platform: str, devices: int = 1, s
     if kernels in ('cpu', 'gpu', 'tpu'):
         wrong = f'there is {devices} × {platform}' if platform != kernels or devices > 1 else ''
         if wrong or (kernels == 'cpu' and not cpu.available()):
-            raise ConfigError(f"serve.kernels = {kernels!r}: {wrong or 'not built'}; want 'gather', 'masked' or 'auto'")
+            raise ConfigError(f"serve.kernels = {kernels!r}: {wrong or cpu.why_unavailable()}; want 'gather', 'masked' or 'auto'")
     if kernels == 'cpu' and (wanted := cpu.preferred()) not in (sets := ('best', *cpu.instruction_sets())):
         raise ConfigError(f'SPARK_CPU_INSTRUCTIONS={wanted}: want one of {", ".join(sets)}')
     return Serving(cfg, dtype, kernels, platform, serve.capacity, serve.overflow)
@@ -85,7 +85,7 @@ class Matrix(NamedTuple):
     scales: Float[Array | np.ndarray, 'rows ...'] | None = None
 
 
-def rows(W: Float[Array, 'rows ...'], dtype: str) -> Matrix:
+def rows(W: Float[Array | np.ndarray, 'rows ...'], dtype: str) -> Matrix:
     """A float matrix as a `Matrix`. int8 rounds to multiples of 1/127 of the largest magnitude of each row."""
     if dtype != 'int8':
         return Matrix(W.astype(dtype))
@@ -95,8 +95,11 @@ def rows(W: Float[Array, 'rows ...'], dtype: str) -> Matrix:
     return Matrix(jnp.round(W / scales[..., None]).astype(jnp.int8), scales)
 
 
-def records(K2: Float[Array, 'n R'], V: Float[Array, 'n D'], dtype: str, tiles: bool = False) -> Matrix:
-    """Both rows of each entry side by side; int8 has two scales per record. `tiles`: as the TPU's kernel, which has no int8."""
+def records(K2: Float[Array | np.ndarray, 'n R'], V: Float[Array | np.ndarray, 'n D'], dtype: str, tiles: bool = False) -> Matrix:
+    """Both rows of each entry side by side; int8 has two scales per record.
+
+    `tiles`: arrange records in the tiles that the TPU kernel reads; it cannot read int8.
+    """
     K2, V = rows(K2, dtype), rows(V, dtype)
     scales = None if K2.scales is None else jnp.stack([K2.scales, V.scales], axis=-1)
     table = jnp.concatenate([K2.values, V.values], axis=-1)

@@ -43,7 +43,7 @@ def slots(cfg: ModelConfig, span: str, size: int, chunk: int) -> int:
     """Slots of a layer's ring buffer for `size` positions that arrive `chunk` at a time and then one by one."""
     if span == 'global':
         return size
-    # The first token of a chunk still sees a window back, and a chunk does not wrap around.
+    # The first token of a chunk still sees a window back, and a chunk must lie in consecutive slots.
     return min(size, -(-(cfg.attention.window + chunk - 1) // chunk) * chunk)
 
 
@@ -155,7 +155,7 @@ class _Layer:
 
 
 def visible(length: Length, L: int, S: int, first_B: Rows, window: int) -> Bool[Array, 'B L S']:
-    """Does query l, at position length + l, see the key in slot s of a ring buffer, once L positions were written?
+    """The mask: query l, at position length + l, sees the key in slot s of a ring buffer that holds these L positions, too.
 
     `visible_keys`, where the tokens of a row are one segment, and each padding token is a segment of its own.
     """

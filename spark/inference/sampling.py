@@ -10,9 +10,11 @@ from jaxtyping import Array, Float, Int, Key
 class Sampling(NamedTuple):
     """How to draw the next token.
 
-    temperature divides the logits; 0 takes the most likely token. The other fields restrict which tokens may be drawn, each
-    further: top_k, the k most likely (0: all); top_p, nucleus sampling, the most likely tokens whose probabilities just reach p
-    (arXiv 1904.09751; 1: all); min_p, tokens at least min_p times as likely as the most likely one (arXiv 2407.01082; 0: all).
+    temperature: divides the logits; 0 takes the most likely token.
+    top_k: only the k most likely tokens; 0: all.
+    top_p: only the most likely tokens whose probabilities just reach p, nucleus sampling (arXiv 1904.09751); 1: all.
+    min_p: only tokens at least min_p times as likely as the most likely one (arXiv 2407.01082); 0: all.
+
     Tokens that tie with the last one allowed are allowed, too.
     """
 

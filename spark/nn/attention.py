@@ -53,10 +53,13 @@ def visible_to(
     Raises:
       ConfigError: `cfg.impl` names kernels that decline this kind.
     """
-    long = positions.shape[1] > cfg.block or shards('length') > 1
-    if cfg.impl in ('blockwise', 'pallas') and cfg.traits not in KERNEL_KINDS:
+    sharded, has_kernel = shards('length') > 1, cfg.traits in KERNEL_KINDS
+    if cfg.impl in ('blockwise', 'pallas') and not has_kernel:
         raise ConfigError(f"model.attention.impl = {cfg.impl!r}: want 'auto' or 'full' for kind {cfg.kind!r}")
-    if cfg.impl in ('blockwise', 'pallas') or (cfg.impl == 'auto' and long and cfg.traits in KERNEL_KINDS):
+    if sharded and not has_kernel:
+        raise ConfigError(f'mesh.context = {shards("length")}: want 1, since no kernel in blocks computes kind {cfg.kind!r}')
+    long = positions.shape[1] > cfg.block or sharded
+    if cfg.impl in ('blockwise', 'pallas') or (cfg.impl == 'auto' and long and has_kernel):
         return Packed(blockwise.visible_starts(segments, window), segments, window)
     return visible_keys(positions, positions, segments, segments, window)
 
@@ -135,7 +138,7 @@ def weights(
     cfg: AttentionConfig, s: Float[Array, '*rows S'], visible: Bool[Array, '... S']
 ) -> tuple[Float[Array, '*rows S'], Bool[Array, '... S']]:
     """(σ1 of scores, top-k included; the mask of the keys that have a weight); `visible` broadcasts against the scores."""
-    keep = ops.statistical_keep(s, cfg.k, where=visible) if cfg.traits.topk else visible
+    keep = ops.statistical_keep(s, cfg.k, where=visible, ddof=cfg.traits.ddof) if cfg.traits.topk else visible
     # A select, since softmax(…, where=keep) takes twice as long. A token sees itself, so no row is all −inf.
     return ops.ACTIVATIONS[cfg.traits.activation](jnp.where(keep, ops.softcap(s, cfg.logit_cap), -jnp.inf)), keep
 

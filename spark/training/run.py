@@ -140,7 +140,7 @@ class Run:
             self.saved = self.step
 
     def stop_requested(self, activity: str = 'stepping', slow: bool = False) -> bool:
-        """Tells the watchdog that the run makes progress, and whether the run was asked to stop."""
+        """Feeds the watchdog; returns True if the run was asked to stop."""
         self.watchdog.alive(activity, slow)
         return self.stop()
 

@@ -132,22 +132,27 @@ def evaluate(
 ) -> dict | None:
     """`loss.per_token` of a dataset, or of its first `limit` batches (0: all), summed in float64 on the host.
 
-    At most two batches are in flight. Returns None if `stop()`, which is called before each batch, is true.
+    At most two batches are in flight. Returns None if `stop()`, which is called before each batch, is true. The bar counts
+    batches up to `limit`, or the documents of the split, whose number is known without reading them.
     """
-    show = jax.process_index() == 0
-    total = (limit or dataset.n_batches) if show else None
-    sums, running = [], None
-    with contextlib.closing(iter(dataset)) as batches, tqdm(total=total, desc=label, leave=False, disable=not show) as bar:
+    sums, running = [], []  # `running`: the sums of a batch on the device, and how far it brings the bar
+    bar = tqdm(total=limit or len(dataset), desc=label, unit='batch' if limit else 'document', leave=False,
+               disable=jax.process_index() != 0)  # fmt: skip
+
+    def fetch():
+        on_device, progress = running.pop(0)
+        sums.append(jax.device_get(on_device))
+        bar.update(progress)
+
+    with contextlib.closing(iter(dataset)) as batches, bar:
         for batch in itertools.islice(batches, limit or None):
             if stop():
                 return None
-            dispatched = trainer.eval_step(params, trainer.put(batch))
-            if running is not None:
-                sums.append(jax.device_get(running))  # waits for the batch before, while this one runs
-                bar.update()
-            running = dispatched
-    if running is None:
-        raise DataError(f'{label}: no batches to evaluate on')
-    sums.append(jax.device_get(running))
+            running.append((trainer.eval_step(params, trainer.put(batch)), 1 if limit else dataset.documents_ending_in(batch)))
+            if len(running) == 2:
+                fetch()  # waits for the batch before, while this one runs
+        if not running:
+            raise DataError(f'{label}: no batches to evaluate on')
+        fetch()
     totals = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *sums)
     return loss.per_token(trainer.cfg.model, totals) | {'tokens': int(totals['tokens']), 'bytes': int(totals['bytes'])}

@@ -10,8 +10,8 @@ from collections import deque
 
 from spark.errors import StalledError
 
-STEP_FACTOR = 20  # a step may take so many times the usual one
-SLOW_FACTOR = 10  # and slow activities may take so many times longer: starting, compiling, reading or writing a checkpoint
+STEP_FACTOR = 20  # a step may take this many times the median step
+SLOW_FACTOR = 10  # starting, compiling, evaluating, reading or writing a checkpoint may take this many times longer
 
 
 class Watchdog:

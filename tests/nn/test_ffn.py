@@ -35,20 +35,20 @@ def build(kind, topk='statistical', d_ff=F):
 def test_kind_is_its_equation(kind, topk):
     ffn, variables, x = build(kind, topk)
     y, state = ffn.apply(variables, x, mutable=[METRICS])
-    p = variables['params']
+    p, has = variables['params'], FFN_KINDS[kind]
     operator = {
-        'statistical': lambda s: ops.statistical_topk(s, k, ddof=0 if kind == 'gaussian_topk' else 1),
+        'statistical': lambda s: ops.statistical_topk(s, k, ddof=has.ddof),
         'exact': lambda s: ops.exact_topk(s, k),
         'approx': lambda s: ops.approx_topk(s, k),
     }[topk]
     expected = EXPECTED[kind](x, p, operator) @ p['V']
     np.testing.assert_allclose(y, expected, atol=1e-5)
     np.testing.assert_array_equal(y, ffn.apply(variables, x))  # counting changes nothing
-    if kind == 'gated':
+    if not has.sparse:
         assert not state
     else:
-        scores = (x[..., :r] @ p['K1']) if kind == 'spark' else x @ p.get('K', p.get('K1'))
-        fired = scores > 0 if kind.startswith('relu') else operator(scores) != 0
+        scores = (x[..., :r] @ p['K1']) if has.predictor else x @ p.get('K', p.get('K1'))
+        fired = operator(scores) != 0 if has.topk else ops.ACTIVATIONS[has.activation](scores) != 0
         np.testing.assert_array_equal(state[METRICS]['active'], fired.sum(-1).reshape(-1))
         if topk == 'exact':
             assert (state[METRICS]['active'] == k).all()

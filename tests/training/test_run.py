@@ -358,11 +358,11 @@ def test_the_keep_policy_and_the_limits_of_evaluation(corpus, monkeypatch):
 
 
 def test_evaluation_is_bounded_and_knows_its_length(corpus, monkeypatch):
-    """At most two batches are in flight, and the bar's total is the number of batches, or the limit."""
+    """At most two batches are in flight, `stop` is asked before each, and the bar ends at its total: documents, or the limit."""
     overrides, _, _, _ = corpus
     tokenizer, cfg = pipeline.tokenizer_for(small(**overrides, **{'data.batch_size': 2}))
     dataset = pipeline.EvalDataset(cfg.data, 'test', tokenizer)
-    in_flight, most, totals = 0, [], []
+    in_flight, most, bars, asked = 0, [], [], []
 
     def dispatch(params, batch):
         nonlocal in_flight
@@ -376,18 +376,19 @@ def test_evaluation_is_bounded_and_knows_its_length(corpus, monkeypatch):
         return sums
 
     def bar(total, **more):
-        totals.append(total)
-        return tqdm.tqdm(total=total, **more)
+        bars.append(tqdm.tqdm(total=total, **more))
+        return bars[-1]
 
     trainer = mock.Mock(spec=Trainer, cfg=cfg, put=lambda batch: batch, eval_step=dispatch)
     monkeypatch.setattr(jax, 'device_get', fetch)
     monkeypatch.setattr(step_module, 'tqdm', bar)
     for limit in (0, 2):
         most.clear()
-        report = train_module.evaluate(trainer, {}, dataset, limit=limit)
+        asked.clear()
+        report = train_module.evaluate(trainer, {}, dataset, limit=limit, stop=lambda: bool(asked.append(len(most))))
         assert max(most) == 2 and in_flight == 0 and report['tokens'] == 2 * len(most)
-        assert totals.pop() == len(most) == (limit or dataset.n_batches)
-    assert dataset.n_batches > 2
+        assert (asked[: len(most)] == list(range(len(most))) and len(most) == limit) or (not limit and len(most) > 2)
+        assert bars[-1].n == bars[-1].total == (limit or len(dataset))
     assert train_module.evaluate(trainer, {}, dataset, stop=lambda: True) is None
 
 
