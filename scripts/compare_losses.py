@@ -2,8 +2,9 @@
 
     python scripts/compare_losses.py OLD_REV NEW_REV [--config=configs/tiny.py[:VARIANT]] [--steps=20]
 
-Both revisions train with this Python in temporary worktrees, with the compiled kernels of this checkout. `loss` and `grad_norm`
-are compared in every record that both write. Exit codes: 0 equal, 1 different, 2 a revision that cannot be trained.
+Both revisions train with this Python in temporary worktrees, in about two minutes each on two cores. `loss` and `grad_norm` of
+every step, and the losses of validation and test, are compared. C++ kernels are not: both sides use those of this checkout.
+Exit codes: 0 equal, 1 different, 2 a revision that does not exist or cannot be trained.
 """
 
 import json
@@ -24,8 +25,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 REVISIONS = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
 
 
-def worktree(*words: str) -> None:
-    subprocess.run(['git', '-C', str(ROOT), 'worktree', *words], check=True)
+def git(*words: str) -> None:
+    """Runs git in this repository; a ConfigError if it fails."""
+    done = subprocess.run(['git', '-C', str(ROOT), *words], capture_output=True, text=True)
+    if done.returncode:
+        raise errors.ConfigError(f'git {" ".join(words)}: {done.stderr.strip()}')
 
 
 def train(revision: str, scratch: pathlib.Path) -> dict:
@@ -33,33 +37,37 @@ def train(revision: str, scratch: pathlib.Path) -> dict:
     tree, workdir = scratch / 'tree', scratch / 'run'
     overrides = {'train.steps': STEPS.value, 'train.log_every': 1, 'optimizer.warmup_steps': STEPS.value // 4, 'sample.tokens': 0}
     words = [f'--config={CONFIG.value}', f'--workdir={workdir}', *(f'--config.{name}={n}' for name, n in overrides.items())]
+    git('worktree', 'add', '--quiet', '--detach', str(tree), revision)
     try:
-        worktree('add', '--quiet', '--detach', str(tree), revision)
         for kernels in (ROOT / 'spark' / 'kernels').glob('_cpu*.so'):
             shutil.copy(kernels, tree / 'spark' / 'kernels')
         env = os.environ | {'PYTHONPATH': str(tree)}
-        subprocess.run([sys.executable, 'scripts/train.py', *words], cwd=tree, env=env, check=True)
-    except subprocess.CalledProcessError as e:
-        raise errors.ConfigError(f'{revision} cannot be trained: {e}') from None
+        code = subprocess.run([sys.executable, 'scripts/train.py', *words], cwd=tree, env=env).returncode
+    finally:
+        git('worktree', 'remove', '--force', str(tree))
+    if code:
+        raise errors.ConfigError(f'{revision} cannot be trained: scripts/train.py ended with exit code {code}')
     records = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
     return {(r['step'], r['split'], name): r[name] for r in records for name in ('loss', 'grad_norm') if name in r}
 
 
 def main() -> None:
     if len(REVISIONS) != 2:
-        raise errors.ConfigError(f'{len(REVISIONS)} revisions: want OLD_REV NEW_REV')
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            old, new = (train(revision, pathlib.Path(scratch) / str(i)) for i, revision in enumerate(REVISIONS))
-    finally:
-        worktree('prune')
+        raise errors.ConfigError(f'{len(REVISIONS)} revisions: want OLD_REV NEW_REV; flags look like --name=value')
+    for revision in REVISIONS:
+        git('rev-parse', '--verify', '--quiet', f'{revision}^{{commit}}')
+    with tempfile.TemporaryDirectory() as scratch:
+        old, new = (train(revision, pathlib.Path(scratch) / str(i)) for i, revision in enumerate(REVISIONS))
+    steps = {(step, 'train', 'loss') for step in range(1, STEPS.value + 1)}
+    if missing := steps - (old.keys() & new.keys()):
+        raise errors.ConfigError(f'{len(missing)} of {len(steps)} steps have no training loss at both revisions')
     both = sorted(old.keys() & new.keys())
     different = [key for key in both if old[key] != new[key]]
     for step, split, name in different[:10]:
         print(f'step {step}, {split} {name}: {old[step, split, name]!r} became {new[step, split, name]!r}')
     verdict = f'{len(different)} differ' if different else 'bitwise equal'
     print(f'{len(both)} values of {STEPS.value} steps compared: {verdict}')
-    sys.exit(1 if different or not both else 0)
+    sys.exit(1 if different else 0)
 
 
 if __name__ == '__main__':

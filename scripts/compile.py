@@ -8,12 +8,13 @@ policy. Needs libtpu (.[aot]). Exit codes: 0 it fits, 2 it does not, or a bad co
 """
 
 import os
+import pathlib
 
 from absl import flags
 from ml_collections import config_flags
 
 from spark import config, errors
-from spark.runtime import write_json, write_text
+from spark.runtime import write_json
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, or one of its variants: PATH[:VARIANT].')
 TOPOLOGY = flags.DEFINE_string('topology', None, 'A slice such as v5e:16x16, v4:2x2x2, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1.')
@@ -43,7 +44,10 @@ def main():
         report |= compiled
         print(tables(report))
         if HLO.value:
-            write_text(HLO.value, text)
+            try:
+                pathlib.Path(HLO.value).write_text(text)
+            except OSError as e:
+                raise errors.ConfigError(f'--hlo={HLO.value}: {e.strerror or e}') from None
         aot.check_fit(report['memory'])
     except aot.TooBig as e:
         too_big = e
