@@ -71,7 +71,7 @@ KERNELS = Extension(
     'spark.kernels._cpu',
     sources=[str(path) for path in sorted(CPU.glob('*.cc'))],
     depends=[str(path) for path in sorted(CPU.glob('*.h'))],
-    # Python's own flags have -fwrapv, with which indices take the AVX2 kernels twice the time.
+    # Python's default flags include -fwrapv, which makes the AVX2 kernels twice as slow.
     extra_compile_args=['-std=gnu++17', '-O3', '-g0', '-fno-wrapv', '-ffp-contract=fast', '-Wall', '-Wextra'],
     language='c++',
     optional=True,  # a failed build does not stop the install
@@ -95,9 +95,9 @@ setup(
         'optax>=0.2.5',
         'orbax-checkpoint>=0.12',
         'tensorstore>=0.1.78',  # Orbax's format, read piece by piece
-        'grain>=0.2.16',  # before it, a window shuffle does not go on where it was
+        'grain>=0.2.16',  # older versions restore a window shuffle wrongly
         'array_record>=0.8',
-        'tensorflow-datasets>=4.9.10',  # before it, not with the newest protobuf
+        'tensorflow-datasets>=4.9.10',  # older versions fail with the newest protobuf
         'importlib_resources>=6',  # tensorflow-datasets imports it without declaring it
         'ml_collections>=1.1',
         'absl-py>=2.1',
@@ -110,7 +110,7 @@ setup(
         'matplotlib>=3.8',
         'tqdm>=4.66',
         'tensorboardX>=2.6',
-        'sentencepiece>=0.2.2',  # before it, an empty model file kills the process
+        'sentencepiece>=0.2.2',  # in older versions an empty model file kills the process
         'tokenizers>=0.20',
     ],
     extras_require={

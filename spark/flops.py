@@ -47,10 +47,9 @@ def flops_per_token(
     D, f, a = cfg.d_model, cfg.ffn, cfg.attention
     per_layer = lambda measured: np.broadcast_to(np.nan if measured is None else measured, cfg.n_layers)
     total = dict.fromkeys(PARTS, 0.0)
-    for i, active_, attended_ in zip(range(cfg.n_layers), per_layer(active), per_layer(attended), strict=True):
-        window = a.window if cfg.pattern[i % len(cfg.pattern)] == 'local' else context
-        places = np.array([context]) if phase == 'decode' else np.arange(1, context + 1)
-        visible = np.minimum(places, window)
+    for window, active_, attended_ in zip(cfg.windows, per_layer(active), per_layer(attended), strict=True):
+        positions = np.array([context]) if phase == 'decode' else np.arange(1, context + 1)
+        visible = np.minimum(positions, window or context)
         keys = np.mean(visible)
         kept_keys = np.mean(np.minimum(visible, a.k)) if a.traits.topk else keys
         kept_keys = kept_keys if np.isnan(attended_) else attended_

@@ -24,8 +24,8 @@ class TooBig(ConfigError):
 
     def __init__(self, needed: float, available: float):
         super().__init__(
-            f'the step needs {needed:.2f} GiB per chip, which has {available:.2f}; lower data.batch_size, raise mesh.fsdp or '
-            "mesh.model, or set model.remat='full' (--search finds what fits)"
+            f'the step needs {needed:.2f} GiB per chip, but a chip has {available:.2f}; lower data.batch_size, raise '
+            "mesh.fsdp or mesh.model, or set model.remat='full' (--search finds what fits)"
         )
 
 
@@ -90,7 +90,7 @@ def search(cfg: ExperimentConfig, devices: Sequence[jax.Device], say: Callable[[
     """For each rematerialisation policy, from the cheapest to compute, the largest power-of-two rows per device that fit.
 
     Returns:
-      [{'remat', 'batch_size', 'peak': bytes}]; a policy with which not even one row per device fits is left out.
+      [{'remat', 'batch_size', 'peak': bytes}]; a policy under which not even one row per device fits is omitted.
     """
     found = []
     sizes = config.check_devices(cfg, len(devices))

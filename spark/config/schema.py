@@ -117,6 +117,12 @@ class ModelConfig(_Section):
     remat: Literal['none', 'full', 'dots', 'dots_no_batch'] = 'none'  # what the backward pass recomputes; see nn/transformer.py
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the computation; auto: float32 on CPU, else bfloat16
 
+    @property
+    def windows(self) -> list[int]:
+        """The window of each layer; 0 for a global one."""
+        window = {'local': self.attention.window, 'global': 0}
+        return [window[self.pattern[i % len(self.pattern)]] for i in range(self.n_layers)]
+
     def _rules(self):
         f, pattern, local, window = self.ffn, self.pattern, 'local' in self.pattern, self.attention.window
         yield f.r < self.d_model, 'ffn.r', f'1 … d_model − 1 = {self.d_model - 1} for kind {f.kind!r}'

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from spark import ops
-from spark.config import Kind, ModelConfig
+from spark.config import Kind
 from spark.inference.layout import Matrix, Serving
 from spark.kernels import cpu, gather, rows_gpu, rows_tpu
 from spark.nn import attention as nn_attention
@@ -39,20 +39,20 @@ class Cache:
     rotations: list
 
 
-def slots(cfg: ModelConfig, span: str, size: int, chunk: int) -> int:
+def slots(window: int, size: int, chunk: int) -> int:
     """Slots of a layer's ring buffer for `size` positions that arrive `chunk` at a time and then one by one."""
-    if span == 'global':
+    if not window:
         return size
     # The first token of a chunk still sees a window back, and a chunk must lie in consecutive slots.
-    return min(size, -(-(cfg.attention.window + chunk - 1) // chunk) * chunk)
+    return min(size, -(-(window + chunk - 1) // chunk) * chunk)
 
 
 def init_cache(serving: Serving, batch: int, size: int, chunk: int) -> Cache:
     """An empty `Cache` for `batch` rows of at most `size` positions, which arrive `chunk` at a time or one by one."""
     cfg, a = serving.cfg, serving.cfg.attention
     layers = []
-    for i in range(cfg.n_layers):
-        shape = batch, a.n_kv_heads, slots(cfg, cfg.pattern[i % len(cfg.pattern)], size, chunk)
+    for window in cfg.windows:
+        shape = batch, a.n_kv_heads, slots(window, size, chunk)
         r = a.r or a.head_dim
         table = {'keys': (*shape, r), 'records': (*shape, 2 * a.head_dim - r)}
         layers.append({name: jnp.zeros(shape, serving.stored) for name, shape in table.items()})
@@ -114,10 +114,8 @@ class _Layer:
     """The two halves of a layer as `block` takes them; they leave the layer's new cache and its counts in attributes."""
 
     def __init__(self, serving, w, cache, i, rotations, first_B):
-        cfg = serving.cfg
         self.serving, self.w, self.rotations, self.first_B, self.length = serving, w, rotations, first_B, cache.length
-        self.cache, self.counts = cache.layers[i], {}
-        self.window = cfg.attention.window if cfg.pattern[i % len(cfg.pattern)] == 'local' else 0
+        self.cache, self.window, self.counts = cache.layers[i], serving.cfg.windows[i], {}
 
     def attention(self, x_BxLxD):
         serving, a = self.serving, self.serving.cfg.attention

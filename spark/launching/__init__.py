@@ -1,7 +1,7 @@
 """Hands a run over to an engine that starts it on other machines (xpk, gcloud, slurm), or starts it on this one (local).
 
 An engine is a module with its PROGRAM, the OPTIONS of --set with their defaults (None: required), and `commands(job, root)`,
-the commands that launch a job of the git repository `root`. An exact git revision is what runs, and a run that exits with 75
+the commands that launch a job of the git repository `root`. The job runs an exact git revision, and a run that exits with 75
 (preempted, state saved) is started again.
 """
 

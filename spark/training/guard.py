@@ -35,8 +35,8 @@ class Guard:
 def judge(cfg: TrainConfig, guard: Guard, objective: jax.Array, norm: jax.Array) -> tuple[jax.Array, Guard]:
     """(whether an update is good, the next Guard): its loss and gradient norm must be finite, and the norm must not be a spike.
 
-    After more than cfg.max_skips bad updates in a row every update counts as bad, so that the state does not change any more
-    until the loop, which reads the verdicts one step late, has noticed.
+    After more than cfg.max_skips bad updates in a row, every update is rejected: the loop reads verdicts one step late, and the
+    state must not change until it stops.
     """
     good = jnp.isfinite(objective) & jnp.isfinite(norm) & (guard.in_a_row <= cfg.max_skips)
     if cfg.spike:

@@ -135,7 +135,7 @@ class Log:
         if in_a_row > max_skips:
             cause = self._cause(metrics, batch)
             raise NotFiniteError(f'{what}; {cause}; nothing was saved since the last good checkpoint')
-        self._bar.write(f'{what}: update left out, {in_a_row} of {max_skips} in a row')
+        self._bar.write(f'{what}: update skipped, {in_a_row} of {max_skips} in a row')
 
     def _cause(self, metrics, batch):
         if np.isfinite([metrics['loss'], metrics['grad_norm']]).all():
@@ -144,7 +144,7 @@ class Log:
             params, about_them = self._params_before()
             return about_them + guard.first_not_finite(self._trainer, params, batch)
         except Exception as e:  # for example when memory is short: step and batch are reported all the same
-            return f'where it came from could not be found ({type(e).__name__})'
+            return f'could not locate the first module that is not finite ({type(e).__name__})'
 
     def _write(self, step, metrics, batch_crc):
         cfg, now = self._trainer.cfg, time.perf_counter()

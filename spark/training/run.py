@@ -191,7 +191,7 @@ class Run:
         """(the parameters before a bad update, a description of where they come from)."""
         self.watchdog.alive('looking for what is not finite', slow=True)  # it may read a checkpoint, and compiles
         if self.trainer.guarded:
-            return self.state.params, ''  # the update was left out
+            return self.state.params, ''  # the update was skipped
         self.checkpoints.wait()
         step = max(self.checkpoints.steps(), default=0)
         if step:

@@ -92,5 +92,5 @@ def _records(path):
             if isinstance(record, dict) and isinstance(record.get('step'), int) and 'split' in record:
                 records.append(record)
     if len(records) < len(lines) - 1:
-        tqdm.write(f'Warning: {path}: {len(lines) - len(records)} of {len(lines)} lines are not records, and are left out')
+        tqdm.write(f'Warning: {path}: skipped {len(lines) - len(records)} of {len(lines)} lines, which are malformed')
     return records

@@ -208,7 +208,8 @@ def test_a_kernel_declines_what_it_does_not_compute(kernels, monkeypatch):
     """With other σ1 and σ2 in the Spark kinds, the general path runs, not a kernel that has GELU or softplus built in."""
     monkeypatch.setitem(FFN_KINDS, 'spark', Kind('relu', gate='softplus', topk=True, predictor=True))
     monkeypatch.setitem(ATTENTION_KINDS, 'spark', Kind('softmax', gate='identity', topk=True, predictor=True))
-    cfg = small('spark', **{'model.n_layers': 2})
+    # k as in no other test: models and compiled functions are cached by the config.
+    cfg = small('spark', **{'model.n_layers': 2, 'model.ffn.k': 7, 'model.attention.k': 3})
     model, params = model_and_params(cfg)
     tokens = random_rows(cfg, length=12)[0]
     expected = full_logits(model, params, tokens)

@@ -311,8 +311,8 @@ def test_so_it_does_on_several_slices(place):
 def test_bad_updates_are_left_out_counted_and_capped(place):
     workdir = place.parent / 'skipped'
     ((out, said),) = run(place, workdir, *DIVERGES, '--config.train.max_skips=3', '--config.train.save_every=100', code=3)
-    first = int(re.search(r'step (\d+): loss .* update left out, 1 of 3 in a row', out)[1])
-    assert f'NotFiniteError: step {first + 3}: loss' in error(said) and out.count('update left out') == 3
+    first = int(re.search(r'step (\d+): loss .* update skipped, 1 of 3 in a row', out)[1])
+    assert f'NotFiniteError: step {first + 3}: loss' in error(said) and out.count('update skipped') == 3
     counted = [r['updates_left_out'] for r in records(workdir) if r['split'] == 'train']
     assert counted == [0] * (first - 1) + [1, 2, 3]
 
