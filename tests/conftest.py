@@ -5,10 +5,11 @@ import pathlib
 import tempfile
 
 import pytest
+from _pytest.mark.expression import Expression
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(tempfile.gettempdir()) / 'spark-test-xla-cache'))
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(tempfile.gettempdir()) / f'spark-test-xla-cache-{os.getuid()}'))
 # Programs are small and run a few times: compiling them takes most of the time, and LLVM without optimization half as long.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
@@ -17,6 +18,8 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
 import flax.struct
 from jaxtyping import install_import_hook
+
+from tests import typecheck
 
 
 def pytree(cls, dataclass=flax.struct.dataclass):
@@ -28,18 +31,20 @@ def pytree(cls, dataclass=flax.struct.dataclass):
 
 # Annotated types and shapes hold for every call that a test makes.
 flax.struct.dataclass = pytree
-install_import_hook('spark', 'beartype.beartype')
+install_import_hook('spark', f'{typecheck.__name__}.check')
 
 
-def pytest_configure(config):
-    """`-m soak` asks for the long versions of tests, before they are imported."""
-    if 'soak' in config.option.markexpr:
-        os.environ['SPARK_SOAK'] = '1'
+def asks_for_soak(expression):
+    """Does `-m EXPRESSION` choose any test because of its marker `soak`? Not so '', 'not slow' and 'slow and not soak'."""
+    if not expression:
+        return False
+    chooses = lambda *marks: Expression.compile(expression).evaluate(lambda name, **_: name in marks)
+    return any(chooses('soak', *others) and not chooses(*others) for others in ((), ('slow',)))
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without that they are left out, whatever else is asked for."""
-    if 'soak' not in config.option.markexpr:
+    """Soak tests run only where they are asked for by name."""
+    if not asks_for_soak(config.option.markexpr):
         soak = [item for item in items if item.get_closest_marker('soak')]
         config.hook.pytest_deselected(items=soak)
         items[:] = [item for item in items if item not in soak]

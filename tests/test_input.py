@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import random
 import shutil
 
@@ -21,13 +20,17 @@ from tests.processes import run, write_config
 
 # The same cases every time: a new failure comes with a change, not by chance.
 QUIET = {'deadline': None, 'derandomize': True, 'database': None, 'suppress_health_check': list(HealthCheck)}
-SOAK = 'SPARK_SOAK' in os.environ  # by conftest.py
 
 
-def cases(n):
-    """n cases in a soak, a fifth of them in the slow tests."""
-    mark = pytest.mark.soak if SOAK else pytest.mark.slow
-    return lambda test: mark(settings(max_examples=n if SOAK else n // 5, **QUIET)(test))
+def cases(n, *strategies):
+    """A slow test of n / 5 cases, and beside it a soak test, NAME_for_long, of n."""
+
+    def both(test):
+        with_ = lambda n: settings(max_examples=n, **QUIET)(given(*strategies)(test))
+        test.__globals__[f'{test.__name__}_for_long'] = pytest.mark.soak(with_(n))
+        return pytest.mark.slow(with_(n // 5))
+
+    return both
 
 
 # Everything before the compiler starts, which no input can make fail any more.
@@ -76,8 +79,7 @@ values = st.one_of(
 )  # fmt: skip
 
 
-@cases(150)
-@given(st.dictionaries(st.sampled_from(LEAVES), values, min_size=1, max_size=3), st.sampled_from([None, 'delete', 'add']))
+@cases(150, st.dictionaries(st.sampled_from(LEAVES), values, min_size=1, max_size=3), st.sampled_from([None, 'delete', 'add']))
 def test_mutated_configs(place, changes, more):
     tmp, _ = place
     text = (tmp / 'config.py').read_text()
@@ -93,8 +95,7 @@ def test_mutated_configs(place, changes, more):
     train(place, f'--config={tmp}/mutated.py')
 
 
-@cases(60)
-@given(st.one_of(
+@cases(60, st.one_of(
     st.text(max_size=60).map(str.encode),
     st.binary(max_size=60),
     st.sampled_from([
@@ -111,8 +112,8 @@ def test_files_that_are_no_configs(place, content):
     assert train(place, f'--config={tmp}/broken.py')[0] == 2
 
 
-@cases(120)
-@given(
+@cases(
+    120,
     st.one_of(st.sampled_from(LEAVES), st.sampled_from([f'{name}s' for name in LEAVES]), st.text('abc.=_', max_size=9)),
     st.one_of(st.text(max_size=9), numbers.map(str), st.sampled_from(['true', "('local',)", '(1,', '--', '[1]', '$HOME', '\n'])),
 )  # fmt: skip
@@ -130,8 +131,8 @@ lines = st.one_of(pieces, st.text(max_size=20).map(lambda text: json.dumps({'tex
                   st.sampled_from([b'{"text": 3}', b'{"text": ""}', b'[]', b'{"text": "a"', b'{"text": "\\ud800"}']))  # fmt: skip
 
 
-@cases(150)
-@given(
+@cases(
+    150,
     st.lists(st.tuples(st.sampled_from(['txt', 'txt', 'jsonl', 'txt.gz', 'jsonl.gz', 'md']), st.lists(lines, max_size=4))),
     st.booleans(),
 )
@@ -178,8 +179,7 @@ def mutate(data, rng):
     return bytes(data)
 
 
-@cases(60)
-@given(st.integers(0, 1), st.integers(0, 2**32), st.booleans())
+@cases(60, st.integers(0, 1), st.integers(0, 2**32), st.booleans())
 def test_tokenizer_files(place, tokenizers, which, seed, other):
     tmp, _ = place
     kind, good = tokenizers[which]
@@ -189,8 +189,7 @@ def test_tokenizer_files(place, tokenizers, which, seed, other):
           stops=['spark.training.step:Trainer.__init__'])  # fmt: skip
 
 
-@cases(60)
-@given(st.integers(0, 2**32), st.sampled_from(['train.py', 'evaluate.py', 'generate.py']))
+@cases(60, st.integers(0, 2**32), st.sampled_from(['train.py', 'evaluate.py', 'generate.py']))
 def test_run_directories(place, seed, script):
     """A run whose files were changed, deleted, or joined by strangers: it goes on from what is sound, or says what is not."""
     tmp, _ = place

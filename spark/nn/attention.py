@@ -23,7 +23,7 @@ KERNEL_KINDS = (Kind('softmax'), Kind('softmax', gate='softplus', topk=True, pre
 
 ArrayOrNumpy = Array | np.ndarray
 Heads = Float[Array, 'B L H d']
-Rotations = list[tuple[Float[Array, '*positions half'], Float[Array, '*positions half']]]
+Rotations = list[tuple[Float[Array, '*positions _'], Float[Array, '*positions _']]]  # each part may have another half
 
 
 def visible_keys(

@@ -67,8 +67,8 @@ def test_the_newest_comes_back(saved):
     assert_same(state, tree(2))
 
 
-def damages(path):
-    """(name, how) for what can happen to a file of a checkpoint."""
+def damages(path, places):
+    """(name, how) for what can happen to a file of a checkpoint; a bit flips at some places from 0, its first byte, to 1."""
     size = path.stat().st_size
 
     def flip(at):
@@ -81,20 +81,21 @@ def damages(path):
         yield 'emptied', lambda: path.write_bytes(b'')
         yield 'cut', lambda: path.write_bytes(path.read_bytes()[: size // 2])
         yield 'grown', lambda: path.write_bytes(path.read_bytes() + b'\0' * 7)
-        for at in sorted({size // 3, size - 1}):
+        for at in sorted({min(int(place * size), size - 1) for place in places}):
             yield f'flipped at {at} of {size}', lambda at=at: flip(at)
 
 
-def test_any_damage_is_found_or_does_no_harm(saved, tmp_path, capfd):
+@pytest.mark.parametrize('places', [(0, 1 / 3, 1), pytest.param((0, 1 / 4, 1 / 2, 3 / 4, 1), marks=pytest.mark.soak)], ids=len)
+def test_any_damage_is_found_or_does_no_harm(saved, tmp_path, capfd, places):
     """Every file of the newest checkpoint: the one before is used, or what comes back is what was saved."""
     files = [p.relative_to(saved) for p in (saved / 'checkpoints' / '2').rglob('*') if p.is_file()]
     assert len(files) > 5
     fell_back = set()
     for file in files:
-        for i, (name, _) in enumerate(damages(saved / file)):
+        for i, (name, _) in enumerate(damages(saved / file, places)):
             workdir = tmp_path / 'run'
             shutil.copytree(saved, workdir)
-            list(damages(workdir / file))[i][1]()
+            list(damages(workdir / file, places))[i][1]()
             step, state, place = restore(workdir)
             assert_same(state, tree(step))
             assert place == PLACE | {'step': step}, (file, name)

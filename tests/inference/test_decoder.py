@@ -128,4 +128,4 @@ def test_sampling_follows_the_softmax():
     np.testing.assert_allclose(np.bincount(draw(Sampling(1.0), 4000), minlength=3) / 4000, [0.5, 0.3, 0.2], atol=0.03)
     np.testing.assert_allclose(np.bincount(draw(Sampling(1.0, top_k=2), 4000)) / 4000, [5 / 8, 3 / 8], atol=0.03)
     cold = draw(Sampling(0.05), 400)
-    assert (cold == 0).mean() > 0.99 and sample(logits, None, Sampling())[0] == 0
+    assert (cold == 0).mean() > 0.99 and sample(logits, jax.random.key(0), Sampling())[0] == 0

@@ -32,19 +32,19 @@ soak = lambda n: lambda test: pytest.mark.soak(settings(max_examples=n, deadline
 def normal(seed, *shape, dtype='float32'):
     """Random numbers that the dtype holds exactly, as float32."""
     x = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    return x.astype(jnp.dtype(dtype)).astype(np.float32)
+    return jnp.asarray(x.astype(jnp.dtype(dtype)), jnp.float32)
 
 
 def dequantised(matrix):
     """What a `Matrix` stands for, float32."""
-    values = np.asarray(matrix.values, np.float32)
-    return values if matrix.scales is None else values * np.asarray(matrix.scales)[..., None]
+    values = matrix.values.astype(jnp.float32)
+    return values if matrix.scales is None else values * matrix.scales[..., None]
 
 
 def check_matmul(T, D, O, dtype):
     x, W = normal(0, T, D), rows(normal(1, O, D), dtype)
     for y in jax.jit(lambda: [cpu.matmul(x, *W, instructions=instructions) for instructions in SETS])():
-        np.testing.assert_allclose(y, x @ dequantised(W).T, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(y, x @ np.asarray(dequantised(W)).T, rtol=1e-5, atol=1e-4)
 
 
 # One token, a few, blocks of four with a remainder; rows and columns that fill no vector, one, or many.
@@ -159,7 +159,7 @@ def check_attention(B, N, G, L, before, window, cap, d, kind, dtype, spare, firs
     def by_ops():
         written = [jnp.asarray(x).at[:, :, slots].set(y.astype(dtype)) for x, y in zip(old, np.split(new, [r], -1), strict=True)]
         keys, table = (x.astype(jnp.float32) for x in written)
-        see = visible(before, L, S, first, window)[:, None, None]
+        see = visible(length, L, S, first, window)[:, None, None]
         weights, keep = attention_weights(cfg, jnp.einsum('bngld,bnsd->bngls', q[..., :r], keys), see)
         gate = jax.nn.softplus(jnp.einsum('bngld,bnsd->bngls', q[..., r:], table[..., : d - r])) if k else 1.0
         expected = jnp.einsum('bngls,bnsd->bngld', weights * gate, table[..., d - r :])

@@ -73,13 +73,13 @@ def reference(cfg, p, x, window):
     ],
 )
 def test_attention_is_its_definition(cfg, window):
-    x = np.random.default_rng(0).standard_normal((B, L, D)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((B, L, D)), jnp.float32)
     attention = Attention(cfg, jnp.float32)
     visible = visible_keys(POSITIONS, POSITIONS, SEGMENTS, SEGMENTS, window)
     boxed = attention.init(jax.random.key(0), x, POSITIONS, visible)
     variables = jax.tree.map(lambda v: 2 * v.value, boxed, is_leaf=lambda v: hasattr(v, 'value'))
     y, state = attention.apply(variables, x, POSITIONS, visible, mutable=[METRICS])
-    expected, attended = reference(cfg, variables['params'], x, window)
+    expected, attended = reference(cfg, variables['params'], np.asarray(x), window)
     np.testing.assert_allclose(y, expected, atol=3e-5)
     np.testing.assert_array_equal(state[METRICS]['attended'].reshape(B, H, L), attended)
 

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
 
 from spark.ops import dense_lookup, rope, rotation, spark_lookup
 
@@ -18,6 +20,15 @@ def test_lookups_are_the_equation():
         np.testing.assert_allclose(dense[i], expected_dense, rtol=1e-4, atol=1e-5)
         a = [max(K[:r, j] @ q[i, :r], 0) * np.cos(K[r:, j] @ q[i, r:]) for j in range(5)]
         np.testing.assert_allclose(spark[i], sum(a[j] * V[j] for j in range(5)), rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_are_checked_in_tests():
+    """conftest.py has every call checked against its annotations."""
+    q, K, V = jnp.ones((3, 2)), jnp.ones((2, 5)), jnp.ones((5, 4))
+    with pytest.raises(TypeCheckError, match="parameter 'V'"):
+        spark_lookup(q, q, K, K, V[0], jax.nn.relu, jnp.cos)
+    with pytest.raises(TypeCheckError, match="parameter 'K2'"):
+        spark_lookup(q, q, K, K[:, :4], V, jax.nn.relu, jnp.cos)
 
 
 def test_scores_in_float32_for_bfloat16_inputs():

@@ -20,15 +20,20 @@ def losses(workdir, split='train'):
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    """A config file, and its run in one process."""
+def config(tmp_path_factory):
+    """A config file."""
     tmp = tmp_path_factory.mktemp('processes')
-    config = write_config(tmp, **{
+    return write_config(tmp, **{
         'optimizer.lr': 1e-3, 'optimizer.eps': 1e-3, 'optimizer.warmup_steps': 0, 'train.steps': 8, 'train.save_every': 4,
         'train.eval_every': 4, 'mesh.fsdp': 2,
     })  # fmt: skip
-    run(config, tmp / 'one', devices=4)
-    return tmp, config
+
+
+@pytest.fixture(scope='module')
+def place(config):
+    """Its directory, the file, and in `one` its run in one process."""
+    run(config, config.parent / 'one', devices=4)
+    return config.parent, config
 
 
 @pytest.mark.slow
@@ -105,10 +110,9 @@ def test_a_restart_finds_what_was_compiled(place, monkeypatch):
     assert len(programs[0]) == 1 and programs[0] == programs[1]
 
 
-def test_a_job_that_is_told_wrong(place):
-    tmp, config = place
+def test_a_job_that_is_told_wrong(config):
     told = {'JAX_COORDINATOR_ADDRESS': 'localhost:1', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '2'}
     env = os.environ | told | {'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, str(ROOT / 'scripts' / 'train.py'), f'--config={config}', f'--workdir={tmp}/none']
+    command = [sys.executable, str(ROOT / 'scripts' / 'train.py'), f'--config={config}', f'--workdir={config.parent}/none']
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and 'JAX_PROCESS_ID=2: want host:port' in done.stderr.splitlines()[-1]

@@ -44,7 +44,8 @@ with Watchdog(0.4) as dog:
 ])  # fmt: skip
 def test_what_is_no_stall(code):
     process = hang(code)
-    assert process.wait(60) == 0, process.stderr.read()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
 
 
 def test_a_process_that_is_stopped_and_goes_on():
@@ -55,7 +56,8 @@ def test_a_process_that_is_stopped_and_goes_on():
     process.send_signal(signal.SIGSTOP)
     time.sleep(2.5)
     process.send_signal(signal.SIGCONT)
-    assert process.wait(60) == 0, process.stderr.read()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
 
 
 def test_the_deadline_follows_the_usual_step(monkeypatch):
