@@ -1,7 +1,6 @@
 """Eight virtual CPU devices, one compilation cache for all tests and the processes they start, checked shapes, small configs."""
 
 import os
-import pathlib
 import tempfile
 
 import pytest
@@ -9,7 +8,7 @@ from _pytest.mark.expression import Expression
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(tempfile.gettempdir()) / f'spark-test-xla-cache-{os.getuid()}'))
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{tempfile.gettempdir()}/spark-test-xla-cache-{os.getuid()}')
 # Programs are small and run a few times: compiling them takes most of the time, and LLVM without optimization half as long.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
@@ -32,6 +31,14 @@ def pytree(cls, dataclass=flax.struct.dataclass):
 # Annotated types and shapes hold for every call that a test makes.
 flax.struct.dataclass = pytree
 install_import_hook('spark', f'{typecheck.__name__}.check')
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """The tests of a file run in one process: its fixtures are made once, and what was compiled is there."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.getvalue('dist') == 'load' else None
 
 
 def asks_for_soak(expression):

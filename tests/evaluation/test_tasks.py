@@ -1,5 +1,6 @@
 """lm-evaluation-harness through the adapter, offline, on tasks made here."""
 
+import functools
 import json
 import math
 
@@ -130,7 +131,13 @@ metric_list: [{{metric: exact_match}}]
     return str(directory)
 
 
-def test_the_harness_runs_our_tasks(model, adapter, task_path):
+@pytest.fixture
+def none_of_the_harness(monkeypatch):
+    """Without its own tasks, an index of thousands of files."""
+    monkeypatch.setattr(tasks, 'TaskManager', functools.partial(tasks.TaskManager, include_defaults=False))
+
+
+def test_the_harness_runs_our_tasks(model, adapter, task_path, none_of_the_harness):
     names = ['spark_choice', 'spark_perplexity', 'spark_generation']
     manager = tasks.load(names, task_path)
     results, table = tasks.run(model, names, manager, limit=4)
@@ -145,11 +152,14 @@ def test_the_harness_runs_our_tasks(model, adapter, task_path):
     assert all(name in table for name in names)
 
 
-def test_tasks_that_are_not_there(tmp_path):
+def test_tasks_that_are_not_there():
     with pytest.raises(ConfigError, match=r"no task 'helaswag'; did you mean hellaswag\?"):
         tasks.load(['helaswag'])
     with pytest.raises(ConfigError, match='--task_path=/no/where: no such directory'):
         tasks.load(['lost'], '/no/where')
+
+
+def test_data_that_is_not_there(tmp_path, none_of_the_harness):
     lines = ['task: lost', 'dataset_path: json', 'dataset_kwargs: {data_files: /no/where.jsonl}', 'test_split: train']
     lines += ['output_type: loglikelihood_rolling', 'doc_to_target: x']
     (tmp_path / 'lost.yaml').write_text('\n'.join(lines))

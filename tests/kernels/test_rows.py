@@ -45,8 +45,13 @@ def test_gathered_is_masked(T, R, D, n, capacity, share, seed):
 
 
 @pytest.mark.parametrize('kernel', ['tpu', 'gpu'])
-@pytest.mark.parametrize(('T', 'R', 'D', 'n', 'share'), [(1, 128, 256, 90, 0.3), (3, 32, 64, 40, 0.9), (2, 48, 32, 50, 0.02)])
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ('T', 'R', 'D', 'n', 'share', 'dtype'),
+    [
+        (1, 128, 256, 90, 0.3, jnp.float32), (3, 32, 64, 40, 0.9, jnp.float32), (2, 48, 32, 50, 0.02, jnp.float32),
+        (1, 128, 256, 90, 0.3, jnp.bfloat16), (2, 48, 32, 50, 0.02, jnp.bfloat16),
+    ],
+)  # fmt: skip
 def test_pallas_kernels_interpreted(kernel, T, R, D, n, share, dtype):
     """A query with none, some and as many entries as there is room for; a room that is no multiple of a block."""
     q2, a, active, table = example(T, R, D, n, share, dtype)

@@ -89,7 +89,8 @@ def test_few_visible_keys_are_all_kept():
     x = jax.random.normal(jax.random.key(2), (B, L, D))
     visible = visible_keys(POSITIONS, POSITIONS, SEGMENTS, SEGMENTS)
     attention = Attention(cfg, jnp.float32)
-    _, state = attention.apply(attention.init(jax.random.key(0), x, POSITIONS, visible), x, POSITIONS, visible, mutable=[METRICS])
+    params = jax.jit(attention.init)(jax.random.key(0), x, POSITIONS, visible)
+    _, state = jax.jit(functools.partial(attention.apply, mutable=[METRICS]))(params, x, POSITIONS, visible)
     attended = state[METRICS]['attended'].reshape(B, H, L)
     n = np.asarray(visible.sum(-1))[:, None]
     assert (attended == n)[np.broadcast_to(n <= 6, attended.shape)].all()

@@ -163,7 +163,8 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 def test_a_second_ctrl_c_does_not_wait(place):
-    (process,) = start(place, place.parent / 'interrupted', '--config.train.save_every=1000', wrap=(sys.executable, '-c', SAVES_FOR_EVER))
+    wrap = sys.executable, '-c', SAVES_FOR_EVER
+    (process,) = start(place, place.parent / 'interrupted', '--config.train.save_every=1000', wrap=wrap)
     assert until(process, 'step 3: validation')
     process.send_signal(signal.SIGINT)
     assert until(process, 'saving')
