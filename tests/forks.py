@@ -54,6 +54,7 @@ class Forks:
         """Ends the server."""
         self._server.stdin.close()
         self._server.wait(60)
+        self._server.stdout.close()
 
 
 def _child(case):
