@@ -296,7 +296,7 @@ def test_an_install_without_a_compiler(tmp_path):
         (['--prompt=a', '--top_p=2'], 2, 'flag --top_p=2'),
         (['--prompt=a', '--step=3'], 5, 'no step 3'),
         (['--prompt=a', '--capacity=0'], 2, 'flag --capacity=0'),
-        (['--prompt=a', '--kernels=tpu'], 2, "serve.kernels = 'tpu': here is 1 × cpu; want 'gather'"),
+        (['--prompt=a', '--kernels=tpu'], 2, "serve.kernels = 'tpu': there is 1 × cpu; want 'gather'"),
     ],
 )
 def test_what_generate_cannot_do(place, forks, args, code, message):
