@@ -91,7 +91,7 @@ setup(
     cmdclass={'build_ext': BuildKernels},
     install_requires=[
         'jax>=0.10',
-        'flax>=0.12',
+        'flax>=0.12.2',  # older versions fail under jax 0.10 with rematerialisation
         'optax>=0.2.5',
         'orbax-checkpoint>=0.12',
         'tensorstore>=0.1.78',  # Orbax's format, read piece by piece
@@ -101,7 +101,7 @@ setup(
         'importlib_resources>=6',  # tensorflow-datasets imports it without declaring it
         'ml_collections>=1.1',
         'absl-py>=2.1',
-        'etils[epath]>=1.12',
+        'etils[epath]>=1.14',
         'pydantic>=2.7',
         'filelock>=3.16',
         'jaxtyping>=0.3.6',  # shapes in annotations; the tests check them
