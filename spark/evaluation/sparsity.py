@@ -1,6 +1,6 @@
 """Statistics of a model's lookups on text: active neurons, attended keys, and how close the scores are to a Gaussian.
 
-`observe` intercepts the method that turns scores into activations (`sigma1`) and sums over tokens; `report` reads the sums.
+`observe` intercepts the method that turns scores into activations (`activate`) and sums over tokens; `report` reads the sums.
 
 Statistical, exact and approximate top-k all keep the entries above a threshold of the same scores, so their sets are nested: if n
 entries are kept, min(n, k) of them are among the k largest. Recall and precision then follow from n, without a sort.
