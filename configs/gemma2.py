@@ -32,7 +32,6 @@ def make(variant, *, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, que
     c.data.tokenizer = 'sentencepiece:gemma2.model'  # the tokenizer file of Gemma-2's release
     c.data.seq_len = 8192
     c.data.batch_size = 512  # 4.2M tokens per step; 480k steps are 2T tokens
-    c.data.threads = 32
     c.data.holdout = 0.01
     c.optimizer.lr = lr  # our choice: the papers give no learning rate
     c.optimizer.warmup_steps = 2000

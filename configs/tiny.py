@@ -27,7 +27,6 @@ def get_config(variant='spark'):
     c.data.source = 'stdlib'
     c.data.tokenizer = 'sentencepiece:stdlib_2048.model'
     c.data.seq_len, c.data.batch_size = 256, 16
-    c.data.shuffle_rows = 4096
     c.optimizer.lr, c.optimizer.warmup_steps = 4e-3, 50
     c.train.steps = 300
     c.train.eval_every, c.train.eval_batches = 100, 20

@@ -34,9 +34,9 @@ def main():
 
     devices = aot.devices(TOPOLOGY.value, cfg.mesh.slices)
     if not cfg.model.vocab_size:
-        from spark.data import pipeline
+        from spark.data.tokenizer import tokenizer_for
 
-        cfg = pipeline.tokenizer_for(cfg)[1]
+        cfg = tokenizer_for(cfg)[1]
     print(f'Compiling for {len(devices)} × {devices[0].device_kind} …', flush=True)
     report, too_big = {'config': cfg.model_dump(), 'topology': TOPOLOGY.value}, None
     try:

@@ -35,6 +35,7 @@ def main():
         if not flag.value:
             raise errors.ConfigError(f'--{name} is missing; see --help')
     base, out = config.validate(CONFIG.value), pathlib.Path(OUT.value)
+    from spark.data import launchers
     from spark.sweeps import execute, grid, results
 
     axes = grid.parse_axes(AXIS.value)
@@ -51,7 +52,7 @@ def main():
         case 'local':
             execute.run_locally(runs, commands, out)
         case 'slurm':
-            jobs = execute.submit(runs, commands, out, dict(map(_parameter, SLURM.value)))
+            jobs = execute.submit(runs, commands, out, dict(map(launchers.parameter, SLURM.value)))
             print(f'{len(jobs)} jobs submitted; run the same command again to collect the results')
         case 'print':
             for run in runs:
@@ -64,13 +65,6 @@ def main():
         print('\n'.join(map(str, paths)))
     if JSON.value:
         write_json(JSON.value, [{'run': row.run, **row.axes, 'status': row.status, **row.result} for row in rows])
-
-
-def _parameter(text):
-    name, equals, value = text.partition('=')
-    if not equals:
-        raise errors.ConfigError(f'--slurm={text}: want NAME=VALUE')
-    return name, int(value) if value.isdigit() else value
 
 
 if __name__ == '__main__':

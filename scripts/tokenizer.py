@@ -7,16 +7,18 @@ The shipped spark/data/stdlib_2048.model was made by it.
 
 import os
 import pathlib
+import random
+from collections.abc import Iterable
 
 from absl import flags
 from tqdm import tqdm
 
 from spark import config, errors
-from spark.data import sources, tokenizer
+from spark.data import documents, tokenizer
 
-SOURCE = flags.DEFINE_string('source', 'stdlib', f'Text to train on: {sources.KINDS}.')
+SOURCE = flags.DEFINE_string('source', 'stdlib', f'Text to train on: {documents.KINDS}.')
 VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 2048, 'Pieces, with 256 bytes and 3 specials.', lower_bound=300)
-MAX_DOCUMENTS = flags.DEFINE_integer('max_documents', 100_000, 'Use at most so many, spread evenly.', lower_bound=1)
+MAX_DOCUMENTS = flags.DEFINE_integer('max_documents', 100_000, 'Use at most so many, drawn at random.', lower_bound=1)
 OUT = flags.DEFINE_string('out', None, 'The file to write.')
 
 
@@ -26,10 +28,7 @@ def main() -> None:
     out = pathlib.Path(OUT.value)
     if out.exists():
         raise errors.ConfigError(f'--out={out} exists; choose another name or remove it')
-    cfg = config.DataConfig(seq_len=1, batch_size=1)
-    parts = [documents for _, documents in sources.open_source(SOURCE.value, 'train', cfg)]
-    step = -(-sum(map(len, parts)) // MAX_DOCUMENTS.value)
-    texts = (documents[i] for documents in parts for i in tqdm(range(0, len(documents), step), desc=documents.name))
+    texts = sample(documents.texts(SOURCE.value, 'train', config.DataConfig(seq_len=1, batch_size=1)), MAX_DOCUMENTS.value)
     model = tokenizer.train_sentencepiece(texts, VOCAB_SIZE.value)
     try:
         scratch = out.with_name(out.name + '.tmp')
@@ -38,6 +37,17 @@ def main() -> None:
     except OSError as e:
         raise errors.ConfigError(f'--out={out}: {e.strerror or e}') from None
     print(f'{out}: {VOCAB_SIZE.value} pieces; use it with --config.data.tokenizer=sentencepiece:{out}')
+
+
+def sample(texts: Iterable[str], n: int) -> list[str]:
+    """At most n of the texts, each equally likely (reservoir sampling); all, in order, if there are no more."""
+    chosen, rng = [], random.Random(0)
+    for i, text in enumerate(tqdm(texts, desc='reading', unit=' documents')):
+        if len(chosen) < n:
+            chosen.append(text)
+        elif (place := rng.randrange(i + 1)) < n:
+            chosen[place] = text
+    return chosen
 
 
 if __name__ == '__main__':

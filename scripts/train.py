@@ -64,7 +64,7 @@ def continuation(trainer, state) -> str | None:
     import jax
     import jax.numpy as jnp
 
-    from spark.data.tokenizer import load
+    from spark.data.tokenizer import of_config
     from spark.inference.decoder import generate
     from spark.inference.layout import Serving, from_params
     from spark.inference.sampling import Sampling
@@ -72,8 +72,8 @@ def continuation(trainer, state) -> str | None:
     cfg = trainer.cfg
     if not cfg.sample.tokens:
         return None
-    tokenizer = load(cfg.data.tokenizer)
-    prompt = jnp.asarray([[tokenizer.bos, *tokenizer.encode(cfg.sample.prompt)]], jnp.int32)
+    tokenizer = of_config(cfg.data)
+    prompt = jnp.asarray(tokenizer.start([cfg.sample.prompt]))
     with jax.set_mesh(trainer.mesh):  # but no rules for activations, since a single row cannot be sharded
         serving = Serving(cfg.model, jnp.dtype(trainer.model.dtype).name, platform=trainer.model.platform)
         weights = jax.jit(lambda params: from_params(serving, params))(state.params)

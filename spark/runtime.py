@@ -63,18 +63,23 @@ def _glibc(name, *args):
 
 def write_text(path: epath.PathLike, text: str, error: type[Exception] = ConfigError) -> None:
     """Writes a file atomically, locally or in a bucket (gs://…); raises `error` if it cannot be written."""
+    write_bytes(path, text.encode(), error)
+
+
+def write_bytes(path: epath.PathLike, data: bytes, error: type[Exception] = ConfigError) -> None:
+    """Writes a file atomically, locally or in a bucket (gs://…); raises `error` if it cannot be written."""
     path = epath.Path(path)
     scratch = path.with_name(path.name + '.tmp')
     try:
-        scratch.write_text(text)
+        scratch.write_bytes(data)
         scratch.replace(path)
     except OSError as e:
         raise error(f'{path}: {e.strerror or e}') from None
 
 
-def write_json(path: epath.PathLike, value: Any) -> None:
+def write_json(path: epath.PathLike, value: Any, error: type[Exception] = ConfigError) -> None:
     """Writes a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=2) + '\n')
+    write_text(path, json.dumps(value, indent=2) + '\n', error)
 
 
 def run_directory(flag: str) -> epath.Path:

@@ -13,7 +13,8 @@ from spark import config
 from spark.benchmarks.timing import interleaved, row
 from spark.checkpoints.manager import Checkpoints
 from spark.config import ExperimentConfig
-from spark.data import pipeline
+from spark.data import rows
+from spark.data.tokenizer import tokenizer_for
 from spark.training import step as training_step
 from spark.training.step import Trainer
 from spark.training.watchdog import Watchdog
@@ -23,9 +24,9 @@ class _Steps:
     """Calls of the train step on one device and one batch of the corpus; `state` is the newest."""
 
     def __init__(self, cfg):
-        tokenizer, self.cfg = pipeline.tokenizer_for(cfg)
+        _, self.cfg = tokenizer_for(cfg)
         self.trainer = Trainer(self.cfg, jax.devices()[:1])
-        batches = iter(pipeline.train_dataset(self.cfg.data, self.cfg.seed, tokenizer))
+        batches = rows.TrainRows(self.cfg.data, self.cfg.seed).batches(0)
         with self.trainer.context():
             self.state, self.batch = self.trainer.init_state(self.cfg.seed), self.trainer.put(next(batches))
         batches.close()

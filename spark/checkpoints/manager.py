@@ -39,12 +39,11 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, data: Any) -> None:
-        """Starts to save a tree of arrays, and `data`: JSON values and tuples. Returns once the arrays are copied.
+        """Starts to save a tree of arrays, and `data`: JSON values. Returns once the arrays are copied.
 
         Waits for an unfinished save first, and raises its error.
         """
         sums = {name: int(x) for name, x in jax.device_get(checksums(state)).items()}
-        data = _encode_tuples(data)
         metadata = {'step': step, 'data': data, 'checksums': sums, 'crc': json_crc(data)}
         try:
             if self._vanished():
@@ -155,7 +154,7 @@ class Checkpoints:
                 f'{self.directory}/{step}: the position in the data has checksum {json_crc(data)}, saved was {crc}'
             )
         self._compare(step, abstract, partial)
-        return {'data': _decode_tuples(data), 'checksums': saved_checksums}
+        return {'data': data, 'checksums': saved_checksums}
 
     def _compare(self, step, abstract, partial):
         """Raises a CheckpointError that lists the paths at which a tree differs from the saved one.
@@ -228,20 +227,3 @@ def _save_args(x):
     if x.nbytes <= CHUNK:
         return ocp.SaveArgs()
     return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if x.ndim > 2 else ())
-
-
-def _encode_tuples(x):
-    """Makes tuples distinguishable from lists in JSON: Grain's iterators compare parts of their state with tuples."""
-    if isinstance(x, dict):
-        return {name: _encode_tuples(v) for name, v in x.items()}
-    if isinstance(x, list | tuple):
-        items = [_encode_tuples(v) for v in x]
-        return {'tuple': items} if isinstance(x, tuple) else items
-    return x
-
-
-def _decode_tuples(x):
-    """The inverse of `_encode_tuples`."""
-    if isinstance(x, dict):
-        return tuple(map(_decode_tuples, x['tuple'])) if x.keys() == {'tuple'} else {n: _decode_tuples(v) for n, v in x.items()}
-    return [_decode_tuples(v) for v in x] if isinstance(x, list) else x

@@ -17,7 +17,7 @@ from spark.errors import ConfigError
 
 # On resume, only these fields and sections may differ from the run's config.json: they do not change what is trained.
 RESUMABLE = (
-    *('mesh', 'sample', 'serve', 'data.threads', 'data.prefetch', 'data.cache_dir'),
+    *('mesh', 'sample', 'serve', 'data.threads', 'data.prefetch', 'data.cache_dir', 'data.allow_changed'),
     *('train.log_every', 'train.save_every', 'train.keep', 'train.keep_every', 'train.stall_seconds', 'train.cache'),
     *('train.profile_step', 'train.profile_steps'),
     *('train.max_skips', 'train.spike'),  # a run that diverged may need other values to continue
@@ -135,17 +135,21 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """What to train on; `spark.data` documents the strings."""
 
-    source: str = 'stdlib'  # stdlib | text:GLOB | tfds:NAME | array_record:GLOB, or a mixture: '0.7 stdlib + 0.3 text:a/*.txt'
+    source: str = 'stdlib'  # text:GLOB | tfds:NAME | hf:NAME | tokens:DIR | …, or a mixture: '0.7 stdlib + 0.3 text:a/*.txt'
     eval_source: str = ''  # text for validation and test; empty: the held-out splits of `source`
-    holdout: float = Field(0.05, gt=0, lt=0.5)  # share of a source without splits for validation, and as much for test
+    holdout: float = Field(0.05, ge=0, lt=0.5)  # share of a source without splits for validation, and as much for test
+    text_field: str = 'text'  # the text, in records that have several fields
     tokenizer: str = 'bytes'  # bytes | sentencepiece:FILE | hf:FILE
+    bos: str = ''  # names of special tokens; empty: those of the tokenizer's file; 'none': not used
+    eos: str = ''
     seq_len: int = Field(gt=0)  # tokens in a row
     batch_size: int = Field(gt=0)  # rows in an optimizer step, over all devices
-    shuffle_rows: int = Field(0, ge=0)  # size of the window in which packed rows are shuffled, to spread long documents; 0: off
     epochs: int = Field(0, ge=0)  # passes over the training data; 0: no limit
-    threads: int = Field(8, gt=0)  # threads that read and tokenize; the order of the data does not depend on their number
+    threads: int = Field(4, gt=0)  # threads that read batches; the order of the data does not depend on their number
     prefetch: int = Field(4, gt=0)  # batches that are prepared ahead
-    cache_dir: str = ''  # where prepared corpora are kept; empty: $SPARK_CACHE or ~/.cache/spark
+    cache_dir: str = ''  # where prepared data is kept; empty: $SPARK_CACHE or ~/.cache/spark
+    max_bad: float = Field(0.0, ge=0)  # unusable documents that may be left out: a number, or below 1 a share of all
+    allow_changed: bool = False  # resume with other data than the run had
 
 
 class MeshConfig(_Section):

@@ -1,101 +1,188 @@
 """Tokenizers, chosen by one string: bytes | sentencepiece:FILE | hf:FILE; and how to train one.
 
-A tokenizer has `vocab_size`, the ids `bos` and `eos`, `encode`, which adds neither, and `decode`, which drops special tokens.
+Text never becomes a control token: `</s>` in a document is four characters.
 """
 
+import hashlib
 import io
+import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece
 import tokenizers
+from etils import epath
 
+from spark.config import DataConfig, ExperimentConfig
 from spark.errors import ConfigError, DataError
 
+NONE = 'none'  # the name of a special token that is not used
 
-class ByteTokenizer:
-    """UTF-8 bytes: ids 0–255, then BOS 256 and EOS 257."""
 
-    vocab_size, bos, eos = 258, 256, 257
+class Tokenizer:
+    """Texts to ids and back.
+
+    `bos` and `eos` are ids; if one of them is 'none', it is the same as the other. `fingerprint` identifies the ids of any text.
+    """
+
+    vocab_size: int
+
+    def __init__(self, fingerprint: str, bos: int | None, eos: int | None, literal_bos: str = ''):
+        if bos is None and eos is None:
+            raise ConfigError("data.bos = 'none', data.eos = 'none': want at least one of them, to tell documents apart")
+        self.bos, self.eos = (eos if bos is None else bos), (bos if eos is None else eos)
+        self._literal_bos = literal_bos if bos is not None else ''
+        self.fingerprint = hashlib.sha256(f'{fingerprint} {self.bos} {self.eos}'.encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode('utf-8'), np.uint8).astype(np.int32)
+        """The ids of a text, without special ones, (n,) int32."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int | np.integer] | np.ndarray) -> str:
+        """The text of ids; special tokens are dropped."""
+        raise NotImplementedError
+
+    def start(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text after BOS. A text that spells BOS at its start gets no second one."""
+        ids = self.encode_batch([text.removeprefix(self._literal_bos) for text in texts])
+        return [np.concatenate([[np.int32(self.bos)], x]) for x in ids]
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes: ids 0–255, then BOS 256 and EOS 257."""
+
+    vocab_size = 258
+
+    def __init__(self, bos: str = '', eos: str = ''):
+        for name, value in [('bos', bos), ('eos', eos)]:
+            if value not in ('', NONE):
+                raise ConfigError(f"data.{name} = {value!r}: want '' or 'none' with data.tokenizer = 'bytes'")
+        super().__init__('bytes', None if bos == NONE else 256, None if eos == NONE else 257)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode('utf-8'), np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: Iterable[int | np.integer] | np.ndarray) -> str:
         return bytes(int(i) for i in ids if i < 256).decode('utf-8', errors='replace')
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece model file, which must define BOS and EOS."""
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model file. BOS and EOS are those of the model, unless they are named."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: epath.Path, bos: str = '', eos: str = ''):
+        data = path.read_bytes()
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as e:
             raise DataError(f'data.tokenizer: {path} is not a SentencePiece model: {e}') from None
         self.vocab_size = self._model.vocab_size()
-        self.bos, self.eos = self._model.bos_id(), self._model.eos_id()
-        if min(self.bos, self.eos) < 0:
-            raise DataError(f'data.tokenizer: {path} defines no BOS or EOS; train it with bos_id and eos_id')
+        ids = [self._id(path, *special) for special in (('bos', bos, self._model.bos_id()), ('eos', eos, self._model.eos_id()))]
+        super().__init__(hashlib.sha256(data).hexdigest(), *ids, '' if ids[0] is None else self._model.id_to_piece(ids[0]))
 
-    def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._model.encode(text), np.int32)
+    def _id(self, path, field, name, default):
+        if name == NONE:
+            return None
+        found = self._model.piece_to_id(name) if name else default
+        if found < 0 or (name and self._model.id_to_piece(found) != name):
+            what = f'no piece {name!r}' if name else f'no {field.upper()}'
+            raise ConfigError(f"data.{field} = {name!r}: {path} defines {what}; name one of its pieces, or 'none'")
+        return found
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.asarray(self._model.encode(text), np.int32) for text in texts]
 
     def decode(self, ids: Iterable[int | np.integer] | np.ndarray) -> str:
         return self._model.decode([int(i) for i in ids if i < self.vocab_size])
 
 
-class HFTokenizer:
-    """A Hugging Face `tokenizer.json`, in which BOS and EOS have one of their usual names."""
+class HFTokenizer(Tokenizer):
+    """A Hugging Face `tokenizer.json`.
 
-    BOS = ('<bos>', '<s>', '<|begin_of_text|>', '<|endoftext|>', '[CLS]')
-    EOS = ('<eos>', '</s>', '<|end_of_text|>', '<|endoftext|>', '[SEP]')
+    BOS and EOS are named by the config, or by a `tokenizer_config.json` in the same directory, or are one of the usual pairs.
+    """
 
-    def __init__(self, path: pathlib.Path):
+    USUAL = (('<bos>', '<eos>'), ('<s>', '</s>'), ('<|begin_of_text|>', '<|end_of_text|>'), ('[CLS]', '[SEP]'),
+             ('<|endoftext|>', '<|endoftext|>'))  # fmt: skip
+
+    def __init__(self, path: epath.Path, bos: str = '', eos: str = ''):
+        data = path.read_bytes()
         try:
-            self._model = tokenizers.Tokenizer.from_str(path.read_text('utf-8'))
+            self._model = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as e:  # the library raises Exception itself
             raise DataError(f'data.tokenizer: {path} is not a tokenizer.json: {e}') from None
         self._model.no_truncation()
         self._model.no_padding()
+        self._model.encode_special_tokens = True
         self.vocab_size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
-        self.bos, self.eos = self._special(path, self.BOS), self._special(path, self.EOS)
+        if not (bos and eos):
+            usual = self._usual(path)
+            bos, eos = bos or usual[0], eos or usual[1]
+        ids = [None if name == NONE else self._model.token_to_id(name) for name in (bos, eos)]
+        for field, name, found in zip(('bos', 'eos'), (bos, eos), ids, strict=True):
+            if found is None and name != NONE:
+                raise ConfigError(f"data.{field} = {name!r}: {path} has no such token; name one of its tokens, or 'none'")
+        super().__init__(hashlib.sha256(data).hexdigest(), *ids, bos)
 
-    def _special(self, path, names):
-        ids = (self._model.token_to_id(name) for name in names)
-        found = next((i for i in ids if i is not None), None)
-        if found is None:
-            raise DataError(f'data.tokenizer: {path} has none of the tokens {", ".join(names)}')
-        return found
+    def _usual(self, path):
+        """The names of BOS and EOS that are not in the config."""
+        beside = path.parent / 'tokenizer_config.json'
+        if beside.exists():
+            named = json.loads(beside.read_text())
+            names = [named.get(key) or NONE for key in ('bos_token', 'eos_token')]
+            return [name['content'] if isinstance(name, dict) else name for name in names]
+        found = [pair for pair in self.USUAL if None not in map(self._model.token_to_id, pair)]
+        if len(found) != 1:
+            pairs = ', '.join(f'{bos} and {eos}' for bos, eos in found or self.USUAL)
+            has = 'has several pairs of special tokens' if found else 'has none of the usual pairs of special tokens'
+            raise ConfigError(f"data.tokenizer: {path} {has}, {pairs}: name them in data.bos and data.eos, or say 'none'")
+        return found[0]
 
-    def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(x.ids, np.int32) for x in encoded]
 
     def decode(self, ids: Iterable[int | np.integer] | np.ndarray) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
-Tokenizer = ByteTokenizer | SentencePieceTokenizer | HFTokenizer
-
-
-def load(spec: str) -> Tokenizer:
-    """The tokenizer that a DataConfig.tokenizer describes."""
+def load(spec: str, bos: str = '', eos: str = '') -> Tokenizer:
+    """The tokenizer of DataConfig.tokenizer, .bos and .eos; a file may be local or in a bucket."""
     if spec == 'bytes':
-        return ByteTokenizer()
+        return ByteTokenizer(bos, eos)
     kind, _, name = spec.partition(':')
     kinds = {'sentencepiece': SentencePieceTokenizer, 'hf': HFTokenizer}
     if kind not in kinds or not name:
         raise ConfigError(f'data.tokenizer = {spec!r}: want bytes, sentencepiece:FILE or hf:FILE')
-    path = pathlib.Path(name).expanduser()
+    path = epath.Path(name).expanduser()
     # A model that ships with the package is found from any working directory.
     shipped = pathlib.Path(__file__).parent / name
-    if not path.exists() and shipped.exists():
-        path = shipped
     try:
-        return kinds[kind](path)
+        return kinds[kind](epath.Path(shipped) if not path.exists() and shipped.exists() else path, bos, eos)
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f'data.tokenizer = {spec!r}: {getattr(e, "strerror", None) or e}') from None
+
+
+def of_config(cfg: DataConfig) -> Tokenizer:
+    """The tokenizer of a DataConfig."""
+    return load(cfg.tokenizer, cfg.bos, cfg.eos)
+
+
+def tokenizer_for(cfg: ExperimentConfig) -> tuple[Tokenizer, ExperimentConfig]:
+    """The tokenizer of a config, and the config with model.vocab_size filled in."""
+    tokenizer = of_config(cfg.data)
+    size = cfg.model.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise ConfigError(
+            f'model.vocab_size = {size}: want 0 or at least {tokenizer.vocab_size}, the size of {cfg.data.tokenizer}'
+        )
+    if size % cfg.train.loss_pieces:
+        raise ConfigError(f'train.loss_pieces = {cfg.train.loss_pieces}: want a divisor of the vocabulary of {size}')
+    return tokenizer, cfg.model_copy(update={'model': cfg.model.model_copy(update={'vocab_size': size})})
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, max_piece: int = 16) -> bytes:

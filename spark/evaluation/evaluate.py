@@ -17,8 +17,9 @@ from tqdm import tqdm
 from spark import config, flops
 from spark.checkpoints.manager import open_checkpoint
 from spark.config import ExperimentConfig, MeshConfig, ModelConfig
-from spark.data import pipeline
-from spark.errors import ConfigError, DataError
+from spark.data import rows
+from spark.data.tokenizer import tokenizer_for
+from spark.errors import ConfigError
 from spark.evaluation import sparsity
 from spark.training.loss import cross_entropy
 from spark.training.step import Trainer
@@ -52,7 +53,7 @@ def load(workdir: pathlib.Path | epath.Path, step: int | None = None, source: st
     cfg = cfg.model_copy(update={
         'data': cfg.data.model_copy(update=data), 'train': cfg.train.model_copy(update={'accumulate': 1}),
     })  # fmt: skip
-    tokenizer, cfg = pipeline.tokenizer_for(cfg)
+    tokenizer, cfg = tokenizer_for(cfg)
     checkpoints, step = open_checkpoint(workdir, step)
     cfg, devices = _fit_mesh(cfg, jax.devices())
     trainer = Trainer(cfg, devices)
@@ -69,11 +70,10 @@ def evaluate(model: Model, split: str) -> tuple[dict, dict]:
       `without_ends` leaves out the end of each document, as evaluation harnesses do.
     """
     cfg, trainer = model.cfg, model.trainer
-    dataset = pipeline.EvalDataset(cfg.data, split, model.tokenizer)
+    dataset = rows.EvalBatches(cfg.data, split, trainer.local_rows)
     with trainer.context(), contextlib.closing(iter(dataset)) as batches:
-        sums = accumulate(trainer, model.params, model.tokenizer.eos, tqdm(batches, desc=split, unit='batch', leave=False))
-    if sums is None:
-        raise DataError(f'{split}: no text to evaluate on')
+        bar = tqdm(batches, desc=split, total=len(dataset), unit='batch', leave=False)
+        sums = accumulate(trainer, model.params, model.tokenizer.eos, bar)
     report = {'step': model.step, 'split': split, 'tokens': int(sums['tokens']), 'documents': int(sums['ends'])}
     report |= {'bytes': int(sums['bytes']), **_losses(sums['nll'], sums['tokens'], sums['bytes'])}
     report['without_ends'] = _losses(sums['nll'] - sums['nll_ends'], sums['tokens'] - sums['ends'], sums['bytes'])

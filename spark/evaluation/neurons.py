@@ -18,8 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from spark.config import ModelConfig
-from spark.data import pipeline
-from spark.errors import DataError
+from spark.data import rows
 from spark.evaluation.evaluate import Model
 from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, sow
@@ -50,13 +49,11 @@ def collect(model: Model, split: str, layer: int) -> dict[str, np.ndarray]:
     replicated = NamedSharding(trainer.mesh, PartitionSpec())
     update = jax.jit(functools.partial(_update, trainer.model, layer), donate_argnums=2, out_shardings=replicated)
     best = jax.device_put(best, replicated)
-    dataset = pipeline.EvalDataset(model.cfg.data, split, model.tokenizer)
+    dataset = rows.EvalBatches(model.cfg.data, split, trainer.local_rows)
     with trainer.context(), contextlib.closing(iter(dataset)) as batches:
-        for batch in tqdm(batches, desc=f'neurons of layer {layer}', unit='batch', leave=False):
+        for batch in tqdm(batches, desc=f'neurons of layer {layer}', total=len(dataset), unit='batch', leave=False):
             best = update(model.params, trainer.put(batch), best)
     best = jax.device_get(best)
-    if not best['tokens']:
-        raise DataError(f'{split}: no text to look at')
     return best
 
 

@@ -24,7 +24,7 @@ EDGES = np.linspace(-8, 8, 1025)  # bins of standardised scores; scores outside 
 
 
 def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Runs the forward pass on a batch of `data.pipeline`.
+    """Runs the forward pass on a batch of `data.rows`.
 
     Returns:
       (hidden, sums): the hidden states (B, L, D), and int32 or float32 sums over the tokens without padding. Every sum has a

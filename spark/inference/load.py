@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from spark import config
 from spark.checkpoints.manager import open_checkpoint
-from spark.data import pipeline
+from spark.data.tokenizer import tokenizer_for
 from spark.inference.layout import Serving, lay_out, serving_for
 from spark.nn.transformer import abstract_params, compute_dtype
 from spark.runtime import freed_at_once
@@ -50,7 +50,7 @@ def load(
       CheckpointError: there is no such checkpoint, or it cannot be read.
     """
     cfg = config.load(workdir / 'config.json')
-    tokenizer, cfg = pipeline.tokenizer_for(cfg.model_copy(update={'serve': cfg.serve.model_copy(update=serve or {})}))
+    tokenizer, cfg = tokenizer_for(cfg.model_copy(update={'serve': cfg.serve.model_copy(update=serve or {})}))
     checkpoints, step = open_checkpoint(workdir, step)
     devices = jax.devices()
     platform = devices[0].platform

@@ -23,7 +23,7 @@ def continue_prompts(
     it there are progress bars. Returns, for JSON, 'texts', speeds, and the mean activity of the lookups per token and layer.
     """
     serving, tokenizer = served.serving, served.tokenizer
-    ids = [[tokenizer.bos, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
+    ids = [ids.tolist() for ids in tokenizer.start(prompts)]
     with jax.set_mesh(served.mesh):
         stream = Stream(serving, served.weights, ids, n, chunk)
         stream.warm_up(sampling)  # so that nothing compiles while the clock runs

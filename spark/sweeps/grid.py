@@ -18,7 +18,7 @@ import pydantic
 
 from spark import config, flops
 from spark.config import ATTENTION_KINDS, FFN_KINDS, ExperimentConfig, matched_d_ff
-from spark.data import pipeline
+from spark.data.tokenizer import tokenizer_for
 from spark.errors import ConfigError
 from spark.runtime import write_json
 
@@ -79,7 +79,7 @@ def expand(base: ExperimentConfig, axes: dict[str, list]) -> list[Run]:
         if run.cfg != cfg:
             raise ConfigError(f'--axis: two points of the grid would share the name {name}')
         other_fields = tuple((f, values[f]) for f in axes if f not in LOOKUP_FIELDS and f != 'seed')
-        counts.setdefault(other_fields, []).append((flops.parameters(pipeline.tokenizer_for(cfg)[1].model), name))
+        counts.setdefault(other_fields, []).append((flops.parameters(tokenizer_for(cfg)[1].model), name))
     for (least, small), (most, large) in ((min(group), max(group)) for group in counts.values()):
         if most > 1.01 * least:
             raise ConfigError(f'parameters differ by {most / least - 1:.1%}: {small} has {least:,}, {large} has {most:,}; '

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from spark import config, flops
-from spark.data import pipeline
+from spark.data.tokenizer import tokenizer_for
 from spark.errors import Preempted
 from spark.sweeps import plots
 from spark.sweeps.execute import latest_metrics
@@ -141,7 +141,7 @@ def _row(out, name, cfg, axes):
 
 
 def _result(cfg, summary):
-    model, test = pipeline.tokenizer_for(cfg)[1].model, summary['test']
+    model, test = tokenizer_for(cfg)[1].model, summary['test']
     context = cfg.data.seq_len
     active = np.array(test['active_by_layer']) * model.ffn.d_ff if 'active_by_layer' in test else None
     body = lambda cfg, **measured: flops.group(flops.flops_per_token(cfg, context, 'prefill', **measured))['body']

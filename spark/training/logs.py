@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from spark import devices, flops
 from spark.config import TrainConfig
-from spark.data import pipeline
 from spark.errors import NotFiniteError
 from spark.training import guard, loss, optimizer
 from spark.training.step import Trainer, TrainState
@@ -123,15 +122,16 @@ class Log:
         sums = jax.device_get(sums)
         metrics = loss.per_token(self._trainer.cfg.model, sums)
         metrics |= {'grad_norm': float(sums['grad_norm']), 'updates_left_out': int(sums['left_out'])}
+        metrics['batch_crc'] = int(sums['batch_crc'])
         self.last_loss = metrics['loss']
         if in_a_row:
             self._bad_update(step, metrics, batch, in_a_row)
         if due:
-            self._write(step, metrics, batch[pipeline.HASH])
+            self._write(step, metrics)
 
     def _bad_update(self, step, metrics, batch, in_a_row):
         max_skips = self._trainer.cfg.train.max_skips
-        what = f'step {step}: loss {metrics["loss"]}, gradient norm {metrics["grad_norm"]}, batch {batch[pipeline.HASH]:08x}'
+        what = f'step {step}: loss {metrics["loss"]}, gradient norm {metrics["grad_norm"]}, batch {metrics["batch_crc"]:08x}'
         if in_a_row > max_skips:
             cause = self._cause(metrics, batch)
             raise NotFiniteError(f'{what}; {cause}; nothing was saved since the last good checkpoint')
@@ -146,7 +146,7 @@ class Log:
         except Exception as e:  # for example when memory is short: step and batch are reported all the same
             return f'could not locate the first module that is not finite ({type(e).__name__})'
 
-    def _write(self, step, metrics, batch_crc):
+    def _write(self, step, metrics):
         cfg, now = self._trainer.cfg, time.perf_counter()
         tokens = (step - self._logged_step) * cfg.data.batch_size * cfg.data.seq_len
         speed = tokens / (now - self._logged_time)
@@ -154,7 +154,7 @@ class Log:
         self.tokens += tokens
         self._logged_step, self._logged_time = step, now
         metrics['learning_rate'] = float(self._schedule(step - 1 - metrics['updates_left_out']))
-        metrics |= {'batch_crc': batch_crc, 'tokens_per_second': round(speed, 1)}
+        metrics['tokens_per_second'] = round(speed, 1)
         metrics |= {'tokens_per_second_per_device': round(speed / self._trainer.mesh.size, 1), **self._clock.report()}
         shown = {'loss': f'{metrics["loss"]:.4f}', 'tok/s': f'{speed:,.0f}'}
         if self._utilisation_per_speed:

@@ -1,8 +1,9 @@
 """Training, top to bottom: set up, restore or start; then batch, step, log, evaluate, save, stop; report."""
 
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ from tqdm import tqdm
 from spark import config
 from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints, open_checkpoint
 from spark.config import ExperimentConfig
-from spark.data import pipeline
+from spark.data import documents, rows
+from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, StalledError, exit_now
 from spark.runtime import stop_requests, write_text
 from spark.training import trackers
@@ -21,16 +23,28 @@ from spark.training.step import Trainer, TrainState, evaluate
 from spark.training.watchdog import Watchdog
 
 CACHE_DIR = 'JAX_COMPILATION_CACHE_DIR'
+Batches = Iterable[dict] | Callable[[int], Iterable[dict]]
 
 
-def train(cfg: ExperimentConfig, workdir: epath.PathLike) -> tuple[dict, Trainer, TrainState]:
+def train(
+    cfg: ExperimentConfig, workdir: epath.PathLike, batches: Batches | None = None,
+    held_out: dict[str, Iterable[dict]] | None = None,
+) -> tuple[dict, Trainer, TrainState]:  # fmt: skip
     """Trains to cfg.train.steps, from the newest checkpoint in `workdir` if there is one; (summary, trainer, final state).
+
+    Args:
+      cfg: the config.
+      workdir: the run directory.
+      batches: training data in place of data.source: an iterable of batches as `data.rows.read` describes them, of which each
+        process gives all rows, or those of `Trainer.local_rows`. On resume the batches that were seen are skipped; or it is a
+        function of their number that returns the others.
+      held_out: batches of 'validation' and 'test' in place of those of data.eval_source or data.source, to iterate repeatedly.
 
     Raises a SparkError with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
     """
     # XLA's errors are translated before anything is closed, since closing may wait for processes that have died.
     with contextlib.ExitStack() as stack, _translated_errors():
-        run = Run(cfg, epath.Path(workdir), stack)
+        run = Run(cfg, epath.Path(workdir), stack, batches, held_out)
         run.loop()
         return run.report(), run.trainer, run.state
 
@@ -41,26 +55,32 @@ class Run:
     What it opens is closed by `stack`.
     """
 
-    def __init__(self, cfg: ExperimentConfig, workdir: epath.Path, stack: contextlib.ExitStack):
+    def __init__(
+        self, cfg: ExperimentConfig, workdir: epath.Path, stack: contextlib.ExitStack,
+        batches: Batches | None = None, held_out: dict[str, Iterable[dict]] | None = None,
+    ):  # fmt: skip
         self.workdir, self.clock = workdir, Clock()
         with self.clock.during('start'):
+            self.tokenizer, self.cfg = tokenizer_for(cfg)
+            config.check_devices(self.cfg, jax.device_count())
+            self.trainer = Trainer(self.cfg)
+            # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
+            # A source that is not prepared is prepared now, before the watchdog looks on: that may take hours.
+            self.rows = rows.TrainRows(cfg.data, cfg.seed) if batches is None else None
+            open_split = lambda split: rows.EvalBatches(cfg.data, split, self.trainer.local_rows)
+            self.held_out = held_out or {split: open_split(split) for split in ('validation', 'test')}
             self.stop = stack.enter_context(stop_requests())
             self.watchdog = stack.enter_context(Watchdog(cfg.train.stall_seconds))
             self.profiler = stack.enter_context(Profiler(cfg.train, workdir))
-            tokenizer, self.cfg = pipeline.tokenizer_for(cfg)
-            config.check_devices(self.cfg, jax.device_count())
-            # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
-            dataset = pipeline.train_dataset(cfg.data, cfg.seed, tokenizer)
-            self.held_out = {split: pipeline.EvalDataset(cfg.data, split, tokenizer) for split in ('validation', 'test')}
             claim_directory(workdir, cfg)
             if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
                 jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
-            self.trainer = Trainer(self.cfg)
             self.checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
             stack.enter_context(self.trainer.context())
-            self.batches = iter(dataset)
-            stack.callback(self.batches.close)
             self._restore_or_start()
+            self.batches = self._open_batches(batches)
+            if hasattr(self.batches, 'close'):
+                stack.callback(self.batches.close)
             self.writer = trackers.MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
             if self.writer:
                 stack.callback(self.writer.close)
@@ -119,6 +139,7 @@ class Run:
                 raise
             except Exception as e:  # raised by a worker
                 raise DataError(f'{source}: cannot be read at step {self.step}: {type(e).__name__}: {e}') from e
+            self.rows_seen += self.cfg.data.batch_size
             return batch, self.trainer.put(batch)
 
     def evaluate(self) -> None:
@@ -130,13 +151,13 @@ class Run:
             self.bar.write(f'step {self.step}: validation loss {report["loss"]:.4f}')
 
     def save(self) -> None:
-        """Starts to save the state and the position in the data."""
+        """Starts to save the state and the number of rows seen."""
         with self.log.paused('checkpoint'):
             if self.writer:
                 self.writer.flush()
             self.watchdog.alive('saving', slow=True)
-            data = {'data': self.batches.get_state(), 'evaluated': self.evaluated}
-            self.checkpoints.save(self.step, self.state, data)
+            place = {'rows': self.rows_seen, 'digest': self.rows and self.rows.digest}
+            self.checkpoints.save(self.step, self.state, {'data': place, 'evaluated': self.evaluated})
             self.saved = self.step
 
     def stop_requested(self, activity: str = 'stepping', slow: bool = False) -> bool:
@@ -153,9 +174,9 @@ class Run:
             if reports[split] is None:
                 raise self._preempted()
         # gzip is the yardstick that everyone has. On a large split it would take longer than it is worth.
-        test, log = reports['test'], self.log
-        small = test['bytes'] <= 64 << 20
-        test['gzip_bits_per_byte'] = 8 * pipeline.gzip_size(self.cfg.data, 'test') / test['bytes'] if small else None
+        test, texts, log = reports['test'], self.held_out['test'], self.log
+        small = 0 < test['bytes'] <= 64 << 20 and isinstance(texts, rows.EvalBatches)
+        test['gzip_bits_per_byte'] = 8 * documents.gzip_size(texts.texts(self.tokenizer)) / test['bytes'] if small else None
         return {
             'steps': self.step,
             'parameters': self.trainer.n_params,
@@ -168,16 +189,37 @@ class Run:
         }
 
     def _restore_or_start(self):
-        """Sets step, state, evaluated and saved, and moves the data iterator to where it was."""
+        """Sets step, state, evaluated, saved and rows_seen."""
         self.watchdog.alive('restoring', slow=True)
         if restored := self.checkpoints.restore_newest(self.trainer.abstract_state):
             self.step, self.state, data = restored
-            self.batches.set_state(data['data'])
+            self.rows_seen = self._place_in_data(data['data'])
             self.evaluated, self.saved = data['evaluated'], self.step
             print(f'Resuming from step {self.step} in {self.workdir}', flush=True)
         else:
             _check_nothing_lost(self.workdir, self.cfg.train.save_every)
-            self.step, self.state, self.evaluated, self.saved = 0, initial_state(self.trainer), True, None
+            self.step, self.state, self.evaluated, self.saved, self.rows_seen = 0, initial_state(self.trainer), True, None, 0
+
+    def _place_in_data(self, saved):
+        """The number of rows seen. Raises an error if the data are not those that the run had."""
+        if 'rows' not in saved:
+            raise CheckpointError(
+                f'{self.workdir}: was saved by an older version, which kept the state of an iterator as the place in the data; '
+                f'start a new run from its weights with --restore_from={self.workdir}'
+            )
+        if self.rows and saved['digest'] != self.rows.digest:
+            source = self.cfg.data.source
+            changed = f'{source}: is not what it was until step {self.step}: files were added, removed or changed'
+            if not self.cfg.data.allow_changed:
+                raise DataError(f'{changed}; restore them, or go on with what there is by --config.data.allow_changed=True')
+            print(f'Warning: {changed}', flush=True)
+        return saved['rows']
+
+    def _open_batches(self, batches):
+        """An iterator over the batches that are not seen yet."""
+        if batches is None:
+            return self.rows.batches(self.rows_seen, self.trainer.local_rows)
+        return iter(batches(self.step)) if callable(batches) else itertools.islice(batches, self.step, None)
 
     def _evaluate(self, split, limit=0):
         """Evaluates a held-out split and writes its metrics; returns None if interrupted."""

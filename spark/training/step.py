@@ -2,7 +2,8 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -13,8 +14,8 @@ import optax
 from flax.core import meta
 from tqdm import tqdm
 
+from spark.checkpoints.checksums import checksum
 from spark.config import ExperimentConfig
-from spark.data import pipeline
 from spark.errors import DataError
 from spark.nn.transformer import Transformer, compute_dtype
 from spark.training import loss, optimizer, sharding
@@ -50,6 +51,9 @@ class Trainer:
         )
         self.n_params = sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
         self._batch_sharding = sharding.batch_sharding(self.mesh)
+        # The rows of a batch that the devices of this process hold; nothing else must be read here.
+        held = self._batch_sharding.addressable_devices_indices_map((cfg.data.batch_size, cfg.data.seq_len)).values()
+        self.local_rows = np.unique(np.concatenate([np.arange(cfg.data.batch_size)[rows] for rows, _ in held]))
         # Does the step skip bad updates? That makes XLA sum gradients over slices in float32, a quarter more bytes on the slow
         # network. So several slices skip only if train.max_skips asks for it; a run still stops before it saves a bad state.
         self.guarded = cfg.train.max_skips > 0 or cfg.mesh.slices == 1
@@ -80,9 +84,21 @@ class Trainer:
         return self.train_step.lower(self.abstract_state, self.abstract_batch()).compile()
 
     def put(self, batch: dict) -> dict[str, jax.Array]:
-        """A batch of host arrays as global arrays; each device gets its part."""
-        put = lambda x: jax.make_array_from_callback(x.shape, self._batch_sharding, lambda index: x[index])
-        return {name: put(x) for name, x in batch.items() if name != pipeline.HASH}
+        """A batch of host arrays, of all rows or of `local_rows`, as global arrays; each device gets its part."""
+        size = self.cfg.data.batch_size
+
+        def put(x):
+            held = np.arange(size) if len(x) == size else self.local_rows
+
+            def part(index):
+                rows, columns = index
+                start, stop, _ = rows.indices(size)
+                first = np.searchsorted(held, start)
+                return x[first : first + stop - start, columns]
+
+            return jax.make_array_from_callback((size, *x.shape[1:]), self._batch_sharding, part)
+
+        return {name: put(x) for name, x in batch.items()}
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch, for compiling ahead of time."""
@@ -122,33 +138,42 @@ class Trainer:
         if self.guarded:  # a select rather than a product, since 0 · NaN is NaN
             new = jax.tree.map(lambda old, new: jnp.where(good, new, old), old, new)
         params, opt_state = new
-        sums |= {'grad_norm': norm, 'left_out': guard.left_out, 'in_a_row': guard.in_a_row}
+        sums |= {'grad_norm': norm, 'left_out': guard.left_out, 'in_a_row': guard.in_a_row, 'batch_crc': _batch_checksum(batch)}
         return TrainState(state.step + 1, params, opt_state, guard), sums
 
 
-def evaluate(
-    trainer: Trainer, params: dict, dataset: pipeline.EvalDataset, label: str = 'eval', limit: int = 0,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict | None:
-    """`loss.per_token` of a dataset, or of its first `limit` batches (0: all), summed in float64 on the host.
+def _batch_checksum(batch):
+    """Identifies a batch in logs, however it is spread over devices: a uint32."""
+    tokens_BxL = batch['tokens']
+    return checksum(tokens_BxL, jnp.zeros(2, jnp.uint32), jnp.array(tokens_BxL.shape, jnp.uint32))
 
-    At most two batches are in flight. Returns None if `stop()`, which is called before each batch, is true. The bar counts
-    batches up to `limit`, or the documents of the split, whose number is known without reading them.
+
+def evaluate(
+    trainer: Trainer, params: dict, dataset: Iterable[dict], label: str = 'eval', limit: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict | None:  # fmt: skip
+    """`loss.per_token` of the batches of a dataset, or of the first `limit` of them (0: all), summed in float64 on the host.
+
+    At most two batches are in flight. Returns None if `stop()`, which is called before each batch, is true.
     """
-    sums, running = [], []  # `running`: the sums of a batch on the device, and how far it brings the bar
-    bar = tqdm(total=limit or len(dataset), desc=label, unit='batch' if limit else 'document', leave=False,
-               disable=jax.process_index() != 0)  # fmt: skip
+    sums, running = [], []  # `running` is still on the device
+    length = operator.length_hint(dataset, limit)
+    total = min(limit or length, length) or None
+    bar = tqdm(total=total, desc=label, unit='batch', leave=False, disable=jax.process_index() != 0)
 
     def fetch():
-        on_device, progress = running.pop(0)
-        sums.append(jax.device_get(on_device))
-        bar.update(progress)
+        sums.append(jax.device_get(running.pop(0)))
+        bar.update()
 
-    with contextlib.closing(iter(dataset)) as batches, bar:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bar)
+        batches = iter(dataset)
+        if hasattr(batches, 'close'):
+            stack.callback(batches.close)
         for batch in itertools.islice(batches, limit or None):
             if stop():
                 return None
-            running.append((trainer.eval_step(params, trainer.put(batch)), 1 if limit else dataset.documents_ending_in(batch)))
+            running.append(trainer.eval_step(params, trainer.put(batch)))
             if len(running) == 2:
                 fetch()  # waits for the batch before, while this one runs
         if not running:

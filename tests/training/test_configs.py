@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from spark.config import validate
-from spark.data import pipeline
+from spark.data.tokenizer import tokenizer_for
 from spark.training.step import Trainer
 from tests.helpers import shipped
 from tests.test_config import CONFIGS
@@ -18,7 +18,7 @@ def lowered(name, variant):
         c.mesh.fsdp, c.mesh.model, c.data.batch_size, c.data.seq_len = 4, 2, 16, 512
     cfg = validate(c)
     if not cfg.model.vocab_size:
-        cfg = pipeline.tokenizer_for(cfg)[1]
+        cfg = tokenizer_for(cfg)[1]
     trainer = Trainer(cfg, jax.devices()[: 8 if name.startswith('gemma2') else 1])
     with trainer.context():
         return trainer, trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch())

@@ -13,7 +13,7 @@ import pytest
 import tqdm
 
 from spark import devices, flops
-from spark.data import pipeline
+from spark.data.tokenizer import tokenizer_for
 from spark.errors import ConfigError, DataError
 from spark.nn.layers import METRICS
 from spark.nn.transformer import activity
@@ -334,7 +334,7 @@ def test_a_checkpoint_moves_to_another_mesh(corpus):
     overrides, directory, _, expected = corpus
     from spark.checkpoints.manager import Checkpoints
 
-    cfg = pipeline.tokenizer_for(small(**overrides, **{'mesh.fsdp': 2, 'mesh.data': 2}))[1]
+    cfg = tokenizer_for(small(**overrides, **{'mesh.fsdp': 2, 'mesh.data': 2}))[1]
     trainer = Trainer(cfg, jax.devices()[:4])
     state, data = Checkpoints(directory / 'whole' / 'checkpoints').restore(10, trainer.abstract_state)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), expected)
@@ -362,7 +362,7 @@ def test_the_keep_policy_and_the_limits_of_evaluation(corpus, monkeypatch):
 def test_evaluation_is_bounded_and_knows_its_length(corpus, monkeypatch):
     """At most two batches are in flight, `stop` is asked before each, and the bar ends at its total: documents, or the limit."""
     overrides, _, _, _ = corpus
-    tokenizer, cfg = pipeline.tokenizer_for(small(**overrides, **{'data.batch_size': 2}))
+    tokenizer, cfg = tokenizer_for(small(**overrides, **{'data.batch_size': 2}))
     dataset = pipeline.EvalDataset(cfg.data, 'test', tokenizer)
     in_flight, most, bars, asked = 0, [], [], []
 

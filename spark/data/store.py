@@ -1,0 +1,128 @@
+"""The token store: one long array of token ids per split, in a directory or a bucket, read by position.
+
+    DIR/manifest.json    what it was made of, the tokenizer; documents, tokens and bytes of each split
+    DIR/SPLIT/tokens     zarr3, (tokens,): each document as MARK t₁ … t_n
+    DIR/SPLIT/bytes      zarr3, (tokens,): the bytes of text that the token after each one stands for
+
+The mark is BOS, or EOS if the tokenizer has no BOS. The token after t_n is EOS: the n + 1 inputs of a document have t₁ … t_n EOS
+as targets. Files of 2²⁴ tokens hold compressed chunks of 2¹⁴, each with a checksum.
+"""
+
+import dataclasses
+import json
+import pathlib
+import zlib
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from spark.errors import DataError, root_cause
+
+VERSION = 1
+SHARD, CHUNK = 1 << 24, 1 << 14
+# Holds the indices of the files; one is 16 bytes per chunk.
+CONTEXT = ts.Context({'cache_pool': {'total_bytes_limit': 64 << 20}})
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A split of a store."""
+
+    store: 'Store'
+    name: str
+    documents: int
+    tokens: int
+    bytes: int
+
+    def read(self, start: int, stop: int, batch: ts.Batch | None = None) -> tuple[ts.Future, ts.Future]:
+        """Futures of the tokens and of the bytes in [start, stop)."""
+        return tuple(x[start:stop].read(batch=batch) for x in self.store.arrays(self.name))
+
+
+class Store:
+    """An open token store. Raises a DataError if it is damaged or is none."""
+
+    def __init__(self, directory: epath.PathLike):
+        self.directory = epath.Path(directory).expanduser()
+        path = self.directory / 'manifest.json'
+        try:
+            self.manifest = json.loads(path.read_text())
+            if self.manifest['version'] != VERSION:
+                raise DataError(f'{path}: has version {self.manifest["version"]}, want {VERSION}: prepare it again')
+            self.splits = {name: Split(self, name, **counts) for name, counts in self.manifest['splits'].items()}
+            self.mark, self.eos, self.digest = (self.manifest[name] for name in ('mark', 'eos', 'digest'))
+        except OSError as e:
+            raise DataError(f'{self.directory}: is no token store; want a directory that scripts/prepare.py finished') from e
+        except (KeyError, TypeError, ValueError) as e:
+            raise DataError(f'{path}: is damaged: {type(e).__name__}: {e}; prepare it again') from e
+        self._arrays = {}
+
+    def arrays(self, split: str) -> tuple[ts.TensorStore, ts.TensorStore]:
+        """The tokens and the bytes of a split."""
+        if split not in self._arrays:
+            opened = []
+            for name in ('tokens', 'bytes'):
+                path = self.directory / split / name
+                try:
+                    array = ts.open({'driver': 'zarr3', 'kvstore': kvstore(path), 'recheck_cached_data': 'open'}, context=CONTEXT,
+                                    read=True).result()  # fmt: skip
+                except Exception as e:
+                    raise self.damaged(e) from e
+                if array.shape != (self.splits[split].tokens,):
+                    raise self.damaged(f'{path} has {array.shape} tokens, want {self.splits[split].tokens}')
+                opened.append(array)
+            self._arrays[split] = tuple(opened)
+        return self._arrays[split]
+
+    def verify(self) -> None:
+        """Compares the files with what was written: their sizes and, unless that would take long, their checksums."""
+        sums = self.manifest.get('checksums', {})
+        found = file_checksums(self.directory)
+        if wrong := [name for name in sums if found.get(name) != sums[name]]:
+            raise self.damaged(f'{wrong[0]} {"differs from what was written" if wrong[0] in found else "is missing"}')
+
+    def damaged(self, error: Exception | str) -> DataError:
+        """The error of a store whose files are missing or differ from what was written."""
+        why = error if isinstance(error, str) else root_cause(error)
+        return DataError(f'{self.directory}: the token store is damaged: {why}; remove it and prepare it again')
+
+
+def kvstore(path: epath.PathLike) -> str:
+    """The URL of a directory for TensorStore."""
+    path = str(path)
+    return f'{path}/' if '://' in path else f'file://{epath.Path(path).absolute()}/'
+
+
+def create(path: epath.Path, n: int, dtype: Any) -> ts.TensorStore:
+    """A new array of n numbers, or the one that is there."""
+    little = {'name': 'bytes', 'configuration': {'endian': 'little'}}
+    inner = [little, {'name': 'zstd', 'configuration': {'level': 1}}, {'name': 'crc32c'}]
+    index = {'chunk_shape': [CHUNK], 'codecs': inner, 'index_codecs': [little, {'name': 'crc32c'}]}
+    metadata = {
+        'shape': [n],
+        'data_type': np.dtype(dtype).name,
+        'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': [SHARD]}},
+        'codecs': [{'name': 'sharding_indexed', 'configuration': index}],
+    }
+    return ts.open({'driver': 'zarr3', 'kvstore': kvstore(path), 'metadata': metadata}, create=True, open=True).result()
+
+
+def open_array(path: epath.Path) -> ts.TensorStore:
+    """An array that is there, to write."""
+    return ts.open({'driver': 'zarr3', 'kvstore': kvstore(path)}).result()
+
+
+def file_checksums(directory: epath.Path, limit: int = 256 << 20) -> dict[str, list[int]]:
+    """{path: [size, CRC-32]} of the arrays in a local directory; only the sizes if they have more than `limit` bytes in all."""
+    files = sorted(path for split in pathlib.Path(directory).iterdir() if split.is_dir() and split.name != 'parts'
+                   for path in split.rglob('*') if path.is_file())  # fmt: skip
+    small = sum(path.stat().st_size for path in files) <= limit
+    sums = lambda path: [path.stat().st_size, *([zlib.crc32(path.read_bytes())] if small else [])]
+    return {str(path.relative_to(directory)): sums(path) for path in files}
+
+
+def narrowest(vocab_size: int) -> np.dtype:
+    """The smallest unsigned type that holds all ids."""
+    return np.min_scalar_type(vocab_size - 1)
