@@ -24,7 +24,7 @@ def shipped(name, variant=None):
 
 SMALL = {
     'model.d_model': 32, 'model.n_layers': 4, 'model.attention.n_heads': 4, 'model.attention.n_kv_heads': 2,
-    'model.attention.head_dim': 8, 'model.attention.window': 7, 'data.seq_len': 32, 'data.batch_size': 8, 'data.shuffle_rows': 16,
+    'model.attention.head_dim': 8, 'model.attention.window': 7, 'data.seq_len': 32, 'data.batch_size': 8, 'data.holdout': 0.1,
     'optimizer.lr': 1e-2, 'optimizer.warmup_steps': 2, 'train.steps': 10, 'train.log_every': 1, 'train.save_every': 5,
     'sample.tokens': 8,
 }  # fmt: skip

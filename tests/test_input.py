@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spark.config import fields
-from spark.data import pipeline
-from spark.data.tokenizer import train_sentencepiece
+from spark.data import rows
+from spark.data.tokenizer import tokenizer_for, train_sentencepiece
 from spark.errors import DataError
 from tests.forks import Forks
 from tests.helpers import small
@@ -145,14 +145,15 @@ def test_text_files(tmp_path_factory, files, zipped):
     eval_source = f'text:{directory}/*'
     cfg = small(**{'data.source': eval_source, 'data.eval_source': eval_source, 'data.cache_dir': str(directory / 'cache')})
     try:
-        tokenizer, cfg = pipeline.tokenizer_for(cfg)
-        batches = list(pipeline.EvalDataset(cfg.data, 'test', tokenizer))
+        tokenizer, cfg = tokenizer_for(cfg)
+        dataset = rows.EvalBatches(cfg.data, 'test')
+        batches = list(dataset)
     except DataError as e:
         assert str(directory) in str(e) and len(str(e)) < 1000
         return
     kept = np.concatenate([b['targets'][b['segments'] > 0] for b in batches])
     found = b'\0\0'.join(bytes(part.astype(np.uint8)) for part in np.split(kept, np.flatnonzero(kept == tokenizer.eos) + 1))
-    texts = [text.encode() for documents in pipeline.held_out(cfg.data, 'test') for text in documents]
+    texts = [text.encode() for text in dataset.texts(tokenizer)]
     assert np.array_equal(kept, np.concatenate([[*text, tokenizer.eos] for text in texts])), found
     whole = [b''.join(content) for kind, content in files if kind.startswith('txt')]
     assert not all(kind.startswith('txt') for kind, _ in files) or b''.join(texts) == b''.join(whole)

@@ -132,8 +132,8 @@ class TrainRows:
         part = next(i for i, n in enumerate(after) if n > before[i])
         return self._parts[part][before[part]]
 
-    def __len__(self) -> int:
-        """Of data.epochs passes: the rows up to the one at which a part is exhausted."""
+    def total(self) -> int:
+        """The number of rows in data.epochs passes: up to the one at which a part is exhausted."""
         limits = [part.per_epoch * self._cfg.epochs for part in self._parts]
         exhausted = lambda n: any(a > b for a, b in zip(self.counts(n), limits, strict=True))
         return bisect.bisect_left(range(sum(limits) + 1), True, key=exhausted) - 1
@@ -141,7 +141,7 @@ class TrainRows:
     def batches(self, first: int, rows: np.ndarray | None = None) -> grain.DatasetIterator:
         """The batches from row number `first` on; of each only the given rows (None: all)."""
         size = self._cfg.batch_size
-        n = (len(self) - first) // size if self._cfg.epochs else 1 << 40
+        n = (self.total() - first) // size if self._cfg.epochs else 1 << 40
         rows = np.arange(size) if rows is None else rows
         batch = lambda b: read([self[first + b * size + int(i)] for i in rows], self._cfg.seq_len)
         return _prefetched(self._cfg, max(n, 0), batch)

@@ -128,13 +128,13 @@ class Run:
 
     def next_batch(self) -> tuple[dict, dict]:
         """The next batch, as host arrays and as global arrays."""
-        source = self.cfg.data.source
+        source = 'batches' if self.rows is None else self.cfg.data.source
         with self.clock.during('data'):
             try:
                 batch = next(self.batches)
             except StopIteration:
-                after = f'after data.epochs = {self.cfg.data.epochs}'
-                raise DataError(f'{source}: exhausted at step {self.step} {after}') from None
+                after = f' after data.epochs = {self.cfg.data.epochs}' if self.rows is not None else ''
+                raise DataError(f'{source}: exhausted at step {self.step}{after}') from None
             except SparkError:
                 raise
             except Exception as e:  # raised by a worker
@@ -156,7 +156,7 @@ class Run:
             if self.writer:
                 self.writer.flush()
             self.watchdog.alive('saving', slow=True)
-            place = {'rows': self.rows_seen, 'digest': self.rows and self.rows.digest}
+            place = {'rows': self.rows_seen, 'digest': None if self.rows is None else self.rows.digest}
             self.checkpoints.save(self.step, self.state, {'data': place, 'evaluated': self.evaluated})
             self.saved = self.step
 
@@ -207,7 +207,7 @@ class Run:
                 f'{self.workdir}: was saved by an older version, which kept the state of an iterator as the place in the data; '
                 f'start a new run from its weights with --restore_from={self.workdir}'
             )
-        if self.rows and saved['digest'] != self.rows.digest:
+        if self.rows is not None and saved['digest'] != self.rows.digest:
             source = self.cfg.data.source
             changed = f'{source}: is not what it was until step {self.step}: files were added, removed or changed'
             if not self.cfg.data.allow_changed:

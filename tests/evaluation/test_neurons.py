@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from spark.data import pipeline
+from spark.data.rows import EvalBatches
 from spark.data.tokenizer import ByteTokenizer, load
 from spark.evaluation import evaluate, neurons
 from spark.nn.layers import RMSNorm
@@ -30,7 +30,7 @@ def test_the_strongest_contexts_are_those_of_the_model(model):
     act = jax.jit(lambda p, b: neurons.activations(trainer.model, p, b, LAYER))
     rows = {'a': [], 'ids': [], 'segments': []}
     with trainer.context():
-        for batch in pipeline.EvalDataset(cfg.data, 'test', model.tokenizer):
+        for batch in EvalBatches(cfg.data, 'test'):
             rows['a'].append(np.asarray(act(model.params, trainer.put(batch))))
             rows['ids'].append(batch['tokens'])
             rows['segments'].append(batch['segments'])

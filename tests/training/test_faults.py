@@ -364,7 +364,7 @@ def test_data_that_fails(place):
         for i in range(1000):
             writer.write(b'\xff' if i == bad else f'document {i} '.encode() * 4)
         writer.close()
-    fields = ('train.steps=5000', 'train.eval_every=0', 'train.log_every=100', 'data.shuffle_rows=0')
+    fields = ('train.steps=5000', 'train.eval_every=0', 'train.log_every=100')
     more = [f'--config.{field}' for field in fields]
     ((_, said),) = run(place, place.parent / 'undecodable', *more, f'--config.data.source=array_record:{files}/text', code=4)
     assert re.search(r'DataError: .*array_record:.*/text: record 900 is not UTF-8', error(said))

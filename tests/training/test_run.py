@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 from unittest import mock
 
@@ -13,8 +14,10 @@ import pytest
 import tqdm
 
 from spark import devices, flops
+from spark.checkpoints.checksums import json_crc
+from spark.data import rows
 from spark.data.tokenizer import tokenizer_for
-from spark.errors import ConfigError, DataError
+from spark.errors import CheckpointError, ConfigError, DataError
 from spark.nn.layers import METRICS
 from spark.nn.transformer import activity
 from spark.training import loss, optimizer, sharding, trackers
@@ -24,6 +27,10 @@ from spark.training.run import claim_directory, train
 from spark.training.step import Trainer
 from spark.training.trackers import MetricsWriter
 from tests.helpers import model_and_params, records, small, write_corpus
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def random_batch(cfg, seed=0):
@@ -360,10 +367,10 @@ def test_the_keep_policy_and_the_limits_of_evaluation(corpus, monkeypatch):
 
 
 def test_evaluation_is_bounded_and_knows_its_length(corpus, monkeypatch):
-    """At most two batches are in flight, `stop` is asked before each, and the bar ends at its total: documents, or the limit."""
+    """At most two batches are in flight, `stop` is asked before each, and the bar ends at its total, a number of batches."""
     overrides, _, _, _ = corpus
-    tokenizer, cfg = tokenizer_for(small(**overrides, **{'data.batch_size': 2}))
-    dataset = pipeline.EvalDataset(cfg.data, 'test', tokenizer)
+    _, cfg = tokenizer_for(small(**overrides, **{'data.batch_size': 2}))
+    dataset = rows.EvalBatches(cfg.data, 'test')
     in_flight, most, bars, asked = 0, [], [], []
 
     def dispatch(params, batch):
@@ -392,6 +399,64 @@ def test_evaluation_is_bounded_and_knows_its_length(corpus, monkeypatch):
         assert (asked[: len(most)] == list(range(len(most))) and len(most) == limit) or (not limit and len(most) > 2)
         assert bars[-1].n == bars[-1].total == (limit or len(dataset))
     assert train_module.evaluate(trainer, {}, dataset, stop=lambda: True) is None
+
+
+def test_other_data_than_before_is_refused_unless_asked_for(corpus, tmp_path):
+    """Files that moved are the same data; a file more is not, and no run goes on with it by accident."""
+    _, _, _, expected = corpus
+    own = {'data.source': write_corpus(tmp_path), 'data.cache_dir': str(tmp_path / 'cache'), 'train.eval_every': 5}
+    cfg = lambda **more: small(**own, **more)
+    shutil.copytree(corpus[1] / 'whole', tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '10')
+    written = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    written['data'] |= {'source': cfg().data.source, 'cache_dir': cfg().data.cache_dir}
+    (tmp_path / 'run' / 'config.json').write_text(json.dumps(written))
+    shutil.copytree(tmp_path / 'run', tmp_path / 'other')
+    _, _, state = train(cfg(), tmp_path / 'run')
+    assert_same(jax.device_get(state), expected)
+    (tmp_path / '99.txt').write_text('one document more, in a split or another ' * 20)
+    with pytest.raises(DataError, match=r'is not what it was until step 5: files were added.*data\.allow_changed=True'):
+        train(cfg(), tmp_path / 'other')
+    _, _, state = train(cfg(**{'data.allow_changed': True}), tmp_path / 'other')
+    assert int(state.step) == 10
+    with pytest.raises(AssertionError):
+        assert_same(jax.device_get(state), expected)
+
+
+def test_a_run_of_an_older_version_is_told_how_to_go_on(corpus, tmp_path):
+    overrides, directory, _, _ = corpus
+    shutil.copytree(directory / 'whole', tmp_path / 'old')
+    shutil.rmtree(tmp_path / 'old' / 'checkpoints' / '10')
+    path = tmp_path / 'old' / 'checkpoints' / '5' / 'data' / 'metadata'
+    metadata = json.loads(path.read_text())
+    metadata['data']['data'] = {'next_index': {'tuple': [3, 4]}}
+    path.write_text(json.dumps(metadata | {'crc': json_crc(metadata['data'])}))
+    with pytest.raises(CheckpointError, match=r'older version.*--restore_from='):
+        train(small(**overrides), tmp_path / 'old')
+
+
+def test_batches_of_ones_own(corpus, tmp_path):
+    """An iterable, or a function of the number of batches seen; on resume both go on where they were."""
+    overrides, _, _, _ = corpus
+    _, cfg = tokenizer_for(small(**overrides))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 256, (12, 8, 33), np.int32)
+    place = np.broadcast_to(np.arange(32, dtype=np.int32), (8, 32))
+    own = [{'tokens': x[:, :-1], 'targets': x[:, 1:], 'positions': place, 'segments': np.ones_like(place),
+            'bytes': np.ones_like(place)} for x in tokens]  # fmt: skip
+    held_out = {'validation': own[10:11], 'test': own[11:]}
+    asked = []
+    source = lambda first: (asked.append(first), iter(own[first:]))[1]
+    summary, _, expected = train(cfg, tmp_path / 'a', batches=own, held_out=held_out)
+    assert summary['test']['tokens'] == summary['validation']['tokens'] == 256 and summary['test']['gzip_bits_per_byte'] is None
+    for name, batches in [('b', own), ('c', source)]:
+        shutil.copytree(tmp_path / 'a', tmp_path / name)
+        shutil.rmtree(tmp_path / name / 'checkpoints' / '10')
+        _, _, state = train(cfg, tmp_path / name, batches=batches, held_out=held_out)
+        assert_same(jax.device_get(state), jax.device_get(expected))
+    assert asked == [5]
+    with pytest.raises(DataError, match='exhausted at step 3'):
+        train(cfg, tmp_path / 'd', batches=own[:3], held_out=held_out)
 
 
 def test_held_out_text_that_is_missing_is_said_before_the_training(corpus):
