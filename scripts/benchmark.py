@@ -18,7 +18,6 @@ JSON: a list of rows {name, backend, ours_ms, baseline_ms, speedup = baseline / 
 """
 
 import pathlib
-import sys
 
 if __name__ == '__main__':
     from spark.runtime import use_huge_pages
@@ -39,7 +38,9 @@ JSON = flags.DEFINE_string('json', None, 'Also write the rows to this file.')
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
 
-def main(name):
+def main(name: str) -> None:
+    if name not in BENCHMARKS:
+        raise errors.ConfigError(f'benchmark {name}: want one of {", ".join(BENCHMARKS)}')
     if TOPOLOGY.value and name != 'ffn':
         raise errors.ConfigError(f'--topology={TOPOLOGY.value}: only ffn has an estimate')
     rows = ffn_cycles(TOPOLOGY.value) if TOPOLOGY.value else run(name, CONFIGS, REPEATS.value)
@@ -49,11 +50,4 @@ def main(name):
 
 
 if __name__ == '__main__':
-    names = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
-
-    def check(argv):
-        if len(names) != 1 or names[0] not in BENCHMARKS:
-            raise errors.ConfigError(f'benchmark {" ".join(names) or "missing"}: want one of {", ".join(BENCHMARKS)}')
-        sys.argv.remove(names[0])
-
-    errors.run(lambda: main(names[0]), check=check)
+    errors.run(main, arguments=['NAME'])

@@ -32,8 +32,6 @@ JSON = flags.DEFINE_string('json', None, 'Also write the report to this file.')
 
 
 def main():
-    if not WORKDIR.value:
-        raise errors.ConfigError('--workdir is missing; see --help')
     workdir = run_directory(WORKDIR.value)
     draws = PLOTS.value or NEURONS.value is not None
     if SPLIT.value == 'none' and (draws or not TASKS.value):
@@ -84,4 +82,4 @@ def split_report(model, out, draws):
 
 if __name__ == '__main__':
     use_huge_pages()
-    errors.run(main)
+    errors.run(main, required=[WORKDIR])

@@ -31,9 +31,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    for name, flag in [('config', CONFIG), ('workdir', WORKDIR)]:
-        if not flag.value:
-            raise errors.ConfigError(f'--{name} is missing; see --help')
     cfg = config.validate(CONFIG.value)
     from spark.launching import ENGINES, job, launch, local, parse_options
 
@@ -76,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    errors.run(main, check=config.check_flags)
+    errors.run(main, check=config.check_flags, required=[CONFIG, WORKDIR])

@@ -21,8 +21,6 @@ OUT = flags.DEFINE_string('out', None, 'The file to write.')
 
 
 def main() -> None:
-    if not OUT.value:
-        raise errors.ConfigError('--out is missing; see --help')
     out = pathlib.Path(OUT.value)
     if out.exists():
         raise errors.ConfigError(f'--out={out} exists; choose another name or remove it')
@@ -41,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    errors.run(main)
+    errors.run(main, required=[OUT])

@@ -30,9 +30,6 @@ JSON = flags.DEFINE_string('json', None, 'Also write the summary to this file.')
 
 
 def main() -> None:
-    for name, flag in [('config', CONFIG), ('workdir', WORKDIR)]:
-        if not flag.value:
-            raise errors.ConfigError(f'--{name} is missing; see --help')
     if RESTORE.value is not None:
         CONFIG.value.train.restore_from = RESTORE.value
     cfg = config.validate(CONFIG.value)
@@ -108,4 +105,4 @@ def table(cfg: config.ExperimentConfig, summary: dict) -> str:
 
 if __name__ == '__main__':
     use_huge_pages()
-    errors.run(main, check=config.check_flags)
+    errors.run(main, check=config.check_flags, required=[CONFIG, WORKDIR])
