@@ -43,9 +43,8 @@ class Checkpoints:
 
         Waits for an unfinished save first, and raises its error.
         """
-        sums = {name: int(x) for name, x in jax.device_get(checksums(state)).items()}
         data = _encode_tuples(data)
-        metadata = {'step': step, 'data': data, 'checksums': sums, 'crc': json_crc(data)}
+        metadata = {'step': step, 'data': data, 'checksums': checksums(state), 'crc': json_crc(data)}
         try:
             if self._vanished():
                 raise FileNotFoundError
@@ -181,7 +180,7 @@ class Checkpoints:
 
     def _verify(self, step, tree, saved):
         """Raises a DamagedError that names the first array whose checksum is not the saved one."""
-        found = {name: int(x) for name, x in jax.device_get(checksums(tree)).items()}
+        found = checksums(tree)
         wrong = [name for name in found if found[name] != saved.get(name)]
         if wrong:
             name, more = wrong[0], f' ({len(wrong)} arrays differ)' if len(wrong) > 1 else ''

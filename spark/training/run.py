@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from spark import config
 from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints, open_checkpoint
-from spark.config import ExperimentConfig
 from spark.data import pipeline
 from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, StalledError, exit_now
 from spark.runtime import stop_requests, write_text
@@ -23,7 +22,7 @@ from spark.training.watchdog import Watchdog
 CACHE_DIR = 'JAX_COMPILATION_CACHE_DIR'
 
 
-def train(cfg: ExperimentConfig, workdir: epath.PathLike) -> tuple[dict, Trainer, TrainState]:
+def train(cfg: config.ExperimentConfig, workdir: epath.PathLike) -> tuple[dict, Trainer, TrainState]:
     """Trains to cfg.train.steps, from the newest checkpoint in `workdir` if there is one; (summary, trainer, final state).
 
     Raises a SparkError with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
@@ -41,7 +40,7 @@ class Run:
     What it opens is closed by `stack`.
     """
 
-    def __init__(self, cfg: ExperimentConfig, workdir: epath.Path, stack: contextlib.ExitStack):
+    def __init__(self, cfg: config.ExperimentConfig, workdir: epath.Path, stack: contextlib.ExitStack):
         self.workdir, self.clock = workdir, Clock()
         with self.clock.during('start'):
             self.stop = stack.enter_context(stop_requests())
@@ -210,13 +209,10 @@ class Run:
 
 
 def initial_state(trainer: Trainer) -> TrainState:
-    """The state at step 0: random, or with the weights of train.restore_from."""
+    """The state at step 0: random, or with the weights of train.restore_from, a run directory or a checkpoints/STEP of one."""
     state, source = trainer.init_state(trainer.cfg.seed), trainer.cfg.train.restore_from
-    return state.replace(params=_weights_of(source, trainer.abstract_state.params)) if source else state
-
-
-def _weights_of(source, abstract_params):
-    """The parameters of the newest checkpoint of a run directory, or of the given checkpoints/STEP of one."""
+    if not source:
+        return state
     path = epath.Path(source)
     is_step = path.parent.name == 'checkpoints' and path.name.isdigit()
     workdir, step = (path.parent.parent, int(path.name)) if is_step else (path, None)
@@ -227,9 +223,9 @@ def _weights_of(source, abstract_params):
             f'train.restore_from = {source!r}: want a run directory, or a checkpoints/STEP of one; {e}'
         ) from None
     print(f'Starting from the parameters of {workdir}/checkpoints/{step}', flush=True)
-    params = checkpoints.restore_params(step, abstract_params)
+    params = checkpoints.restore_params(step, trainer.abstract_state.params)
     checkpoints.close()
-    return params
+    return state.replace(params=params)
 
 
 def _check_nothing_lost(workdir, save_every):
@@ -241,7 +237,7 @@ def _check_nothing_lost(workdir, save_every):
         raise CheckpointError(f'{workdir}/checkpoints: there is none, but metrics.jsonl goes to step {reached}')
 
 
-def claim_directory(workdir: epath.Path, cfg: ExperimentConfig) -> None:
+def claim_directory(workdir: epath.Path, cfg: config.ExperimentConfig) -> None:
     """Writes config.json to a new run directory, or compares the one that is there: only `config.RESUMABLE` may change.
 
     Raises a ConfigError if the directory belongs to a run with another config, or holds files but no run.
