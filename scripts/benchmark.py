@@ -27,9 +27,9 @@ if __name__ == '__main__':
 from absl import flags
 
 from spark import errors
+from spark.benchmarks import lookups
 from spark.benchmarks.run import BENCHMARKS, run
 from spark.benchmarks.timing import table
-from spark.compiling.cycles import ffn_cycles
 from spark.runtime import write_json
 
 REPEATS = flags.DEFINE_integer('repeats', None, "Interleaved repeats of each side; default the benchmark's own.", lower_bound=1)
@@ -43,7 +43,7 @@ def main(name: str) -> None:
         raise errors.ConfigError(f'benchmark {name}: want one of {", ".join(BENCHMARKS)}')
     if TOPOLOGY.value and name != 'ffn':
         raise errors.ConfigError(f'--topology={TOPOLOGY.value}: only ffn has an estimate')
-    rows = ffn_cycles(TOPOLOGY.value) if TOPOLOGY.value else run(name, CONFIGS, REPEATS.value)
+    rows = lookups.ffn_cycles(TOPOLOGY.value) if TOPOLOGY.value else run(name, CONFIGS, REPEATS.value)
     print(table(rows))
     if JSON.value:
         write_json(JSON.value, rows)

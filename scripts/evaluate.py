@@ -64,13 +64,12 @@ def main():
 
 def split_report(model, out, draws):
     """Evaluates the split, prints its tables, and writes the figures and the page to `out` if asked for."""
-    from spark.evaluation import evaluate, neurons, plots
-    from spark.evaluation.tables import tables
+    from spark.evaluation import evaluate, neurons, plots, tables
 
     cfg = model.cfg.model
     report, sums = evaluate.evaluate(model, SPLIT.value)
     report['flops'] = evaluate.flops_report(cfg, CONTEXT.value or model.cfg.data.seq_len, report['layers'])
-    print(tables(report))
+    print(tables.tables(report))
     if draws:
         layer = next(n for n in (LAYER.value, NEURONS.value, cfg.n_layers // 2) if n is not None)
         figures = plots.draw(cfg, report, sums, layer, out)

@@ -61,22 +61,20 @@ def continuation(trainer, state) -> str | None:
     import jax
     import jax.numpy as jnp
 
-    from spark.data.tokenizer import load
-    from spark.inference.decoder import generate
-    from spark.inference.layout import Serving, from_params
-    from spark.inference.sampling import Sampling
+    from spark.data import tokenizer
+    from spark.inference import decoder, layout, sampling
 
     cfg = trainer.cfg
     if not cfg.sample.tokens:
         return None
-    tokenizer = load(cfg.data.tokenizer)
-    prompt = jnp.asarray([[tokenizer.bos, *tokenizer.encode(cfg.sample.prompt)]], jnp.int32)
+    text = tokenizer.load(cfg.data.tokenizer)
+    prompt = jnp.asarray([[text.bos, *text.encode(cfg.sample.prompt)]], jnp.int32)
     with jax.set_mesh(trainer.mesh):  # but no rules for activations, since a single row cannot be sharded
-        serving = Serving(cfg.model, jnp.dtype(trainer.model.dtype).name, platform=trainer.model.platform)
-        weights = jax.jit(lambda params: from_params(serving, params))(state.params)
-        sampling = Sampling(cfg.sample.temperature)
-        tokens = generate(serving, weights, prompt, jax.random.key(cfg.seed), n=cfg.sample.tokens, sampling=sampling)
-    return cfg.sample.prompt + tokenizer.decode(jax.device_get(tokens)[0])
+        serving = layout.Serving(cfg.model, jnp.dtype(trainer.model.dtype).name, platform=trainer.model.platform)
+        weights = jax.jit(lambda params: layout.from_params(serving, params))(state.params)
+        options = {'n': cfg.sample.tokens, 'sampling': sampling.Sampling(cfg.sample.temperature)}
+        tokens = decoder.generate(serving, weights, prompt, jax.random.key(cfg.seed), **options)
+    return cfg.sample.prompt + text.decode(jax.device_get(tokens)[0])
 
 
 def table(cfg: config.ExperimentConfig, summary: dict) -> str:

@@ -30,11 +30,7 @@ class TooBig(ConfigError):
 
 
 def devices(topology: str, slices: int = 1) -> list[jax.Device]:
-    """The devices of one or more slices such as 'v5e:16x16'; this machine need not have them.
-
-    Raises:
-      ConfigError: libtpu knows no slice of that name, or is not installed.
-    """
+    """The devices of one or more slices such as 'v5e:16x16'; this machine need not have them."""
     # libtpu must not look for chips or a cloud: there are none, and several processes may compile at once.
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
@@ -53,22 +49,16 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
 
 
 def compile_step(cfg: ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[Trainer, jax.stages.Compiled]:
-    """The trainer of a config, and the same train step that training runs, compiled.
-
-    Raises:
-      TooBig: the compiler itself finds that the step does not fit in memory.
-      ConfigError: the compiler fails.
-    """
+    """The trainer of a config, and the same train step that training runs, compiled; a ConfigError if the compiler fails."""
     trainer = Trainer(cfg, devices)
-    with trainer.context():
-        lowered = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch())
-        try:
-            return trainer, lowered.compile()
-        except jax.errors.JaxRuntimeError as e:
-            if 'RESOURCE_EXHAUSTED' not in str(e):
-                raise ConfigError(f'the compiler fails on this step: {str(e).splitlines()[0][:300]}') from e
-            sizes = re.search(r'\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)', str(e))
-            raise TooBig(*map(float, sizes.groups()) if sizes else (math.inf, math.nan)) from None
+    try:
+        with trainer.context():
+            return trainer, trainer.compile_train_step()
+    except jax.errors.JaxRuntimeError as e:
+        if 'RESOURCE_EXHAUSTED' not in str(e):
+            raise ConfigError(f'the compiler fails on this step: {str(e).splitlines()[0][:300]}') from e
+        sizes = re.search(r'\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)', str(e))
+        raise TooBig(*map(float, sizes.groups()) if sizes else (math.inf, math.nan)) from None
 
 
 def report(cfg: ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[dict, str]:
@@ -89,8 +79,7 @@ def report(cfg: ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[dict, 
 def search(cfg: ExperimentConfig, devices: Sequence[jax.Device], say: Callable[[str], object] = print) -> list[dict]:
     """For each rematerialisation policy, from the cheapest to compute, the largest power-of-two rows per device that fit.
 
-    Returns:
-      [{'remat', 'batch_size', 'peak': bytes}]; a policy under which not even one row per device fits is omitted.
+    Returns [{'remat', 'batch_size', 'peak': bytes}]; a policy under which not even one row per device fits is omitted.
     """
     found = []
     sizes = config.check_devices(cfg, len(devices))

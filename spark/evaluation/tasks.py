@@ -36,16 +36,8 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, model: Model):
         super().__init__()
-        self._model, trainer = model, model.trainer
-
-        @jax.jit
-        def score(params, batch):
-            """The log-likelihood of each target, and whether it is the likeliest token."""
-            hidden = trainer.model.apply(params, batch['tokens'], batch['positions'], batch['segments'])
-            nll, _, greedy = cross_entropy(trainer.model, params, hidden, batch['targets'], trainer.cfg.train.loss_pieces)
-            return -nll, greedy
-
-        self._score = score
+        self._model = model
+        self._score = jax.jit(functools.partial(_score, model.trainer))
 
     @functools.cached_property
     def _served(self):
@@ -77,16 +69,15 @@ class HarnessModel(TemplateLM):
         length = self._model.cfg.data.seq_len
         rows, owner = [], []
         for i, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0])
-            inputs = [self.prefix_token_id, *ids]
-            for start in range(0, len(ids), length):
-                targets = ids[start : start + length]
-                rows.append((inputs[start : start + len(targets)], targets, len(targets)))
+            ids = [self.prefix_token_id, *self.tok_encode(request.args[0])]
+            for start in range(0, len(ids) - 1, length):
+                row = ids[start : start + length + 1]
+                rows.append((row, len(row) - 1))
                 owner.append(i)
         totals = np.zeros(len(requests))
         for i, (value, _) in zip(owner, self._scores(rows, disable_tqdm), strict=True):
             totals[i] += value
-        return [float(x) for x in totals]
+        return totals.tolist()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations, each cut before its first stop string or EOS."""
@@ -111,8 +102,7 @@ class HarnessModel(TemplateLM):
             with model.trainer.context():
                 new = generate(*self._served, jnp.asarray(batch), jax.random.key(model.cfg.seed),
                                n=n, sampling=Sampling(temperature), lengths_B=jnp.asarray(lengths))  # fmt: skip
-            for i, ids in zip(chosen, np.asarray(new), strict=False):
-                ids = [int(t) for t in ids]
+            for i, ids in zip(chosen, new.tolist(), strict=False):
                 ids = ids[: ids.index(self.eot_token_id)] if self.eot_token_id in ids else ids
                 texts[i], _ = cut(model.tokenizer.decode(ids), options[i][0])
             bar.update(len(chosen))
@@ -121,10 +111,7 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
         del kwargs
-        rows = []
-        for _, context, continuation in requests:
-            ids = self._with_bos([*context, *continuation])
-            rows.append((ids[:-1], ids[1:], len(continuation)))
+        rows = [(self._with_bos([*context, *continuation]), len(continuation)) for _, context, continuation in requests]
         return self._scores(rows, disable_tqdm)
 
     def _with_bos(self, ids):
@@ -136,25 +123,25 @@ class HarnessModel(TemplateLM):
         return max(1, cfg.data.batch_size * cfg.data.seq_len // (length * devices)) * devices
 
     def _scores(self, rows, disable_tqdm):
-        """For each row (inputs, targets, n): the log-likelihood of its last n targets, and whether all are the likeliest."""
+        """For each row (ids, n): the log-likelihood of its last n tokens, and whether all of them are the likeliest."""
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
         scores = [(0.0, True)] * len(rows)
         model, trainer = self._model, self._model.trainer
         bar = tqdm(total=len(rows), desc='scoring', disable=disable_tqdm)
         while order:
-            L = _bucket(len(rows[order[0]][0]))
+            L = _bucket(len(rows[order[0]][0]) - 1)
             chosen, order = order[: self._rows(L)], order[self._rows(L) :]
             batch = {name: np.zeros((self._rows(L), L), np.int32) for name in ('tokens', 'targets', 'segments', 'positions')}
             batch['positions'] += np.arange(L, dtype=np.int32)
             for row, i in enumerate(chosen):
-                inputs, targets, _ = rows[i]
-                for name, values in [('tokens', inputs), ('targets', targets), ('segments', 1)]:
-                    batch[name][row, : len(inputs)] = values
+                ids, _ = rows[i]
+                for name, values in [('tokens', ids[:-1]), ('targets', ids[1:]), ('segments', 1)]:
+                    batch[name][row, : len(ids) - 1] = values
             with trainer.context():
                 value, greedy = jax.device_get(self._score(model.params, trainer.put(batch)))
             for row, i in enumerate(chosen):
-                end, n = len(rows[i][0]), rows[i][2]
-                scored = slice(end - n, end)
+                ids, n = rows[i]
+                scored = slice(len(ids) - 1 - n, len(ids) - 1)
                 scores[i] = float(np.sum(value[row, scored], dtype=np.float64)), bool(greedy[row, scored].all())
             bar.update(len(chosen))
         bar.close()
@@ -165,10 +152,6 @@ def load(names: Sequence[str], path: str | None = None) -> TaskManager:
     """The task manager of the harness, after checking that the data of these tasks or groups can be read.
 
     `path` is a directory of additional task files (YAML), which may name Python code to run.
-
-    Raises:
-      ConfigError: there is no such task.
-      DataError: the data of a task cannot be read or downloaded.
     """
     for library in ('lm_eval', 'datasets', 'huggingface_hub'):  # they log every retry of a download
         logging.getLogger(library).setLevel(logging.CRITICAL)
@@ -195,6 +178,13 @@ def run(model: Model, names: Sequence[str], manager: TaskManager, **options) -> 
     """
     results = simple_evaluate(HarnessModel(model), tasks=list(names), task_manager=manager, log_samples=False, **options)
     return results['results'], make_table(results)
+
+
+def _score(trainer, params, batch):
+    """The log-likelihood of each target, and whether it is the likeliest token."""
+    hidden = trainer.model.apply(params, batch['tokens'], batch['positions'], batch['segments'])
+    nll, _, greedy = cross_entropy(trainer.model, params, hidden, batch['targets'], trainer.cfg.train.loss_pieces)
+    return -nll, greedy
 
 
 def _bucket(length):

@@ -58,11 +58,10 @@ def write(out: pathlib.Path, rows: list[Row], axes: dict[str, list]) -> list[pat
 
 
 def average(rows: list[Row], axes: dict[str, list]) -> list[dict]:
-    """One point for the finished rows that differ only in the seed.
+    """One point for the finished rows that differ only in the seed; the std of one value is NaN.
 
-    Returns:
-      [{'axes', 'seeds': their number, 'losses': {seed: test loss}, and for each result (mean, sample std, min, max),
-        'within': sample std of the test loss after subtracting each seed's mean over all points}]; the std of one value is NaN.
+    Returns [{'axes', 'seeds': their number, 'losses': {seed: test loss}, and for each result (mean, sample std, min, max),
+    'within': sample std of the test loss after subtracting each seed's mean over all points}].
     """
     groups = {}
     for row in rows:
@@ -150,10 +149,7 @@ def _result(cfg, summary):
         'parameters': summary['parameters'],
         'test_loss': test['loss'],
         'validation_loss': summary['validation']['loss'],
-        'perplexity': test['perplexity'],
-        'bits_per_byte': test.get('bits_per_byte'),
-        'active': test.get('active'),
-        'attended': test['attended'],
+        **{name: test.get(name) for name in ('perplexity', 'bits_per_byte', 'active', 'attended')},
         'd_ff': model.ffn.d_ff,
         'context': context,
         'mflops': measured / 1e6,
