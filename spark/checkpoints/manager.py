@@ -97,9 +97,7 @@ class Checkpoints:
         """(state, data) of a step.
 
         `abstract` is a tree of shapes, dtypes and shardings; if `partial`, it is a part of the state, maybe with other dtypes.
-
-        Raises:
-          DamagedError: it cannot be read, or a checksum differs. CheckpointError: it is of another model.
+        Raises a DamagedError if it cannot be read or a checksum differs, and a CheckpointError if it is of another model.
         """
         metadata, restored, error = None, None, None
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
@@ -157,10 +155,7 @@ class Checkpoints:
         return {'data': _decode_tuples(data), 'checksums': saved_checksums}
 
     def _compare(self, step, abstract, partial):
-        """Raises a CheckpointError that lists the paths at which a tree differs from the saved one.
-
-        A partial tree may lack paths, and may have other dtypes.
-        """
+        """Raises a CheckpointError with the paths at which a tree differs from what was saved; a partial one may lack some."""
         try:
             metadata = ocp.PyTreeCheckpointHandler().metadata(self._path(step) / 'state')
             saved = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in by_path(metadata.tree).items()}

@@ -1,7 +1,4 @@
-"""Compiles the train step for TPUs that this machine does not have: does it fit in memory, and what does it compute?
-
-libtpu compiles for any slice, by its name, on any machine. `compiling/hlo.py` reads the compiled program.
-"""
+"""Compiles the train step for TPUs that this machine does not have: libtpu compiles for any slice, by its name, anywhere."""
 
 import math
 import os
@@ -10,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from spark import config, flops
 from spark.compiling import hlo
@@ -85,21 +83,19 @@ def search(cfg: ExperimentConfig, devices: Sequence[jax.Device], say: Callable[[
     sizes = config.check_devices(cfg, len(devices))
     rows_per_step = sizes['data'] * sizes['fsdp'] * cfg.train.accumulate  # with one row per device
     for remat in ('none', 'dots', 'dots_no_batch', 'full'):
-        best = None
+        best, model = None, cfg.model.model_copy(update={'remat': remat})
         for rows in (1, 2, 4, 8, 16, 32, 64):
-            candidate = cfg.model_copy(update={
-                'model': cfg.model.model_copy(update={'remat': remat}),
-                'data': cfg.data.model_copy(update={'batch_size': rows * rows_per_step}),
-            })  # fmt: skip
+            data = cfg.data.model_copy(update={'batch_size': rows * rows_per_step})
+            candidate = cfg.model_copy(update={'model': model, 'data': data})
             try:
                 usage = memory(compile_step(candidate, devices)[1], devices[0])
                 check_fit(usage)
             except TooBig:
                 break
             except ConfigError as e:  # the compiler may fail at this size alone
-                say(f'{remat}: batch_size {candidate.data.batch_size}: {e}')
+                say(f'{remat}: batch_size {data.batch_size}: {e}')
                 continue
-            best = {'remat': remat, 'batch_size': candidate.data.batch_size, 'peak': usage['peak']}
+            best = {'remat': remat, 'batch_size': data.batch_size, 'peak': usage['peak']}
         say(f'{remat}: ' + (f'batch_size {best["batch_size"]}, peak {best["peak"] / 1e9:.2f} GB' if best else 'does not fit'))
         found += [best] if best else []
     return found
@@ -140,7 +136,7 @@ def _flops(jaxpr, trips, scope='', in_kernel=False):
     total = 0
     for eqn in jaxpr.eqns:
         here = f'{scope}/{eqn.source_info.name_stack}'
-        times, inner = 1, [p for v in eqn.params.values() for p in (v if isinstance(v, tuple | list) else [v]) if _jaxpr(p)]
+        times, inner = 1, list(jaxprs_in_params(eqn.params))
         match eqn.primitive.name:
             case 'dot_general':
                 (contract, _), _ = eqn.params['dimension_numbers']
@@ -157,10 +153,5 @@ def _flops(jaxpr, trips, scope='', in_kernel=False):
                 times = math.prod(outer) * trips(here)
             case 'cond' if not in_kernel:
                 inner = inner[:1]  # the false branch is the usual one: no query is without a key
-        total += times * sum(_flops(_jaxpr(p), trips, here, in_kernel or eqn.primitive.name == 'pallas_call') for p in inner)
+        total += times * sum(_flops(p, trips, here, in_kernel or eqn.primitive.name == 'pallas_call') for p in inner)
     return total
-
-
-def _jaxpr(x):
-    """The jaxpr in a parameter of an equation, or None."""
-    return getattr(x, 'jaxpr', x) if hasattr(x, 'eqns') or hasattr(getattr(x, 'jaxpr', None), 'eqns') else None

@@ -195,7 +195,7 @@ def _trips(computations, line):
 
 
 def _groups_of(sizes, axes, numbers=None):
-    """The groups of devices that a collective over these axes of a mesh {axis: size} forms; `numbers` are those of the devices."""
+    """The groups of devices that a collective over these axes of a mesh {axis: size} forms; `numbers`: the devices."""
     numbers = np.arange(math.prod(sizes.values())) if numbers is None else numbers
     axes_last = sorted(range(len(sizes)), key=lambda i: list(sizes)[i] in axes)
     numbers = numbers.reshape(tuple(sizes.values())).transpose(axes_last)
@@ -223,12 +223,8 @@ def _members(line):
 def _ring(line, sizes):
     """The mesh axes along which the pairs of a collective-permute differ."""
     pairs = re.findall(r'\{(\d+),(\d+)\}', line.partition('source_target_pairs=')[2])
-    shape = tuple(sizes.values())
-    different = set()
-    for a, b in pairs:
-        coordinates = zip(sizes, np.unravel_index(int(a), shape), np.unravel_index(int(b), shape), strict=True)
-        different |= {name for name, i, j in coordinates if i != j}
-    return tuple(name for name in sizes if name in different) or None
+    coordinates = np.unravel_index(np.array(pairs, int).reshape(-1, 2), tuple(sizes.values()))
+    return tuple(name for name, x in zip(sizes, coordinates, strict=True) if (x[:, 0] != x[:, 1]).any()) or None
 
 
 def _sources(text):

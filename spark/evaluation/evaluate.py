@@ -1,10 +1,10 @@
 """Evaluates a checkpoint on a whole split: loss, the statistics of its lookups, and the FLOPs that follow from them."""
 
 import contextlib
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,7 @@ from spark.training.step import Trainer
 FETCH_EVERY = 64  # batches whose int32 sums stay on the device, before they are fetched and added up in 64 bits
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """A trained model, ready to run inside `trainer.context()`."""
 
     cfg: config.ExperimentConfig
@@ -43,9 +42,8 @@ def load(workdir: pathlib.Path | epath.Path, step: int | None = None, source: st
     """
     cfg = config.load(workdir / 'config.json')
     data = {name: value for name, value in [('eval_source', source), ('batch_size', batch_size)] if value}
-    cfg = cfg.model_copy(update={
-        'data': cfg.data.model_copy(update=data), 'train': cfg.train.model_copy(update={'accumulate': 1}),
-    })  # fmt: skip
+    train = cfg.train.model_copy(update={'accumulate': 1})
+    cfg = cfg.model_copy(update={'data': cfg.data.model_copy(update=data), 'train': train})
     tokenizer, cfg = pipeline.tokenizer_for(cfg)
     checkpoints, step = open_checkpoint(workdir, step)
     cfg, devices = _fit_mesh(cfg, jax.devices())

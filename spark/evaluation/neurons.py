@@ -1,7 +1,4 @@
-"""A page to browse the neurons of one layer: how often each is active, the text that activates it most, the tokens it promotes.
-
-One self-contained HTML file: no server, no network.
-"""
+"""One HTML file to browse a layer's neurons: how often each is active, which text activates it most, which tokens it promotes."""
 
 import base64
 import contextlib

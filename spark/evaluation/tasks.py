@@ -48,17 +48,10 @@ class HarnessModel(TemplateLM):
         with trainer.context():
             return serving, jax.jit(lambda params: from_params(serving, params))(self._model.params)
 
-    @property
-    def eot_token_id(self) -> int:
-        return self._model.tokenizer.eos
-
-    @property
-    def prefix_token_id(self) -> int:
-        return self._model.tokenizer.bos
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self._model.cfg.data.tokenizer
+    # What the harness asks for.
+    eot_token_id = property(lambda self: self._model.tokenizer.eos)
+    prefix_token_id = property(lambda self: self._model.tokenizer.bos)
+    tokenizer_name = property(lambda self: self._model.cfg.data.tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         del add_special_tokens, kwargs  # BOS is added to each row
@@ -149,10 +142,7 @@ class HarnessModel(TemplateLM):
 
 
 def load(names: Sequence[str], path: str | None = None) -> TaskManager:
-    """The task manager of the harness, after checking that the data of these tasks or groups can be read.
-
-    `path` is a directory of additional task files (YAML), which may name Python code to run.
-    """
+    """The harness's task manager, once the data of these tasks can be read; `path` holds more task files, which may run code."""
     for library in ('lm_eval', 'datasets', 'huggingface_hub'):  # they log every retry of a download
         logging.getLogger(library).setLevel(logging.CRITICAL)
     if path is not None and not pathlib.Path(path).is_dir():
@@ -172,10 +162,7 @@ def load(names: Sequence[str], path: str | None = None) -> TaskManager:
 
 
 def run(model: Model, names: Sequence[str], manager: TaskManager, **options) -> tuple[dict, str]:
-    """Runs tasks or groups: {task: {metric: value}}, and the table that the harness makes of them.
-
-    `manager` is that of `load`; `options` go to `simple_evaluate`, such as limit (documents per task) and num_fewshot.
-    """
+    """{task: {metric: value}}, and the harness's table of them; `options` go to `simple_evaluate`, such as num_fewshot."""
     results = simple_evaluate(HarnessModel(model), tasks=list(names), task_manager=manager, log_samples=False, **options)
     return results['results'], make_table(results)
 

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 from spark.errors import Preempted
-from spark.runtime import stop_signals
+from spark.runtime import received_signals
 
 
 def run(words: list[str], processes: int, revision: str, restarts: int) -> int:
@@ -20,7 +20,7 @@ def run(words: list[str], processes: int, revision: str, restarts: int) -> int:
             print(f'Preempted, starting again ({restart} of {restarts})', flush=True)
         started = _start(words, processes, revision)
         send = lambda number, started=started: [p.send_signal(number) for p in started if p.poll() is None]
-        with stop_signals(lambda n, send=send: send(signal.SIGTERM if n == 1 else signal.SIGKILL)) as signals:
+        with received_signals(lambda n, send=send: send(signal.SIGTERM if n == 1 else signal.SIGKILL)) as signals:
             while None in (codes := [p.poll() for p in started]):
                 if any(code not in (None, 0, Preempted.exit_code) for code in codes):
                     time.sleep(5)  # the others may fail with a more helpful message

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from spark import config
 from spark.errors import ConfigError, Preempted
-from spark.runtime import stop_signals
+from spark.runtime import received_signals
 from spark.sweeps.grid import Run
 
 
@@ -46,7 +46,7 @@ def execute(command: list[str], out: pathlib.Path, name: str, tick: Callable[[],
         start = output.tell()
         # In a session of its own, so that Ctrl-C does not reach it twice.
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        with stop_signals(lambda n: process.terminate() if n == 1 else process.kill()) as signals:
+        with received_signals(lambda n: process.terminate() if n == 1 else process.kill()) as signals:
             while True:
                 try:
                     code = process.wait(timeout=0.5)
@@ -90,10 +90,7 @@ def run_locally(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Pa
 
 
 def submit(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path, parameters: dict) -> dict[str, str]:
-    """Submits the runs that are not finished to SLURM, one job per run; returns {run name: job id}.
-
-    `parameters` are those of `submitit.SlurmExecutor.update_parameters`, such as time, partition, gpus_per_node.
-    """
+    """Submits the runs that are not finished to SLURM, a job each, with these `parameters` of sbatch: {run name: job id}."""
     try:
         import submitit
     except ImportError:

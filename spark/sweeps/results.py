@@ -1,9 +1,4 @@
-"""The results of a sweep: a row per run, means over seeds, tables and plots.
-
-    OUT/results.csv     a row per run
-    OUT/results.md      means over seeds and the Pareto front; below, the runs that did not finish, and why
-    OUT/loss_*.png
-"""
+"""The results of a sweep: a row per run, means over seeds, tables and plots."""
 
 import csv
 import dataclasses
@@ -47,8 +42,7 @@ def write(out: pathlib.Path, rows: list[Row], axes: dict[str, list]) -> list[pat
     with paths[0].open('w', newline='') as f:
         writer = csv.DictWriter(f, ['run', *axes, 'status', *columns])
         writer.writeheader()
-        for row in rows:
-            writer.writerow({'run': row.run, **row.axes, 'status': row.status, **row.result})
+        writer.writerows({'run': row.run, **row.axes, 'status': row.status, **row.result} for row in rows)
     points = average(rows, axes)
     paths[1].write_text(markdown(points, rows, axes) + '\n')
     if points:

@@ -48,8 +48,7 @@ def cross_entropy(
 def forward(model: Transformer, params: dict, batch: dict, *, pieces: int = 1, count: bool = True) -> dict[str, jax.Array]:
     """Runs the model on a batch (see spark.data.pipeline) and sums over its tokens, without padding.
 
-    Returns:
-      {'nll', 'log_z2', 'tokens', 'bytes': () float32; 'active', 'attended': (n_layers,) float32 if `count`}.
+    Returns {'nll', 'log_z2', 'tokens', 'bytes': () float32; 'active', 'attended': (n_layers,) float32 if `count`}.
     """
     rows = batch['tokens'], batch['positions'], batch['segments']
     hidden, state = model.apply(params, *rows, mutable=[METRICS] if count else [])

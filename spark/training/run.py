@@ -23,10 +23,7 @@ CACHE_DIR = 'JAX_COMPILATION_CACHE_DIR'
 
 
 def train(cfg: config.ExperimentConfig, workdir: epath.PathLike) -> tuple[dict, Trainer, TrainState]:
-    """Trains to cfg.train.steps, from the newest checkpoint in `workdir` if there is one; (summary, trainer, final state).
-
-    Raises a SparkError with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
-    """
+    """Trains to cfg.train.steps, from the newest checkpoint in `workdir` if there is one; (summary, trainer, final state)."""
     # XLA's errors are translated before anything is closed, since closing may wait for processes that have died.
     with contextlib.ExitStack() as stack, _translated_errors():
         run = Run(cfg, epath.Path(workdir), stack)
@@ -35,17 +32,14 @@ def train(cfg: config.ExperimentConfig, workdir: epath.PathLike) -> tuple[dict, 
 
 
 class Run:
-    """The state of a run: its step, parameters and data iterator, whether they are evaluated and saved, and where it reports.
-
-    What it opens is closed by `stack`.
-    """
+    """A run: its step, state and data iterator, whether it is evaluated and saved, and where it reports; `stack` closes it."""
 
     def __init__(self, cfg: config.ExperimentConfig, workdir: epath.Path, stack: contextlib.ExitStack):
         self.workdir, self.clock = workdir, Clock()
         with self.clock.during('start'):
             self.stop = stack.enter_context(stop_requests())
             self.watchdog = stack.enter_context(Watchdog(cfg.train.stall_seconds))
-            self.profiler = stack.enter_context(Profiler(cfg.train, workdir))
+            self.profiler = Profiler(cfg.train, workdir, stack)
             tokenizer, self.cfg = pipeline.tokenizer_for(cfg)
             config.check_devices(self.cfg, jax.device_count())
             # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
@@ -238,10 +232,7 @@ def _check_nothing_lost(workdir, save_every):
 
 
 def claim_directory(workdir: epath.Path, cfg: config.ExperimentConfig) -> None:
-    """Writes config.json to a new run directory, or compares the one that is there: only `config.RESUMABLE` may change.
-
-    Raises a ConfigError if the directory belongs to a run with another config, or holds files but no run.
-    """
+    """Writes config.json to a new run directory, or compares the one that is there: only `config.RESUMABLE` may change."""
     path = workdir / 'config.json'
     if path.exists():
         previous = config.load(path)

@@ -32,10 +32,7 @@ class TrainState:
 
 
 class Trainer:
-    """The compiled parts of a run on a mesh of some devices (None: all): initial state, train step, eval step.
-
-    model.vocab_size of the config must be filled in.
-    """
+    """The compiled parts of a run on a mesh of some devices (None: all); model.vocab_size of the config must be filled in."""
 
     def __init__(self, cfg: ExperimentConfig, devices: Sequence[jax.Device] | None = None):
         self.cfg = cfg
@@ -49,7 +46,7 @@ class Trainer:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), meta.unbox(boxed), self.state_shardings
         )
         self.n_params = sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
-        self._batch_sharding = sharding.batch_sharding(self.mesh)
+        self._batch_sharding = jax.NamedSharding(self.mesh, sharding.spec(('batch', 'length')))
         # Does the step skip bad updates? That makes XLA sum gradients over slices in float32, a quarter more bytes on the slow
         # network. So several slices skip only if train.max_skips asks for it; a run still stops before it saves a bad state.
         self.guarded = cfg.train.max_skips > 0 or cfg.mesh.slices == 1
