@@ -59,7 +59,6 @@ def main() -> None:
 def continuation(trainer, state) -> str | None:
     """sample.prompt and what the model writes after it; None if the config asks for no sample."""
     import jax
-    import jax.numpy as jnp
 
     from spark.data import tokenizer
     from spark.inference import decoder, layout, sampling
@@ -68,9 +67,9 @@ def continuation(trainer, state) -> str | None:
     if not cfg.sample.tokens:
         return None
     text = tokenizer.load(cfg.data.tokenizer)
-    prompt = jnp.asarray([[text.bos, *text.encode(cfg.sample.prompt)]], jnp.int32)
+    prompt = jax.numpy.asarray([[text.bos, *text.encode(cfg.sample.prompt)]], jax.numpy.int32)
     with jax.set_mesh(trainer.mesh):  # but no rules for activations, since a single row cannot be sharded
-        serving = layout.Serving(cfg.model, jnp.dtype(trainer.model.dtype).name, platform=trainer.model.platform)
+        serving = layout.Serving(cfg.model, jax.numpy.dtype(trainer.model.dtype).name, platform=trainer.model.platform)
         weights = jax.jit(lambda params: layout.from_params(serving, params))(state.params)
         options = {'n': cfg.sample.tokens, 'sampling': sampling.Sampling(cfg.sample.temperature)}
         tokens = decoder.generate(serving, weights, prompt, jax.random.key(cfg.seed), **options)
@@ -94,8 +93,7 @@ def table(cfg: config.ExperimentConfig, summary: dict) -> str:
     rows.append(('attended keys', f'{test["attended"]:.1f}', f'k = {a.k}' if a.k else 'all visible ones'))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     line = lambda cells: '| ' + ' | '.join(f'{cell:<{w}}' for cell, w in zip(cells, widths, strict=True)) + ' |'
-    header = [line([''] * 3), '|' + '|'.join('-' * (w + 2) for w in widths) + '|']
-    lines = ['', *header, *map(line, rows)]
+    lines = ['', line([''] * 3), '|' + '|'.join('-' * (w + 2) for w in widths) + '|', *map(line, rows)]
     if summary['sample']:
         lines += ['', f'A continuation of {cfg.sample.prompt!r}:', summary['sample']]
     return '\n'.join(lines)

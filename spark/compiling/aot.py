@@ -11,7 +11,6 @@ from jax.extend.core import jaxprs_in_params
 
 from spark import config, flops
 from spark.compiling import hlo
-from spark.config import ExperimentConfig
 from spark.devices import chip as chip_of
 from spark.errors import ConfigError
 from spark.training.step import Trainer
@@ -46,7 +45,7 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
         ) from None
 
 
-def compile_step(cfg: ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[Trainer, jax.stages.Compiled]:
+def compile_step(cfg: config.ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[Trainer, jax.stages.Compiled]:
     """The trainer of a config, and the same train step that training runs, compiled; a ConfigError if the compiler fails."""
     trainer = Trainer(cfg, devices)
     try:
@@ -59,7 +58,7 @@ def compile_step(cfg: ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[
         raise TooBig(*map(float, sizes.groups()) if sizes else (math.inf, math.nan)) from None
 
 
-def report(cfg: ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[dict, str]:
+def report(cfg: config.ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[dict, str]:
     """The report that `scripts/compile.py` prints, and the text of the compiled program."""
     trainer, compiled = compile_step(cfg, devices)
     text, device = compiled.as_text(), devices[0]
@@ -74,7 +73,7 @@ def report(cfg: ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[dict, 
     }, text  # fmt: skip
 
 
-def search(cfg: ExperimentConfig, devices: Sequence[jax.Device], say: Callable[[str], object] = print) -> list[dict]:
+def search(cfg: config.ExperimentConfig, devices: Sequence[jax.Device], say: Callable[[str], object] = print) -> list[dict]:
     """For each rematerialisation policy, from the cheapest to compute, the largest power-of-two rows per device that fit.
 
     Returns [{'remat', 'batch_size', 'peak': bytes}]; a policy under which not even one row per device fits is omitted.

@@ -1,7 +1,4 @@
-"""Reads the text (HLO) of a compiled program: its collectives, its memory traffic, and its largest buffers.
-
-A loop counts as often as it runs, or once if its length depends on data.
-"""
+"""Reads the text (HLO) of a compiled program. A loop counts as often as it runs, or once if its length depends on data."""
 
 import collections
 import itertools
@@ -104,18 +101,17 @@ def _moved(op, size, computations):
     if not called or called[1] not in computations:
         return op.size + sum(reads)
     inner_ops = [inner for line in computations[called[1]] if (inner := _operation(line))]
-    written = op.size
+    sizes, written = {inner.name: inner.size for inner in inner_ops}, op.size
     for inner in inner_ops:
         if inner.kind != 'parameter':
             continue
         number = int(re.search(r'parameter\((\d+)\)', inner.line)[1])
         users = [user for user in inner_ops if inner.name in user.operands]
+        updates = [u.operands[1] for u in users if u.kind == 'dynamic-update-slice' and u.operands[0] == inner.name]
         if number < len(reads) and users and all(user.kind in _SLICES and user.operands[0] == inner.name for user in users):
             reads[number] = min(reads[number], sum(user.size for user in users))
-        elif number < len(reads) and any(u.kind == 'dynamic-update-slice' and u.operands[0] == inner.name for u in users):
-            update = next(u for u in users if u.kind == 'dynamic-update-slice').operands[1]
-            update_size = next((other.size for other in inner_ops if other.name == update), 0)
-            written, reads[number] = written - reads[number] + update_size, 0
+        elif number < len(reads) and updates:
+            written, reads[number] = written - reads[number] + sizes.get(updates[0], 0), 0
     return max(written, 0) + sum(reads)
 
 

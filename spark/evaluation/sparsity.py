@@ -24,24 +24,21 @@ EDGES = np.linspace(-8, 8, 1025)  # bins of standardised scores; scores outside 
 
 
 def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Runs the forward pass on a batch of `data.pipeline`.
+    """Runs the forward pass on a batch of `data.pipeline`: (the hidden states (B, L, D), sums over the tokens without padding).
 
-    Returns:
-      (hidden, sums): the hidden states (B, L, D), and int32 or float32 sums over the tokens without padding. Every sum has a
-      leading axis of n_layers, except `positions`; the rest of its shape is:
-        'active' (F + 1): tokens by their number of active neurons; 'fired' (F): tokens for which each neuron was active;
-        'attended' (L + 1): queries of all heads by their number of attended keys;
-        'by_position' (L): attended keys, mean over heads, by position in the document; 'positions' (L): tokens by position;
-        'long' (4): over the queries that see more than k keys: their number, Σ attended keys, Σ recall, Σ precision;
-        'ffn_scores', 'attention_scores' (bins): histograms of standardised scores; in attention, of those long queries.
+    The sums are int32 or float32. Each has a leading axis of n_layers, except `positions`; the rest of its shape is:
+      'active' (F + 1): tokens by their number of active neurons; 'fired' (F): tokens for which each neuron was active;
+      'attended' (L + 1): queries of all heads by their number of attended keys;
+      'by_position' (L): attended keys, mean over heads, by position in the document; 'positions' (L): tokens by position;
+      'long' (4): over the queries that see more than k keys: their number, Σ attended keys, Σ recall, Σ precision;
+      'ffn_scores', 'attention_scores' (bins): histograms of standardised scores; in attention, of those long queries.
     """
     cfg = model.cfg
     # Blockwise attention does not call `activate`.
     whole = model.clone(cfg=cfg.model_copy(update={'attention': cfg.attention.model_copy(update={'impl': 'full'})}))
-    rows = batch['tokens'], batch['positions'], batch['segments']
     real_BxL = batch['segments'] > 0
     with nn.intercept_methods(_statistics(cfg.attention.k, real_BxL)):
-        hidden, state = whole.apply(params, *rows, mutable=[METRICS])
+        hidden, state = whole.apply(params, batch['tokens'], batch['positions'], batch['segments'], mutable=[METRICS])
     layer = lambda half, name: by_layer(cfg, state[METRICS], half, name)
     n, (B, L), H = cfg.n_layers, real_BxL.shape, cfg.attention.n_heads
     sums = {name: layer('attention', name) for name in ('long', 'attention_scores')}

@@ -18,10 +18,7 @@ from tqdm import tqdm
 from spark.config import nearest
 from spark.errors import ConfigError, DataError
 from spark.evaluation.evaluate import Model
-from spark.inference.decoder import generate
-from spark.inference.layout import from_params, serving_for
-from spark.inference.sampling import Sampling
-from spark.inference.text import cut
+from spark.inference import decoder, layout, sampling, text
 from spark.training.loss import cross_entropy
 
 SHORTEST = 32  # lengths are padded to this or a larger power of two, so that few shapes are compiled
@@ -44,9 +41,9 @@ class HarnessModel(TemplateLM):
         """(Serving, weights) for generation, in the dtype of training."""
         trainer = self._model.trainer
         dtype, mesh = trainer.model.dtype, trainer.mesh
-        serving = serving_for(trainer.cfg.model, np.dtype(dtype).name, mesh.devices.flat[0].platform, mesh.size)
+        serving = layout.serving_for(trainer.cfg.model, np.dtype(dtype).name, mesh.devices.flat[0].platform, mesh.size)
         with trainer.context():
-            return serving, jax.jit(lambda params: from_params(serving, params))(self._model.params)
+            return serving, jax.jit(lambda params: layout.from_params(serving, params))(self._model.params)
 
     # What the harness asks for.
     eot_token_id = property(lambda self: self._model.tokenizer.eos)
@@ -93,17 +90,16 @@ class HarnessModel(TemplateLM):
                 lengths[row] = len(prompts[i])
             model = self._model
             with model.trainer.context():
-                new = generate(*self._served, jnp.asarray(batch), jax.random.key(model.cfg.seed),
-                               n=n, sampling=Sampling(temperature), lengths_B=jnp.asarray(lengths))  # fmt: skip
+                new = decoder.generate(*self._served, jnp.asarray(batch), jax.random.key(model.cfg.seed),
+                                       n=n, sampling=sampling.Sampling(temperature), lengths_B=jnp.asarray(lengths))  # fmt: skip
             for i, ids in zip(chosen, new.tolist(), strict=False):
                 ids = ids[: ids.index(self.eot_token_id)] if self.eot_token_id in ids else ids
-                texts[i], _ = cut(model.tokenizer.decode(ids), options[i][0])
+                texts[i], _ = text.cut(model.tokenizer.decode(ids), options[i][0])
             bar.update(len(chosen))
         bar.close()
         return texts
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-        del kwargs
         rows = [(self._with_bos([*context, *continuation]), len(continuation)) for _, context, continuation in requests]
         return self._scores(rows, disable_tqdm)
 

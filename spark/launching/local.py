@@ -38,7 +38,6 @@ def _start(words, processes, revision):
     with socket.socket() as s:
         s.bind(('localhost', 0))
         address = f'localhost:{s.getsockname()[1]}'
-    job = {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(processes), 'SPARK_REVISION': revision}
-    environments = [os.environ | job | {'JAX_PROCESS_ID': str(i)} for i in range(processes)]
+    shared = os.environ | {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(processes), 'SPARK_REVISION': revision}
     # In sessions of their own, so that a Ctrl-C reaches them once, through this process.
-    return [subprocess.Popen(words, env=env, start_new_session=True) for env in environments]
+    return [subprocess.Popen(words, env=shared | {'JAX_PROCESS_ID': str(i)}, start_new_session=True) for i in range(processes)]

@@ -9,10 +9,7 @@ from spark.evaluation.plots import COLORS, figure, save
 
 
 def draw(points: list[dict], front: list[dict], labels: dict[str, str], out: pathlib.Path) -> list[pathlib.Path]:
-    """Writes loss_flops.png, with the Pareto front, and loss_NAME.png for each axis; returns their paths.
-
-    `points` are of `results.average`, `front` of `results.pareto`; `labels` is {short name: field} of the axes but the seed.
-    """
+    """Writes loss_flops.png, with the Pareto front, and loss_NAME.png for each of `labels`, {NAME: axis}; returns their paths."""
     paths = [_loss_flops(points, front, labels, out / 'loss_flops.png')]
     for label, field in labels.items():
         if len({p['axes'][field] for p in points}) > 1:

@@ -11,9 +11,7 @@ import numpy as np
 from spark import config, flops
 from spark.data import pipeline
 from spark.errors import Preempted
-from spark.sweeps import plots
-from spark.sweeps.execute import latest_metrics
-from spark.sweeps.grid import Run, short_names
+from spark.sweeps import execute, grid, plots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Row:
     result: dict = dataclasses.field(default_factory=dict)
 
 
-def collect(out: pathlib.Path, axes: dict[str, list], runs: Iterable[Run] = ()) -> list[Row]:
+def collect(out: pathlib.Path, axes: dict[str, list], runs: Iterable[grid.Run] = ()) -> list[Row]:
     """A row for each of `runs` and each run directory in OUT, in the order of the axes' values; those off the axes come last."""
     cfgs = {run.name: run.cfg for run in runs}
     cfgs |= {p.parent.name: config.load(p) for p in out.glob('runs/*/config.json')}
@@ -46,7 +44,7 @@ def write(out: pathlib.Path, rows: list[Row], axes: dict[str, list]) -> list[pat
     points = average(rows, axes)
     paths[1].write_text(markdown(points, rows, axes) + '\n')
     if points:
-        labels = {name: field for field, name in short_names(axes).items() if field != 'seed'}
+        labels = {name: field for field, name in grid.short_names(axes).items() if field != 'seed'}
         paths += plots.draw(points, pareto(points), labels, out)
     return paths
 
@@ -90,7 +88,7 @@ def pareto(points: list[dict]) -> list[dict]:
 
 def markdown(points: list[dict], rows: list[Row], axes: dict[str, list]) -> str:
     """The points as a table with the Pareto front marked; below it, every run that did not finish, and why."""
-    short = short_names(axes)
+    short = grid.short_names(axes)
     fields = [field for field in axes if field != 'seed']
     head = [*(short[f] for f in fields), 'seeds', 'parameters', 'test loss', 'bits/byte', 'active', 'attended', 'MFLOPs']
     head += ['dense ÷ this', 'behind the best', '']
@@ -129,7 +127,7 @@ def _row(out, name, cfg, axes):
     end = json.loads(exit_record.read_text()) if exit_record.exists() else {}
     if end.get('exit_code') not in (None, 0, Preempted.exit_code):
         return Row(name, values, f'failed, exit code {end["exit_code"]}: {end["message"]}')
-    step, _ = latest_metrics(summary.parent)
+    step, _ = execute.latest_metrics(summary.parent)
     return Row(name, values, f'unfinished, at step {step}' if step or summary.parent.exists() else 'not started')
 
 

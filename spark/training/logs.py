@@ -10,8 +10,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from spark import devices, flops
-from spark.config import TrainConfig
+from spark import config, devices, flops
 from spark.data import pipeline
 from spark.errors import NotFiniteError
 from spark.runtime import received_signals
@@ -44,7 +43,7 @@ class Clock:
 class Profiler:
     """Writes traces of a few steps into WORKDIR/profile: from train.profile_step on, and after each SIGUSR1."""
 
-    def __init__(self, cfg: TrainConfig, workdir: epath.Path, stack: contextlib.ExitStack):
+    def __init__(self, cfg: config.TrainConfig, workdir: epath.Path, stack: contextlib.ExitStack):
         self._cfg, self._directory, self._last = cfg, workdir / 'profile', None
         self._requests = stack.enter_context(received_signals(numbers=[signal.SIGUSR1]))
         stack.callback(lambda: self._last is None or jax.profiler.stop_trace())

@@ -11,6 +11,8 @@ from spark.config import ModelConfig
 from spark.nn.layers import METRICS
 from spark.nn.transformer import Transformer, activity
 
+Sum = np.ndarray | np.generic  # on the host
+
 
 def cross_entropy(
     model: Transformer, params: dict, hidden_BxLxD: jax.Array, targets_BxL: jax.Array, pieces: int = 1
@@ -65,14 +67,14 @@ def forward(model: Transformer, params: dict, batch: dict, *, pieces: int = 1, c
     return sums
 
 
-def losses(nll: np.generic, tokens: np.generic, size: np.generic) -> dict[str, float]:
+def losses(nll: Sum, tokens: Sum, size: Sum) -> dict[str, float]:
     """`loss` in nats per token and its `perplexity`; and `bits_per_byte`, unless the text has no bytes."""
     loss = float(nll / tokens) if tokens else math.nan
     report = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0))}
     return report | ({'bits_per_byte': float(nll / size / math.log(2))} if size else {})
 
 
-def per_token(cfg: ModelConfig, sums: dict[str, np.ndarray | np.generic]) -> dict[str, Any]:
+def per_token(cfg: ModelConfig, sums: dict[str, Sum]) -> dict[str, Any]:
     """Metrics from the sums of `forward` over one or more batches, on the host.
 
     `losses`; `active` (share of neurons) and `attended` (number of keys), each the mean over layers, and a list `…_by_layer`.

@@ -45,8 +45,7 @@ def _slices(devices, n):
     for device in devices:
         found.setdefault(getattr(device, 'slice_index', None), []).append(device)
     if n > 1 and len(found) == 1:
-        each = len(devices) // n
-        return [devices[i : i + each] for i in range(0, len(devices), each)]
+        return np.split(np.array(devices), n)
     if len(found) != n:
         raise ConfigError(f'mesh.slices = {n}: the devices belong to {len(found)} slices')
     return list(found.values())
@@ -67,8 +66,7 @@ def spec(logical: Sequence[str | None] | PartitionSpec) -> PartitionSpec:
 
 def shardings(mesh: Mesh, boxed: Any) -> Any:
     """NamedShardings for a tree of Flax variables boxed with their logical axes; those without are replicated."""
-    is_spec = lambda x: isinstance(x, PartitionSpec)
-    return jax.tree.map(lambda s: NamedSharding(mesh, spec(s)), nn.get_partition_spec(boxed), is_leaf=is_spec)
+    return jax.tree.map(lambda s: NamedSharding(mesh, spec(s)), nn.get_partition_spec(boxed))
 
 
 def logical_rules() -> AbstractContextManager:
