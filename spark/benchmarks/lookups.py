@@ -47,7 +47,7 @@ def topk(repeats: int = 5) -> list[dict]:
 
 
 def ffn(repeats: int = 11) -> list[dict]:
-    """A Spark FFN against the gated FFN."""
+    """A Spark FFN against the gated FFN of equal parameters."""
     tokens = 1024
     x, cotangent = jax.random.normal(jax.random.key(0), (2, 1, tokens, D))
     steps = {}
@@ -62,7 +62,7 @@ def ffn(repeats: int = 11) -> list[dict]:
 
 
 def ffn_cycles(topology: str) -> list[dict]:
-    """The same with 8192 tokens in bfloat16, as the TPU compiler estimates it: cycles, summed over operations; needs no TPU."""
+    """A row of the TPU compiler's own estimate, for 8192 tokens in bfloat16: cycles, summed over operations. Needs no TPU."""
     device = aot.devices(topology)[0]
     x = jax.ShapeDtypeStruct((1, 8192, D), jnp.bfloat16, sharding=SingleDeviceSharding(device))
     cycles = {}

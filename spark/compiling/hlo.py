@@ -191,7 +191,7 @@ def _trips(computations, line):
 
 
 def _groups_of(sizes, axes, numbers=None):
-    """The groups of devices that a collective over these axes of a mesh {axis: size} forms; `numbers`: the devices."""
+    """The groups that a collective over these axes of a mesh {axis: size} forms; `numbers`: its devices, in order if None."""
     numbers = np.arange(math.prod(sizes.values())) if numbers is None else numbers
     axes_last = sorted(range(len(sizes)), key=lambda i: list(sizes)[i] in axes)
     numbers = numbers.reshape(tuple(sizes.values())).transpose(axes_last)

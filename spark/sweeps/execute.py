@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import subprocess
+import time
 from collections.abc import Callable
 
 import filelock
@@ -47,12 +48,9 @@ def execute(command: list[str], out: pathlib.Path, name: str, tick: Callable[[],
         # In a session of its own, so that Ctrl-C does not reach it twice.
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         with received_signals(lambda n: process.terminate() if n == 1 else process.kill()) as signals:
-            while True:
-                try:
-                    code = process.wait(timeout=0.5)
-                    break
-                except subprocess.TimeoutExpired:
-                    tick()
+            while (code := process.poll()) is None:
+                tick()
+                time.sleep(0.5)
         lines = log.read_bytes()[start:].decode('utf-8', 'replace').replace('\r', '\n').split('\n')
         last = next((s for s in reversed(lines) if 'Error: ' in s), next((s for s in reversed(lines) if s.strip()), ''))
         record = {'exit_code': code, 'message': last if code else ''}
@@ -77,7 +75,6 @@ def run_locally(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Pa
                 bar.n = before + step
                 bar.set_postfix_str(f'run {i + 1} of {len(runs)}: {run.name}' + (f', loss {loss:.3f}' if loss else ''))
 
-            tick()
             try:
                 code = execute(commands[run.name], out, run.name, tick)
             except filelock.Timeout:

@@ -87,8 +87,7 @@ def _probe(trainer, params, rows, order):
 
     def objective(params):
         with nn.intercept_methods(note):
-            inputs = rows['tokens'], rows['positions'], rows['segments']
-            hidden, sown = trainer.model.apply(params, *inputs, mutable=[METRICS])
+            hidden, sown = trainer.model.apply(params, rows['tokens'], rows['positions'], rows['segments'], mutable=[METRICS])
         nll, log_z, _ = loss.cross_entropy(trainer.model, params, hidden, rows['targets'], trainer.cfg.train.loss_pieces)
         kept = jnp.where(rows['segments'] > 0, nll + trainer.cfg.optimizer.z_loss * log_z**2, 0)
         return jnp.sum(kept), sown[METRICS]
