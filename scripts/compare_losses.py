@@ -22,7 +22,6 @@ from spark import errors
 CONFIG = flags.DEFINE_string('config', 'configs/tiny.py', 'PATH[:VARIANT] of a config that both revisions have.')
 STEPS = flags.DEFINE_integer('steps', 20, 'How long to train.', lower_bound=2)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-REVISIONS = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
 
 
 def git(*words: str) -> None:
@@ -51,13 +50,11 @@ def train(revision: str, scratch: pathlib.Path) -> dict:
     return {(r['step'], r['split'], name): r[name] for r in records for name in ('loss', 'grad_norm') if name in r}
 
 
-def main() -> None:
-    if len(REVISIONS) != 2:
-        raise errors.ConfigError(f'{len(REVISIONS)} revisions: want OLD_REV NEW_REV; flags look like --name=value')
-    for revision in REVISIONS:
+def main(*revisions: str) -> None:
+    for revision in revisions:
         git('rev-parse', '--verify', '--quiet', f'{revision}^{{commit}}')
     with tempfile.TemporaryDirectory() as scratch:
-        old, new = (train(revision, pathlib.Path(scratch) / str(i)) for i, revision in enumerate(REVISIONS))
+        old, new = (train(revision, pathlib.Path(scratch) / str(i)) for i, revision in enumerate(revisions))
     steps = {(step, 'train', 'loss') for step in range(1, STEPS.value + 1)}
     if missing := steps - (old.keys() & new.keys()):
         raise errors.ConfigError(f'{len(missing)} of {len(steps)} steps have no training loss at both revisions')
@@ -71,5 +68,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    sys.argv = [arg for arg in sys.argv if arg not in REVISIONS]
-    errors.run(main)
+    errors.run(main, arguments=['OLD_REV', 'NEW_REV'])

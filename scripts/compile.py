@@ -8,13 +8,12 @@ policy. Needs libtpu (.[aot]). Exit codes: 0 it fits, 2 it does not, or a bad co
 """
 
 import os
-import pathlib
 
 from absl import flags
 from ml_collections import config_flags
 
 from spark import config, errors
-from spark.runtime import write_json
+from spark.runtime import write_json, write_text
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, or one of its variants: PATH[:VARIANT].')
 TOPOLOGY = flags.DEFINE_string('topology', None, 'A slice such as v5e:16x16, v4:2x2x2, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1.')
@@ -24,9 +23,6 @@ JSON = flags.DEFINE_string('json', None, 'Also write the report to this file.')
 
 
 def main():
-    for name, flag in [('config', CONFIG), ('topology', TOPOLOGY)]:
-        if not flag.value:
-            raise errors.ConfigError(f'--{name} is missing; see --help')
     cfg = config.validate(CONFIG.value)
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
     from spark.compiling import aot
@@ -44,10 +40,7 @@ def main():
         report |= compiled
         print(tables(report))
         if HLO.value:
-            try:
-                pathlib.Path(HLO.value).write_text(text)
-            except OSError as e:
-                raise errors.ConfigError(f'--hlo={HLO.value}: {e.strerror or e}') from None
+            write_text(HLO.value, text)
         aot.check_fit(report['memory'])
     except aot.TooBig as e:
         too_big = e
@@ -60,4 +53,4 @@ def main():
 
 
 if __name__ == '__main__':
-    errors.run(main, check=config.check_flags)
+    errors.run(main, check=config.check_flags, required=[CONFIG, TOPOLOGY])

@@ -32,8 +32,6 @@ JSON = flags.DEFINE_string('json', None, 'Also write the report to this file.')
 
 
 def main():
-    if not WORKDIR.value:
-        raise errors.ConfigError('--workdir is missing; see --help')
     workdir = run_directory(WORKDIR.value)
     draws = PLOTS.value or NEURONS.value is not None
     if SPLIT.value == 'none' and (draws or not TASKS.value):
@@ -41,7 +39,7 @@ def main():
     if str(workdir).startswith('gs://') and draws:
         raise errors.ConfigError('--plots, --neurons: want a --workdir on this machine; copy the run, or mount its bucket')
     # Imported late, so that usage errors come before jax starts.
-    from spark.evaluation import evaluate
+    from spark.evaluation import evaluate, neurons, plots, tables
 
     model = evaluate.load(workdir, STEP.value, SOURCE.value, BATCH.value)
     n_layers = model.cfg.model.n_layers
@@ -56,7 +54,17 @@ def main():
         manager = tasks.load(TASKS.value, TASK_PATH.value)
     report = {'workdir': str(workdir), 'step': model.step}
     if SPLIT.value != 'none':
-        report |= split_report(model, pathlib.Path(workdir, 'evaluation', f'{SPLIT.value}_{model.step}'), draws)
+        found, sums = evaluate.evaluate(model, SPLIT.value)
+        found['flops'] = evaluate.flops_report(model.cfg.model, CONTEXT.value or model.cfg.data.seq_len, found['layers'])
+        print(tables.tables(found))
+        report |= found
+    if draws:
+        out = pathlib.Path(workdir, 'evaluation', f'{SPLIT.value}_{model.step}')
+        layer = next(n for n in (LAYER.value, NEURONS.value, n_layers // 2) if n is not None)
+        figures = plots.draw(model.cfg.model, report, sums, layer, out)
+        print('', *figures, sep='\n')
+        if NEURONS.value is not None:
+            print(neurons.write(model, SPLIT.value, NEURONS.value, out / f'neurons_{NEURONS.value}.html', figures[0]))
     if TASKS.value:
         report['tasks'], table = tasks.run(model, TASKS.value, manager, limit=LIMIT.value, num_fewshot=FEWSHOT.value)
         print(table)
@@ -64,24 +72,6 @@ def main():
         write_json(JSON.value, report)
 
 
-def split_report(model, out, draws):
-    """Evaluates the split, prints its tables, and writes the figures and the page to `out` if asked for."""
-    from spark.evaluation import evaluate, neurons, plots
-    from spark.evaluation.tables import tables
-
-    cfg = model.cfg.model
-    report, sums = evaluate.evaluate(model, SPLIT.value)
-    report['flops'] = evaluate.flops_report(cfg, CONTEXT.value or model.cfg.data.seq_len, report['layers'])
-    print(tables(report))
-    if draws:
-        layer = next(n for n in (LAYER.value, NEURONS.value, cfg.n_layers // 2) if n is not None)
-        figures = plots.draw(cfg, report, sums, layer, out)
-        print('', *figures, sep='\n')
-    if NEURONS.value is not None:
-        print(neurons.write(model, SPLIT.value, NEURONS.value, out / f'neurons_{NEURONS.value}.html', figures[0]))
-    return report
-
-
 if __name__ == '__main__':
     use_huge_pages()
-    errors.run(main)
+    errors.run(main, required=[WORKDIR])

@@ -31,11 +31,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    for name, flag in [('config', CONFIG), ('workdir', WORKDIR)]:
-        if not flag.value:
-            raise errors.ConfigError(f'--{name} is missing; see --help')
     cfg = config.validate(CONFIG.value)
-    from spark.launching import ENGINES, job, launch, local, parse_options
+    from spark.launching import job, launch, local, parse_options
 
     via = VIA.value
     on_tpu = via in ('gcloud', 'xpk')
@@ -65,15 +62,8 @@ def main() -> None:
             print(f'{PROCESSES.value} × {shlex.join(words)}')
             return
         sys.exit(local.run(words, PROCESSES.value, revision, RESTARTS.value))
-    described = job.Job(name, train, workdir, revision, TOPOLOGY.value, cfg.mesh.slices, options)
-    if not DRY_RUN.value:
-        launch(via, described, ROOT)
-        return
-    for words, script in ENGINES[via].commands(described, ROOT):
-        print(shlex.join(words))
-        if script:
-            print('', script, sep='\n')
+    launch(via, job.Job(name, train, workdir, revision, TOPOLOGY.value, cfg.mesh.slices, options), ROOT, DRY_RUN.value)
 
 
 if __name__ == '__main__':
-    errors.run(main, check=config.check_flags)
+    errors.run(main, check=config.check_flags, required=[CONFIG, WORKDIR])

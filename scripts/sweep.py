@@ -31,9 +31,6 @@ TRAIN = pathlib.Path(__file__).with_name('train.py')
 
 
 def main():
-    for name, flag in [('config', CONFIG), ('out', OUT)]:
-        if not flag.value:
-            raise errors.ConfigError(f'--{name} is missing; see --help')
     base, out = config.validate(CONFIG.value), pathlib.Path(OUT.value)
     from spark.data import launchers
     from spark.sweeps import execute, grid, results
@@ -68,4 +65,4 @@ def main():
 
 
 if __name__ == '__main__':
-    errors.run(main, check=config.check_flags)
+    errors.run(main, check=config.check_flags, required=[CONFIG, OUT])

@@ -23,8 +23,6 @@ OUT = flags.DEFINE_string('out', None, 'The file to write.')
 
 
 def main() -> None:
-    if not OUT.value:
-        raise errors.ConfigError('--out is missing; see --help')
     out = pathlib.Path(OUT.value)
     if out.exists():
         raise errors.ConfigError(f'--out={out} exists; choose another name or remove it')
@@ -51,4 +49,4 @@ def sample(texts: Iterable[str], n: int) -> list[str]:
 
 
 if __name__ == '__main__':
-    errors.run(main)
+    errors.run(main, required=[OUT])

@@ -30,9 +30,6 @@ JSON = flags.DEFINE_string('json', None, 'Also write the summary to this file.')
 
 
 def main() -> None:
-    for name, flag in [('config', CONFIG), ('workdir', WORKDIR)]:
-        if not flag.value:
-            raise errors.ConfigError(f'--{name} is missing; see --help')
     if RESTORE.value is not None:
         CONFIG.value.train.restore_from = RESTORE.value
     cfg = config.validate(CONFIG.value)
@@ -62,24 +59,21 @@ def main() -> None:
 def continuation(trainer, state) -> str | None:
     """sample.prompt and what the model writes after it; None if the config asks for no sample."""
     import jax
-    import jax.numpy as jnp
 
     from spark.data.tokenizer import of_config
-    from spark.inference.decoder import generate
-    from spark.inference.layout import Serving, from_params
-    from spark.inference.sampling import Sampling
+    from spark.inference import decoder, layout, sampling
 
     cfg = trainer.cfg
     if not cfg.sample.tokens:
         return None
-    tokenizer = of_config(cfg.data)
-    prompt = jnp.asarray(tokenizer.start([cfg.sample.prompt]))
+    text = of_config(cfg.data)
+    prompt = jax.numpy.asarray(text.start([cfg.sample.prompt]))
     with jax.set_mesh(trainer.mesh):  # but no rules for activations, since a single row cannot be sharded
-        serving = Serving(cfg.model, jnp.dtype(trainer.model.dtype).name, platform=trainer.model.platform)
-        weights = jax.jit(lambda params: from_params(serving, params))(state.params)
-        sampling = Sampling(cfg.sample.temperature)
-        tokens = generate(serving, weights, prompt, jax.random.key(cfg.seed), n=cfg.sample.tokens, sampling=sampling)
-    return cfg.sample.prompt + tokenizer.decode(jax.device_get(tokens)[0])
+        serving = layout.Serving(cfg.model, jax.numpy.dtype(trainer.model.dtype).name, platform=trainer.model.platform)
+        weights = jax.jit(lambda params: layout.from_params(serving, params))(state.params)
+        options = {'n': cfg.sample.tokens, 'sampling': sampling.Sampling(cfg.sample.temperature)}
+        tokens = decoder.generate(serving, weights, prompt, jax.random.key(cfg.seed), **options)
+    return cfg.sample.prompt + text.decode(jax.device_get(tokens)[0])
 
 
 def table(cfg: config.ExperimentConfig, summary: dict) -> str:
@@ -99,8 +93,7 @@ def table(cfg: config.ExperimentConfig, summary: dict) -> str:
     rows.append(('attended keys', f'{test["attended"]:.1f}', f'k = {a.k}' if a.k else 'all visible ones'))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     line = lambda cells: '| ' + ' | '.join(f'{cell:<{w}}' for cell, w in zip(cells, widths, strict=True)) + ' |'
-    header = [line([''] * 3), '|' + '|'.join('-' * (w + 2) for w in widths) + '|']
-    lines = ['', *header, *map(line, rows)]
+    lines = ['', line([''] * 3), '|' + '|'.join('-' * (w + 2) for w in widths) + '|', *map(line, rows)]
     if summary['sample']:
         lines += ['', f'A continuation of {cfg.sample.prompt!r}:', summary['sample']]
     return '\n'.join(lines)
@@ -108,4 +101,4 @@ def table(cfg: config.ExperimentConfig, summary: dict) -> str:
 
 if __name__ == '__main__':
     use_huge_pages()
-    errors.run(main, check=config.check_flags)
+    errors.run(main, check=config.check_flags, required=[CONFIG, WORKDIR])

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import flags
@@ -56,10 +56,14 @@ class Preempted(SparkError):
     exit_code = 75
 
 
-def run(main: Callable[[], None], check: Callable[[list[str]], None] | None = None) -> NoReturn:
-    """Parses absl flags, calls `main()` and exits: with 0, or with an error's code after one line on stderr.
+def run(
+    main: Callable[..., None], check: Callable[[list[str]], None] | None = None, required: Sequence[flags.FlagHolder] = (),
+    arguments: Sequence[str] = (),
+) -> NoReturn:  # fmt: skip
+    """Parses absl flags, calls `main` and exits: with 0, or with an error's code after one line on stderr.
 
-    `check(argv)` may raise a ConfigError before the flags are parsed, where it can say more than their parser.
+    `check(argv)` may raise a ConfigError before the flags are parsed, where it can say more than their parser. The `required`
+    flags must have a value. `arguments` names what is given without a flag; `main` takes it.
     """
     _silence_libraries()
     try:
@@ -68,8 +72,7 @@ def run(main: Callable[[], None], check: Callable[[list[str]], None] | None = No
         else:
             if check:
                 check(sys.argv[1:])
-            _parse_flags()
-            main()
+            main(*_parse_flags(required, arguments))
         sys.stdout.flush()
     except SparkError as e:
         _print_error(e)
@@ -96,13 +99,17 @@ def _silence_libraries():
     sys.unraisablehook = lambda args: None if str(args.exc_value).startswith(known) else previous(args)
 
 
-def _parse_flags():
+def _parse_flags(required, arguments):
+    flags.FLAGS.set_gnu_getopt(True)  # flags may follow arguments
     try:
-        rest = flags.FLAGS(sys.argv)
+        _, *given = flags.FLAGS(sys.argv)
     except (Exception, SystemExit) as e:  # whatever a config file or a flag raises, the user can correct
         raise ConfigError(_flag_error(e)) from e
-    if len(rest) > 1:
-        raise ConfigError(f'unexpected argument {rest[1]!r}: flags look like --name=value; see --help')
+    if unexpected := given[len(arguments) :]:
+        raise ConfigError(f'unexpected argument {unexpected[0]!r}: flags look like --name=value; see --help')
+    if missing := [*arguments[len(given) :], *(f'--{flag.name}' for flag in required if not flag.value)]:
+        raise ConfigError(f'{missing[0]} is missing; see --help')
+    return given
 
 
 def _flag_error(error):

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from etils import epath
@@ -140,13 +140,15 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         yield stop_requested
         return
     # A second Ctrl-C does not wait for the state to be saved.
-    with stop_signals(lambda n: signal.signal(signal.SIGINT, signal.default_int_handler)) as received:
+    with received_signals(lambda n: signal.signal(signal.SIGINT, signal.default_int_handler)) as received:
         yield lambda: bool(received)
 
 
 @contextlib.contextmanager
-def stop_signals(handle: Callable[[int], Any]) -> Iterator[list[int]]:
-    """Yields the list of SIGTERMs and SIGINTs received so far; the n-th one also calls `handle(n)`. Main thread only."""
+def received_signals(
+    handle: Callable[[int], Any] = lambda n: None, numbers: Collection[int] = (signal.SIGTERM, signal.SIGINT)
+) -> Iterator[list[int]]:
+    """Yields the list of these signals received so far; the n-th one also calls `handle(n)`. Main thread only."""
     received = []
 
     def handler(number, frame):
@@ -155,7 +157,7 @@ def stop_signals(handle: Callable[[int], Any]) -> Iterator[list[int]]:
         handle(len(received))
 
     try:
-        previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, handler) for number in numbers}
     except ValueError:  # not the main thread: the caller handles signals
         previous = {}
     try:

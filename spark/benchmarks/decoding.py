@@ -47,20 +47,18 @@ def random_leaf(cfg: ModelConfig) -> Callable[..., jax.Array]:
     return leaf
 
 
-def serving_here(cfg: ModelConfig, dtype: str) -> layout.Serving:
-    """How to serve a model on the first device."""
-    return layout.serving_for(cfg, dtype, jax.devices()[0].platform)
-
-
 _forward, _hidden = (jax.jit(f, static_argnums=0, donate_argnums=2) for f in (model.forward, model.hidden))
 
 
 class Decoder:
-    """A model of random weights, or the given ones, behind `context` random keys and values in a cache of `size` positions."""
+    """A model of random weights on the first device."""
 
-    def __init__(self, cfg: ModelConfig, dtype: str, context: int, size: int, *, weights=None, chunk=64):
-        self.serving = serving_here(cfg, dtype)
-        self.weights = layout.lay_out(self.serving, random_leaf(cfg)) if weights is None else weights
+    def __init__(self, cfg: ModelConfig, dtype: str = 'bfloat16'):
+        self.serving = layout.serving_for(cfg, dtype, jax.devices()[0].platform)
+        self.weights = layout.lay_out(self.serving, random_leaf(cfg))
+
+    def begin(self, context: int, size: int, chunk: int = 64) -> None:
+        """Makes a cache of `size` positions that holds `context` random keys and values."""
         key = jax.random.key(1, impl='rbg')
         fill = lambda x: jax.random.uniform(key, x.shape, jnp.float32, -1.7, 1.7).astype(x.dtype)
         empty = jax.jit(lambda: model.init_cache(self.serving, 1, size, chunk))()
@@ -104,11 +102,11 @@ def ffn_decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 
     spark, dense = spark.model, dense.model
     rows, sides = [], {}
     for name, cfg in {'spark': spark, 'dense': dense}.items():
-        one = cfg.model_copy(update={'n_layers': layers, 'vocab_size': 8, 'pattern': ('global',)})
-        one = one.model_copy(update={'attention': one.attention.model_copy(update={'window': 0})})
-        serving = serving_here(one, 'bfloat16')
-        tables = layout.lay_out(serving, random_leaf(one))['layers']
-        sides[name] = serving, [{k: w[k] for k in ('K1', 'records', 'keys', 'VT') if k in w} for w in tables]
+        attention = cfg.attention.model_copy(update={'window': 0})
+        some = {'n_layers': layers, 'vocab_size': 8, 'pattern': ('global',), 'attention': attention}
+        side = Decoder(cfg.model_copy(update=some))
+        tables = [{k: w[k] for k in ('K1', 'records', 'keys', 'VT') if k in w} for w in side.weights['layers']]
+        sides[name] = side.serving, tables
     for batch in (1, 4, 16):
         x = jax.random.normal(jax.random.key(0), (batch, spark.d_model), sides['spark'][0].compute)
         runs = {name: functools.partial(jax.jit(functools.partial(stack, side[0])), side[1], x) for name, side in sides.items()}
@@ -140,25 +138,25 @@ def _matvecs(matrices, width, repeats):
 
 def decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 9, contexts: Sequence[int] = (512, 8192)):
     """Whole models token by token, batch 1: Spark against dense with and without the output head, int8 against bfloat16."""
-    rows, cfgs, memory_before = [], {'spark': spark.model, 'dense': dense.model}, memory('VmRSS')
-    weights = {name: layout.lay_out(serving_here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs.items()}
-
+    rows, memory_before = [], memory('VmRSS')
+    sides = {'spark': Decoder(spark.model), 'dense': Decoder(dense.model)}
     for context in contexts:
-        size = context + 4 * repeats + 16
-        sides = {name: Decoder(cfg, 'bfloat16', context, size, weights=weights[name]) for name, cfg in cfgs.items()}
+        for side in sides.values():
+            side.begin(context, context + 4 * repeats + 16)
         rows.append(_compare(f'Spark against dense, context {context}', sides, repeats))
         rows.append(_compare(f'the same without the output head, context {context}', sides, repeats, head=False))
-        held = sum(x.nbytes for x in jax.tree.leaves([weights, [side.cache for side in sides.values()]]))
+        held = sum(x.nbytes for x in jax.tree.leaves([(side.weights, side.cache) for side in sides.values()]))
         reset_peak()
         for side in sides.values():
             jax.block_until_ready(side.step())
         peak = (memory('VmHWM') - memory_before) / held
         rows[-2] |= {'weights_and_caches_gb': held / 1e9, 'peak_memory_over_that': peak}
-    for name, cfg in cfgs.items():
-        places = contexts[0], contexts[0] + 4 * repeats + 16
-        sides = {'int8': Decoder(cfg, 'int8', *places), 'bfloat16': Decoder(cfg, 'bfloat16', *places, weights=weights[name])}
-        rows.append(_compare(f'{name}, int8 against bfloat16, context {contexts[0]}', sides, repeats))
-        del sides  # before the next model is made
+    for name, side in sides.items():
+        pair = {'int8': Decoder(side.serving.cfg, 'int8'), 'bfloat16': side}
+        for one in pair.values():
+            one.begin(contexts[0], contexts[0] + 4 * repeats + 16)
+        rows.append(_compare(f'{name}, int8 against bfloat16, context {contexts[0]}', pair, repeats))
+        del pair  # before the next model is made
     return rows
 
 
@@ -176,11 +174,11 @@ def _compare(title, sides, repeats, head=True):
 
 def prefill(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 1, length: int = 4096, chunk: int = 64):
     """A prompt in chunks, batch 1, bfloat16; the two models take turns chunk by chunk."""
-    cfgs = {'spark': spark.model, 'dense': dense.model}
-    weights = {name: layout.lay_out(serving_here(cfg, 'bfloat16'), random_leaf(cfg)) for name, cfg in cfgs.items()}
-    totals = {name: [] for name in cfgs}
+    sides = {'spark': Decoder(spark.model), 'dense': Decoder(dense.model)}
+    totals = {name: [] for name in sides}
     for i in tqdm(range(1 + repeats), desc='prompts', leave=False):
-        sides = {name: Decoder(cfg, 'bfloat16', 0, length, weights=weights[name], chunk=chunk) for name, cfg in cfgs.items()}
+        for side in sides.values():
+            side.begin(0, length, chunk)
         spent = dict.fromkeys(sides, 0.0)
         chunks = 2 if i == 0 else length // chunk  # the first prompt is for compiling
         for j in tqdm(range(chunks), desc='chunks', leave=False):

@@ -12,11 +12,9 @@ import jax
 from spark import config
 from spark.benchmarks.timing import interleaved, row
 from spark.checkpoints.manager import Checkpoints
-from spark.config import ExperimentConfig
 from spark.data import rows
 from spark.data.tokenizer import tokenizer_for
 from spark.training import step as training_step
-from spark.training.step import Trainer
 from spark.training.watchdog import Watchdog
 
 
@@ -25,7 +23,7 @@ class _Steps:
 
     def __init__(self, cfg):
         _, self.cfg = tokenizer_for(cfg)
-        self.trainer = Trainer(self.cfg, jax.devices()[:1])
+        self.trainer = training_step.Trainer(self.cfg, jax.devices()[:1])
         batches = rows.TrainRows(self.cfg.data, self.cfg.seed).batches(0)
         with self.trainer.context():
             self.state, self.batch = self.trainer.init_state(self.cfg.seed), self.trainer.put(next(batches))
@@ -38,7 +36,7 @@ class _Steps:
         return sums
 
 
-def train_step(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 11) -> list[dict]:
+def train_step(spark: config.ExperimentConfig, dense: config.ExperimentConfig, repeats: int = 11) -> list[dict]:
     """A training step, Spark against dense. Fails if a step after the first compiles anything."""
     steps = {'spark': _Steps(spark), 'dense': _Steps(dense)}
     ms = interleaved(steps, repeats)
@@ -50,7 +48,7 @@ def train_step(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 
     return [row('train_step: Spark against dense', ms['spark'], ms['dense'], **details)]
 
 
-def faults(cfg: ExperimentConfig, repeats: int = 11) -> list[dict]:
+def faults(cfg: config.ExperimentConfig, repeats: int = 11) -> list[dict]:
     """Ten steps with a checkpoint, written to its end, against ten without; one step with and without watchdog and guard."""
     step = _Steps(cfg)
     with mock.patch.object(training_step, 'judge', lambda cfg, guard, *_: (True, guard)):
@@ -87,7 +85,7 @@ def faults(cfg: ExperimentConfig, repeats: int = 11) -> list[dict]:
     ]
 
 
-def compile_time(cfg: ExperimentConfig, repeats: int = 5) -> list[dict]:
+def compile_time(cfg: config.ExperimentConfig, repeats: int = 5) -> list[dict]:
     """Lowering and compiling the train step without a cache: 26 layers against 4, at widths far below those of `cfg`."""
     jax.config.update('jax_enable_compilation_cache', False)
 
@@ -98,9 +96,9 @@ def compile_time(cfg: ExperimentConfig, repeats: int = 5) -> list[dict]:
         raw['model']['attention'] |= {'n_heads': 4, 'n_kv_heads': 2, 'head_dim': 16, 'k': 16, 'r': 8, 'window': 32}
         raw['data'] |= {'seq_len': 64, 'batch_size': 4}
         raw['train']['loss_pieces'] = raw['mesh']['fsdp'] = 1
-        trainer = Trainer(config.validate(raw), jax.devices()[:1])
+        trainer = training_step.Trainer(config.validate(raw), jax.devices()[:1])
         with trainer.context():
-            trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch()).compile()
+            trainer.compile_train_step()
 
     ms = interleaved({n: lambda n=n: compile_layers(n) for n in (26, 4)}, repeats)
     return [row('compile: 26 layers against 4', ms[26], ms[4], time_ratio=ms[26] / ms[4])]

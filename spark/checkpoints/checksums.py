@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def checksums(tree: Any) -> dict[str, jax.Array]:
-    """{path: uint32 scalar} of a tree of arrays.
+def checksums(tree: Any) -> dict[str, int]:
+    """{path: checksum} of a tree of arrays.
 
-    The sum over elements of hash(bits, index), modulo 2³², with the finalizer of MurmurHash3: a change of any single element
-    changes it.
+    The sum over elements of hash(bits, index), modulo 2³², with MurmurHash3's finalizer: a change of any one element changes it.
     """
-    return _checksums(by_path(tree))
+    return {name: int(n) for name, n in jax.device_get(_checksums(by_path(tree))).items()}
 
 
 @jax.jit

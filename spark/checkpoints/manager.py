@@ -43,8 +43,7 @@ class Checkpoints:
 
         Waits for an unfinished save first, and raises its error.
         """
-        sums = {name: int(x) for name, x in jax.device_get(checksums(state)).items()}
-        metadata = {'step': step, 'data': data, 'checksums': sums, 'crc': json_crc(data)}
+        metadata = {'step': step, 'data': data, 'checksums': checksums(state), 'crc': json_crc(data)}
         try:
             if self._vanished():
                 raise FileNotFoundError
@@ -97,9 +96,7 @@ class Checkpoints:
         """(state, data) of a step.
 
         `abstract` is a tree of shapes, dtypes and shardings; if `partial`, it is a part of the state, maybe with other dtypes.
-
-        Raises:
-          DamagedError: it cannot be read, or a checksum differs. CheckpointError: it is of another model.
+        Raises a DamagedError if it cannot be read or a checksum differs, and a CheckpointError if it is of another model.
         """
         metadata, restored, error = None, None, None
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
@@ -157,10 +154,7 @@ class Checkpoints:
         return {'data': data, 'checksums': saved_checksums}
 
     def _compare(self, step, abstract, partial):
-        """Raises a CheckpointError that lists the paths at which a tree differs from the saved one.
-
-        A partial tree may lack paths, and may have other dtypes.
-        """
+        """Raises a CheckpointError with the paths at which a tree differs from what was saved; a partial one may lack some."""
         try:
             metadata = ocp.PyTreeCheckpointHandler().metadata(self._path(step) / 'state')
             saved = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in by_path(metadata.tree).items()}
@@ -180,7 +174,7 @@ class Checkpoints:
 
     def _verify(self, step, tree, saved):
         """Raises a DamagedError that names the first array whose checksum is not the saved one."""
-        found = {name: int(x) for name, x in jax.device_get(checksums(tree)).items()}
+        found = checksums(tree)
         wrong = [name for name in found if found[name] != saved.get(name)]
         if wrong:
             name, more = wrong[0], f' ({len(wrong)} arrays differ)' if len(wrong) > 1 else ''

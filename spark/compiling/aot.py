@@ -1,7 +1,4 @@
-"""Compiles the train step for TPUs that this machine does not have: does it fit in memory, and what does it compute?
-
-libtpu compiles for any slice, by its name, on any machine. `compiling/hlo.py` reads the compiled program.
-"""
+"""Compiles the train step for TPUs that this machine does not have: libtpu compiles for any slice, by its name, anywhere."""
 
 import math
 import os
@@ -10,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from spark import config, flops
 from spark.compiling import hlo
-from spark.config import ExperimentConfig
 from spark.devices import chip as chip_of
 from spark.errors import ConfigError
 from spark.training.step import Trainer
@@ -30,11 +27,7 @@ class TooBig(ConfigError):
 
 
 def devices(topology: str, slices: int = 1) -> list[jax.Device]:
-    """The devices of one or more slices such as 'v5e:16x16'; this machine need not have them.
-
-    Raises:
-      ConfigError: libtpu knows no slice of that name, or is not installed.
-    """
+    """The devices of one or more slices such as 'v5e:16x16'; this machine need not have them."""
     # libtpu must not look for chips or a cloud: there are none, and several processes may compile at once.
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
@@ -52,26 +45,20 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
         ) from None
 
 
-def compile_step(cfg: ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[Trainer, jax.stages.Compiled]:
-    """The trainer of a config, and the same train step that training runs, compiled.
-
-    Raises:
-      TooBig: the compiler itself finds that the step does not fit in memory.
-      ConfigError: the compiler fails.
-    """
+def compile_step(cfg: config.ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[Trainer, jax.stages.Compiled]:
+    """The trainer of a config, and the same train step that training runs, compiled; a ConfigError if the compiler fails."""
     trainer = Trainer(cfg, devices)
-    with trainer.context():
-        lowered = trainer.train_step.lower(trainer.abstract_state, trainer.abstract_batch())
-        try:
-            return trainer, lowered.compile()
-        except jax.errors.JaxRuntimeError as e:
-            if 'RESOURCE_EXHAUSTED' not in str(e):
-                raise ConfigError(f'the compiler fails on this step: {str(e).splitlines()[0][:300]}') from e
-            sizes = re.search(r'\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)', str(e))
-            raise TooBig(*map(float, sizes.groups()) if sizes else (math.inf, math.nan)) from None
+    try:
+        with trainer.context():
+            return trainer, trainer.compile_train_step()
+    except jax.errors.JaxRuntimeError as e:
+        if 'RESOURCE_EXHAUSTED' not in str(e):
+            raise ConfigError(f'the compiler fails on this step: {str(e).splitlines()[0][:300]}') from e
+        sizes = re.search(r'\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)', str(e))
+        raise TooBig(*map(float, sizes.groups()) if sizes else (math.inf, math.nan)) from None
 
 
-def report(cfg: ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[dict, str]:
+def report(cfg: config.ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[dict, str]:
     """The report that `scripts/compile.py` prints, and the text of the compiled program."""
     trainer, compiled = compile_step(cfg, devices)
     text, device = compiled.as_text(), devices[0]
@@ -86,31 +73,28 @@ def report(cfg: ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[dict, 
     }, text  # fmt: skip
 
 
-def search(cfg: ExperimentConfig, devices: Sequence[jax.Device], say: Callable[[str], object] = print) -> list[dict]:
+def search(cfg: config.ExperimentConfig, devices: Sequence[jax.Device], say: Callable[[str], object] = print) -> list[dict]:
     """For each rematerialisation policy, from the cheapest to compute, the largest power-of-two rows per device that fit.
 
-    Returns:
-      [{'remat', 'batch_size', 'peak': bytes}]; a policy under which not even one row per device fits is omitted.
+    Returns [{'remat', 'batch_size', 'peak': bytes}]; a policy under which not even one row per device fits is omitted.
     """
     found = []
     sizes = config.check_devices(cfg, len(devices))
     rows_per_step = sizes['data'] * sizes['fsdp'] * cfg.train.accumulate  # with one row per device
     for remat in ('none', 'dots', 'dots_no_batch', 'full'):
-        best = None
+        best, model = None, cfg.model.model_copy(update={'remat': remat})
         for rows in (1, 2, 4, 8, 16, 32, 64):
-            candidate = cfg.model_copy(update={
-                'model': cfg.model.model_copy(update={'remat': remat}),
-                'data': cfg.data.model_copy(update={'batch_size': rows * rows_per_step}),
-            })  # fmt: skip
+            data = cfg.data.model_copy(update={'batch_size': rows * rows_per_step})
+            candidate = cfg.model_copy(update={'model': model, 'data': data})
             try:
                 usage = memory(compile_step(candidate, devices)[1], devices[0])
                 check_fit(usage)
             except TooBig:
                 break
             except ConfigError as e:  # the compiler may fail at this size alone
-                say(f'{remat}: batch_size {candidate.data.batch_size}: {e}')
+                say(f'{remat}: batch_size {data.batch_size}: {e}')
                 continue
-            best = {'remat': remat, 'batch_size': candidate.data.batch_size, 'peak': usage['peak']}
+            best = {'remat': remat, 'batch_size': data.batch_size, 'peak': usage['peak']}
         say(f'{remat}: ' + (f'batch_size {best["batch_size"]}, peak {best["peak"] / 1e9:.2f} GB' if best else 'does not fit'))
         found += [best] if best else []
     return found
@@ -151,7 +135,7 @@ def _flops(jaxpr, trips, scope='', in_kernel=False):
     total = 0
     for eqn in jaxpr.eqns:
         here = f'{scope}/{eqn.source_info.name_stack}'
-        times, inner = 1, [p for v in eqn.params.values() for p in (v if isinstance(v, tuple | list) else [v]) if _jaxpr(p)]
+        times, inner = 1, list(jaxprs_in_params(eqn.params))
         match eqn.primitive.name:
             case 'dot_general':
                 (contract, _), _ = eqn.params['dimension_numbers']
@@ -168,10 +152,5 @@ def _flops(jaxpr, trips, scope='', in_kernel=False):
                 times = math.prod(outer) * trips(here)
             case 'cond' if not in_kernel:
                 inner = inner[:1]  # the false branch is the usual one: no query is without a key
-        total += times * sum(_flops(_jaxpr(p), trips, here, in_kernel or eqn.primitive.name == 'pallas_call') for p in inner)
+        total += times * sum(_flops(p, trips, here, in_kernel or eqn.primitive.name == 'pallas_call') for p in inner)
     return total
-
-
-def _jaxpr(x):
-    """The jaxpr in a parameter of an equation, or None."""
-    return getattr(x, 'jaxpr', x) if hasattr(x, 'eqns') or hasattr(getattr(x, 'jaxpr', None), 'eqns') else None

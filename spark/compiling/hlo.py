@@ -1,7 +1,4 @@
-"""Reads the text (HLO) of a compiled program: its collectives, its memory traffic, and its largest buffers.
-
-A loop counts as often as it runs, or once if its length depends on data.
-"""
+"""Reads the text (HLO) of a compiled program. A loop counts as often as it runs, or once if its length depends on data."""
 
 import collections
 import itertools
@@ -104,18 +101,17 @@ def _moved(op, size, computations):
     if not called or called[1] not in computations:
         return op.size + sum(reads)
     inner_ops = [inner for line in computations[called[1]] if (inner := _operation(line))]
-    written = op.size
+    sizes, written = {inner.name: inner.size for inner in inner_ops}, op.size
     for inner in inner_ops:
         if inner.kind != 'parameter':
             continue
         number = int(re.search(r'parameter\((\d+)\)', inner.line)[1])
         users = [user for user in inner_ops if inner.name in user.operands]
+        updates = [u.operands[1] for u in users if u.kind == 'dynamic-update-slice' and u.operands[0] == inner.name]
         if number < len(reads) and users and all(user.kind in _SLICES and user.operands[0] == inner.name for user in users):
             reads[number] = min(reads[number], sum(user.size for user in users))
-        elif number < len(reads) and any(u.kind == 'dynamic-update-slice' and u.operands[0] == inner.name for u in users):
-            update = next(u for u in users if u.kind == 'dynamic-update-slice').operands[1]
-            update_size = next((other.size for other in inner_ops if other.name == update), 0)
-            written, reads[number] = written - reads[number] + update_size, 0
+        elif number < len(reads) and updates:
+            written, reads[number] = written - reads[number] + sizes.get(updates[0], 0), 0
     return max(written, 0) + sum(reads)
 
 
@@ -132,13 +128,12 @@ def largest_buffers(text: str, n: int = 12) -> list[dict]:
     found = {}
     for name in _times(computations, entry, through=_CONTROL_FLOW):
         for line in computations[name]:
-            match = re.match(r'\s*(?:ROOT )?%(\S+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(', line)
-            if not match or match[4] in ('parameter', 'get-tuple-element', 'bitcast', 'constant', 'tuple', 'while'):
+            match = re.match(r'\s*(?:ROOT )?%\S+ = (\w+\[[\d,]*\])\S* ([\w-]+)\(', line)
+            if not match or match[2] in ('parameter', 'get-tuple-element', 'bitcast', 'constant', 'tuple', 'while'):
                 continue
-            size = math.prod(map(int, filter(None, match[3].split(',')))) * _BYTES.get(match[2], 1)
             operation = re.search(r'op_name="([^"]*)"', line)
             frame = re.search(r'stack_frame_id=(\d+)', line)
-            row = {'bytes': size, 'shape': f'{match[2]}[{match[3]}]', 'operation': operation[1] if operation else match[4],
+            row = {'bytes': _sizes(match[1])[0], 'shape': match[1], 'operation': operation[1] if operation else match[2],
                    'source': source.get(int(frame[1]), '') if frame else ''}  # fmt: skip
             found.setdefault((row['shape'], row['source']), row)
     return sorted(found.values(), key=lambda row: -row['bytes'])[:n]
@@ -195,43 +190,37 @@ def _trips(computations, line):
     return -(-limits[0] // (steps[0] if steps and steps[0] else 1))
 
 
-def _groups_of(sizes, axes):
-    """The groups of devices, numbered by position in a mesh of {axis: size}, that a collective over these axes forms."""
-    numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    order = [i for i, name in enumerate(sizes) if name not in axes]
-    order += [i for i, name in enumerate(sizes) if name in axes]
-    size = math.prod(sizes[name] for name in axes)
-    return frozenset(map(frozenset, numbers.transpose(order).reshape(-1, size).tolist()))
+def _groups_of(sizes, axes, numbers=None):
+    """The groups that a collective over these axes of a mesh {axis: size} forms; `numbers`: its devices, in order if None."""
+    numbers = np.arange(math.prod(sizes.values())) if numbers is None else numbers
+    axes_last = sorted(range(len(sizes)), key=lambda i: list(sizes)[i] in axes)
+    numbers = numbers.reshape(tuple(sizes.values())).transpose(axes_last)
+    return frozenset(map(frozenset, numbers.reshape(-1, math.prod(sizes[name] for name in axes)).tolist()))
 
 
 def _members(line):
     """The replica groups of a collective, in any of the compiler's notations; None if the line has none."""
     numbers = lambda s: tuple(map(int, s.split(',')))
+
+    def iota(shape, order):
+        x = np.arange(math.prod(numbers(shape))).reshape(numbers(shape))
+        return x.transpose(numbers(order)) if order else x
+
     if m := re.search(r'replica_groups=\{(\{[\d,{}]*\})\}', line):
         return frozenset(frozenset(map(int, g.split(','))) for g in re.findall(r'\{([\d,]+)\}', m[1]))
     if m := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line):
-        x = np.arange(math.prod(numbers(m[2]))).reshape(numbers(m[2]))
-        x = (x.transpose(numbers(m[3])) if m[3] else x).reshape(numbers(m[1]))
-        return frozenset(map(frozenset, x.tolist()))
+        return frozenset(map(frozenset, iota(m[2], m[3]).reshape(numbers(m[1])).tolist()))
     if m := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{([^}]*)\}", line):
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", m[1])}
-        chosen = re.findall(r"'(\w+)'", m[4])
-        x = np.arange(math.prod(sizes.values()))
-        x = (x.reshape(numbers(m[2])).transpose(numbers(m[3])) if m[2] else x).reshape(tuple(sizes.values()))
-        order = [i for i, n in enumerate(sizes) if n not in chosen] + [i for i, n in enumerate(sizes) if n in chosen]
-        return frozenset(map(frozenset, x.transpose(order).reshape(-1, math.prod(sizes[n] for n in chosen)).tolist()))
+        return _groups_of(sizes, re.findall(r"'(\w+)'", m[4]), iota(m[2], m[3]) if m[2] else None)
     return None
 
 
 def _ring(line, sizes):
     """The mesh axes along which the pairs of a collective-permute differ."""
     pairs = re.findall(r'\{(\d+),(\d+)\}', line.partition('source_target_pairs=')[2])
-    shape = tuple(sizes.values())
-    different = set()
-    for a, b in pairs:
-        coordinates = zip(sizes, np.unravel_index(int(a), shape), np.unravel_index(int(b), shape), strict=True)
-        different |= {name for name, i, j in coordinates if i != j}
-    return tuple(name for name in sizes if name in different) or None
+    coordinates = np.unravel_index(np.array(pairs, int).reshape(-1, 2), tuple(sizes.values()))
+    return tuple(name for name, x in zip(sizes, coordinates, strict=True) if (x[:, 0] != x[:, 1]).any()) or None
 
 
 def _sources(text):

@@ -1,11 +1,10 @@
 """Evaluates a checkpoint on a whole split: loss, the statistics of its lookups, and the FLOPs that follow from them."""
 
 import contextlib
-import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +15,20 @@ from tqdm import tqdm
 
 from spark import config, flops
 from spark.checkpoints.manager import open_checkpoint
-from spark.config import ExperimentConfig, MeshConfig, ModelConfig
 from spark.data import rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import ConfigError
 from spark.evaluation import sparsity
-from spark.training.loss import cross_entropy
+from spark.training.loss import cross_entropy, losses
 from spark.training.step import Trainer
 
 FETCH_EVERY = 64  # batches whose int32 sums stay on the device, before they are fetched and added up in 64 bits
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """A trained model, ready to run inside `trainer.context()`."""
 
-    cfg: ExperimentConfig
+    cfg: config.ExperimentConfig
     step: int
     tokenizer: object
     trainer: Trainer
@@ -43,16 +40,11 @@ def load(workdir: pathlib.Path | epath.Path, step: int | None = None, source: st
 
     It runs on the mesh of the run if that fits the available devices, else on all devices, else on one. `source` replaces the
     held-out text of the run, as DataConfig.eval_source does, and `batch_size` its rows per batch.
-
-    Raises:
-      ConfigError: `workdir` is no run directory.
-      CheckpointError: there is no such checkpoint, or it cannot be read.
     """
     cfg = config.load(workdir / 'config.json')
     data = {name: value for name, value in [('eval_source', source), ('batch_size', batch_size)] if value}
-    cfg = cfg.model_copy(update={
-        'data': cfg.data.model_copy(update=data), 'train': cfg.train.model_copy(update={'accumulate': 1}),
-    })  # fmt: skip
+    train = cfg.train.model_copy(update={'accumulate': 1})
+    cfg = cfg.model_copy(update={'data': cfg.data.model_copy(update=data), 'train': train})
     tokenizer, cfg = tokenizer_for(cfg)
     checkpoints, step = open_checkpoint(workdir, step)
     cfg, devices = _fit_mesh(cfg, jax.devices())
@@ -63,11 +55,9 @@ def load(workdir: pathlib.Path | epath.Path, step: int | None = None, source: st
 
 
 def evaluate(model: Model, split: str) -> tuple[dict, dict]:
-    """Evaluates all tokens of a split ('train', 'validation' or 'test'), each of them once.
+    """Evaluates all tokens of a split once: (a report for JSON, the sums of `sparsity.observe` for plots).
 
-    Returns:
-      (report, sums): a dict for JSON, and the numpy sums of `sparsity.observe`, for plots. `loss` is in nats per token;
-      `without_ends` leaves out the end of each document, as evaluation harnesses do.
+    `without_ends` leaves out the end of each document, as evaluation harnesses do.
     """
     cfg, trainer = model.cfg, model.trainer
     dataset = rows.EvalBatches(cfg.data, split, trainer.local_rows)
@@ -75,8 +65,8 @@ def evaluate(model: Model, split: str) -> tuple[dict, dict]:
         bar = tqdm(batches, desc=split, total=len(dataset), unit='batch', leave=False)
         sums = accumulate(trainer, model.params, model.tokenizer.eos, bar)
     report = {'step': model.step, 'split': split, 'tokens': int(sums['tokens']), 'documents': int(sums['ends'])}
-    report |= {'bytes': int(sums['bytes']), **_losses(sums['nll'], sums['tokens'], sums['bytes'])}
-    report['without_ends'] = _losses(sums['nll'] - sums['nll_ends'], sums['tokens'] - sums['ends'], sums['bytes'])
+    report |= {'bytes': int(sums['bytes']), **losses(sums['nll'], sums['tokens'], sums['bytes'])}
+    report['without_ends'] = losses(sums['nll'] - sums['nll_ends'], sums['tokens'] - sums['ends'], sums['bytes'])
     layers = sparsity.report(cfg.model, sums)
     for name in ('active', 'attended'):
         if f'{name}_mean' in layers[0]:
@@ -85,10 +75,7 @@ def evaluate(model: Model, split: str) -> tuple[dict, dict]:
 
 
 def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable) -> dict | None:
-    """The sums of `sparsity.observe` and of the losses over host batches, in 64 bits; None if there are no batches.
-
-    One compiled step adds them up on the device; they are fetched every FETCH_EVERY batches.
-    """
+    """The sums of `sparsity.observe` and of the losses over host batches, in 64 bits; None if there are no batches."""
     model, pieces = trainer.model, trainer.cfg.train.loss_pieces
 
     def totals(params, batch):
@@ -101,7 +88,7 @@ def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable) -> d
 
     replicated = NamedSharding(trainer.mesh, PartitionSpec())
     shapes = jax.eval_shape(totals, trainer.abstract_state.params, trainer.abstract_batch())
-    zero = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=replicated)
+    zero = jax.jit(lambda: jax.tree.map(jnp.zeros_like, shapes), out_shardings=replicated)
 
     @functools.partial(jax.jit, donate_argnums=2, out_shardings=replicated)
     def step(params, batch, sums):
@@ -116,23 +103,20 @@ def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable) -> d
     return _add(total, sums) if pending else total
 
 
-def flops_report(cfg: ModelConfig, context: int, layers: list[dict]) -> dict:
+def flops_report(cfg: config.ModelConfig, context: int, layers: list[dict]) -> dict:
     """FLOPs per token by phase and part: with k as configured, with the measured activity, and of the dense twin.
 
     `layers` are those of the report of `evaluate`. The measured keys per query are the mean of all queries in prefill, and of
-    the queries that saw more than k keys in decoding at a context beyond k.
+    the queries that saw more than k keys in decoding at a context beyond k. Training computes every entry: nothing is measured.
 
-    Returns:
-      {'context', 'training' | 'prefill' | 'decode': {'configured' | 'measured' | 'dense': {part or group: FLOPs}}}; training
-      computes every entry, so nothing is measured there.
+    Returns {'context', 'training' | 'prefill' | 'decode': {'configured' | 'measured' | 'dense': {part or group: FLOPs}}}.
     """
 
-    def measured(name):
+    def measured(name, scale=1):
         values = [layer.get(name) for layer in layers]
-        return None if None in values else np.array(values)
+        return None if None in values else np.array(values) * scale
 
-    active = measured('active_mean')
-    active = None if active is None else active * cfg.ffn.d_ff
+    active = measured('active_mean', cfg.ffn.d_ff)
     report = {'context': context}
     for phase in flops.PHASES:
         count = lambda cfg, phase=phase, **activity: flops.flops_per_token(cfg, context, phase, **activity)
@@ -146,12 +130,6 @@ def flops_report(cfg: ModelConfig, context: int, layers: list[dict]) -> dict:
     return report
 
 
-def _losses(nll, tokens, size):
-    loss = float(nll / tokens) if tokens else float('nan')
-    report = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0))}
-    return report | ({'bits_per_byte': float(nll / size / math.log(2))} if size else {})
-
-
 def _add(total, sums):
     wide = lambda x: np.asarray(x, np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
     sums = jax.tree.map(wide, jax.device_get(sums))
@@ -162,7 +140,8 @@ def _fit_mesh(cfg, devices):
     """The config with a mesh that fits, and its devices: the mesh of the run, else fsdp over all devices, else one device."""
     n, rows = len(devices), cfg.data.batch_size
     whole = -(-rows // n) * n
-    for mesh, batch_size, count in [(cfg.mesh, rows, n), (MeshConfig(data=1, fsdp=n), whole, n), (MeshConfig(), rows, 1)]:
+    for_all, for_one = config.MeshConfig(data=1, fsdp=n), config.MeshConfig()
+    for mesh, batch_size, count in [(cfg.mesh, rows, n), (for_all, whole, n), (for_one, rows, 1)]:
         data = cfg.data.model_copy(update={'batch_size': batch_size})
         fitted = cfg.model_copy(update={'mesh': mesh, 'data': data})
         try:

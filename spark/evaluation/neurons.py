@@ -1,7 +1,4 @@
-"""A page to browse the neurons of one layer: how often each is active, the text that activates it most, the tokens it promotes.
-
-One self-contained HTML file: no server, no network.
-"""
+"""One HTML file to browse a layer's neurons: how often each is active, which text activates it most, which tokens it promotes."""
 
 import base64
 import contextlib
@@ -32,10 +29,9 @@ PROMOTED = 8  # output tokens per neuron
 def collect(model: Model, split: str, layer: int) -> dict[str, np.ndarray]:
     """The strongest activations of each of the F neurons of a layer on a split.
 
-    Returns:
-      'fired' (F): tokens with a positive activation σ1(s); 'tokens' (): all tokens;
-      'value' (F, CONTEXTS): the largest activations, one per row of text, descending; ≤ 0 if there are fewer;
-      'window' (F, CONTEXTS, 2 · AROUND + 1): the activations around them; 'ids': the token ids there, −1 outside the document.
+    'fired' (F): tokens with a positive activation σ1(s); 'tokens' (): all tokens;
+    'value' (F, CONTEXTS): the largest activations, one per row of text, descending; ≤ 0 if there are fewer;
+    'window' (F, CONTEXTS, 2 · AROUND + 1): the activations around them; 'ids': the token ids there, −1 outside the document.
     """
     trainer = model.trainer
     F, W = model.cfg.model.ffn.d_ff, 2 * AROUND + 1
@@ -104,9 +100,8 @@ def promoted(cfg: ModelConfig, params: dict, layer: int) -> jax.Array:
     The row is scaled by the norms between it and the output embedding. Their division by the rms is left out: it does not
     change the order of tokens.
     """
-    n = len(cfg.pattern)
     p = params['params']
-    group, i = layer // n, layer % n
+    group, i = divmod(layer, len(cfg.pattern))
     V_FxD = p['groups'][f'ffn_{i}']['V'][group]
     scale_D = (1 + p['groups'][f'post_ffn_{i}']['scale'][group]) * (1 + p['final_norm']['scale'])
     return jax.lax.top_k((V_FxD * scale_D) @ p['embedding'].T, PROMOTED)[1]
@@ -146,8 +141,8 @@ def write(model: Model, split: str, layer: int, path: pathlib.Path, picture: pat
     page = pathlib.Path(__file__).with_name('neurons.html').read_text('utf-8')
     # Escaped so that no text can end the script element.
     page = page.replace('"DATA"', data.replace('<', '\\u003c'))
-    image = base64.b64encode(picture.read_bytes()).decode() if picture else ''
-    page = page.replace('PICTURE', f'data:image/png;base64,{image}' if image else '')
+    image = f'data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}' if picture else ''
+    page = page.replace('PICTURE', image)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, 'utf-8')
     return path

@@ -45,10 +45,7 @@ def _activity(cfg, layers, title, path):
             ax.legend(frameon=False, fontsize=9, ncols=2, loc='upper center')
         else:
             ax.text(0.5, 0.5, f'kind {cfg.ffn.kind!r}: every neuron is active', ha='center', transform=ax.transAxes)
-        ax.set_ylim(0, 1.25 * ax.get_ylim()[1])
-        ax.set_xticks(x if len(x) <= 16 else x[:: len(x) // 13])
-        ax.set_xlabel('layer')
-        ax.set_ylabel(label)
+        ax.set(xlabel='layer', ylabel=label, xticks=x if len(x) <= 16 else x[:: len(x) // 13], ylim=(0, 1.25 * ax.get_ylim()[1]))
     fig.suptitle(f'Activity by layer: {title}')
     return save(fig, path)
 
@@ -56,26 +53,21 @@ def _activity(cfg, layers, title, path):
 def _scores(cfg, sums, layer, title, path):
     """The standardised scores of one layer against the normal density, and the threshold of the FFN."""
     fig, axes = figure(11, 4.5, 1, 2)
-    middle, width = (EDGES[1:] + EDGES[:-1]) / 2, EDGES[1] - EDGES[0]
+    middle, width, share = (EDGES[1:] + EDGES[:-1]) / 2, EDGES[1] - EDGES[0], cfg.ffn.k / cfg.ffn.d_ff
     for ax, half in zip(axes, ('ffn', 'attention'), strict=True):
         counts = sums[f'{half}_scores'][layer]
         if counts.sum():
             ax.fill_between(middle, counts / counts.sum() / width, step='mid', color=COLORS[0], alpha=0.5, label='scores')
         ax.plot(middle, norm.pdf(middle), color='0.2', lw=1, label='normal')
-        ax.set_xlim(-5, 5)
-        ax.set_xlabel('score, standardised per token')
-        ax.set_ylabel('density')
+        if half == 'ffn' and 0 < share < 1:
+            threshold = norm.isf(share)
+            above = counts[middle > threshold].sum() / counts.sum()
+            label = f'threshold Q(1 − k/d_ff) = {threshold:.2f}\n{above:.1%} above, k/d_ff = {share:.1%}'
+            ax.axvline(threshold, color=COLORS[1], ls='--', label=label)
+        ax.legend(frameon=False, fontsize=9, loc='upper left')
         name = 'FFN' if half == 'ffn' else f'attention, queries with more than {cfg.attention.k} visible keys'
         ax.set_title(f'{name}\nKS distance {kolmogorov_smirnov(counts):.3f}', fontsize=11)
-        ax.set_ylim(0, 1.25 * ax.get_ylim()[1])
-    if 0 < cfg.ffn.k < cfg.ffn.d_ff:
-        threshold = norm.isf(cfg.ffn.k / cfg.ffn.d_ff)
-        counts = sums['ffn_scores'][layer]
-        above = counts[middle > threshold].sum() / counts.sum()
-        label = f'threshold Q(1 − k/d_ff) = {threshold:.2f}\n{above:.1%} above, k/d_ff = {cfg.ffn.k / cfg.ffn.d_ff:.1%}'
-        axes[0].axvline(threshold, color=COLORS[1], ls='--', label=label)
-    for ax in axes:
-        ax.legend(frameon=False, fontsize=9, loc='upper left')
+        ax.set(xlabel='score, standardised per token', ylabel='density', xlim=(-5, 5), ylim=(0, 1.25 * ax.get_ylim()[1]))
     fig.suptitle(f'Predictor scores of layer {layer}: {title}' if cfg.ffn.r else f'Scores of layer {layer}: {title}')
     return save(fig, path)
 
@@ -94,10 +86,9 @@ def _attended(cfg, sums, title, path):
     if cfg.attention.k:
         ax.axhline(cfg.attention.k, color=COLORS[1], ls='--', lw=1, label=f'k = {cfg.attention.k}')
         ax.set_ylim(0, 2.5 * cfg.attention.k)
-    ax.set_xlabel('position in the document, or in the part of it that is in the row')
-    ax.set_ylabel('keys attended per query, mean over heads')
     ax.legend(frameon=False, fontsize=9)
-    ax.set_title(f'Attended keys by position: {title}')
+    ax.set_xlabel('position in the document, or in the part of it that is in the row')
+    ax.set(ylabel='keys attended per query, mean over heads', title=f'Attended keys by position: {title}')
     return save(fig, path)
 
 

@@ -24,36 +24,30 @@ EDGES = np.linspace(-8, 8, 1025)  # bins of standardised scores; scores outside 
 
 
 def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Runs the forward pass on a batch of `data.rows`.
+    """Runs the forward pass on a batch of `data.rows`: (the hidden states (B, L, D), sums over the tokens without padding).
 
-    Returns:
-      (hidden, sums): the hidden states (B, L, D), and int32 or float32 sums over the tokens without padding. Every sum has a
-      leading axis of n_layers, except `positions`; the rest of its shape is:
-        'active' (F + 1): tokens by their number of active neurons; 'fired' (F): tokens for which each neuron was active;
-        'attended' (L + 1): queries of all heads by their number of attended keys;
-        'by_position' (L): attended keys, mean over heads, by position in the document; 'positions' (L): tokens by position;
-        'long' (4): over the queries that see more than k keys: their number, Σ attended keys, Σ recall, Σ precision;
-        'ffn_scores', 'attention_scores' (bins): histograms of standardised scores; in attention, of those long queries.
+    The sums are int32 or float32. Each has a leading axis of n_layers, except `positions`; the rest of its shape is:
+      'active' (F + 1): tokens by their number of active neurons; 'fired' (F): tokens for which each neuron was active;
+      'attended' (L + 1): queries of all heads by their number of attended keys;
+      'by_position' (L): attended keys, mean over heads, by position in the document; 'positions' (L): tokens by position;
+      'long' (4): over the queries that see more than k keys: their number, Σ attended keys, Σ recall, Σ precision;
+      'ffn_scores', 'attention_scores' (bins): histograms of standardised scores; in attention, of those long queries.
     """
     cfg = model.cfg
-    # Blockwise attention does not call sigma1.
+    # Blockwise attention does not call `activate`.
     whole = model.clone(cfg=cfg.model_copy(update={'attention': cfg.attention.model_copy(update={'impl': 'full'})}))
-    rows = batch['tokens'], batch['positions'], batch['segments']
     real_BxL = batch['segments'] > 0
     with nn.intercept_methods(_statistics(cfg.attention.k, real_BxL)):
-        hidden, state = whole.apply(params, *rows, mutable=[METRICS])
+        hidden, state = whole.apply(params, batch['tokens'], batch['positions'], batch['segments'], mutable=[METRICS])
     layer = lambda half, name: by_layer(cfg, state[METRICS], half, name)
-    B, L = real_BxL.shape
-    n, H = cfg.n_layers, cfg.attention.n_heads
+    n, (B, L), H = cfg.n_layers, real_BxL.shape, cfg.attention.n_heads
     sums = {name: layer('attention', name) for name in ('long', 'attention_scores')}
     sums['ffn_scores'] = layer('ffn', 'ffn_scores')
     attended = layer('attention', 'attended').reshape(n, B, H, L)
-    real_BxHxL = jnp.broadcast_to(real_BxL[:, None], (B, H, L))
-    sums['attended'] = _tally(attended, real_BxHxL, L)
-    position = batch['positions']
-    sums['positions'] = jnp.zeros(L, jnp.int32).at[position].add(real_BxL)
+    sums['attended'] = _tally(attended, jnp.broadcast_to(real_BxL[:, None], (B, H, L)), L)
+    sums['positions'] = jnp.zeros(L, jnp.int32).at[batch['positions']].add(real_BxL)
     mean = jnp.mean(attended, axis=2) * real_BxL
-    sums['by_position'] = jnp.zeros((n, L), jnp.float32).at[:, position].add(mean)
+    sums['by_position'] = jnp.zeros((n, L), jnp.float32).at[:, batch['positions']].add(mean)
     if cfg.ffn.traits.sparse:
         sums['active'] = _tally(layer('ffn', 'active').reshape(n, B, L), real_BxL, cfg.ffn.d_ff)
         sums['fired'] = layer('ffn', 'fired')

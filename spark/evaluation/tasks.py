@@ -18,10 +18,7 @@ from tqdm import tqdm
 from spark.config import nearest
 from spark.errors import ConfigError, DataError
 from spark.evaluation.evaluate import Model
-from spark.inference.decoder import generate
-from spark.inference.layout import from_params, serving_for
-from spark.inference.sampling import Sampling
-from spark.inference.text import cut
+from spark.inference import decoder, layout, sampling, text
 from spark.training.loss import cross_entropy
 
 SHORTEST = 32  # lengths are padded to this or a larger power of two, so that few shapes are compiled
@@ -36,37 +33,22 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, model: Model):
         super().__init__()
-        self._model, trainer = model, model.trainer
-
-        @jax.jit
-        def score(params, batch):
-            """The log-likelihood of each target, and whether it is the likeliest token."""
-            hidden = trainer.model.apply(params, batch['tokens'], batch['positions'], batch['segments'])
-            nll, _, greedy = cross_entropy(trainer.model, params, hidden, batch['targets'], trainer.cfg.train.loss_pieces)
-            return -nll, greedy
-
-        self._score = score
+        self._model = model
+        self._score = jax.jit(functools.partial(_score, model.trainer))
 
     @functools.cached_property
     def _served(self):
         """(Serving, weights) for generation, in the dtype of training."""
         trainer = self._model.trainer
         dtype, mesh = trainer.model.dtype, trainer.mesh
-        serving = serving_for(trainer.cfg.model, np.dtype(dtype).name, mesh.devices.flat[0].platform, mesh.size)
+        serving = layout.serving_for(trainer.cfg.model, np.dtype(dtype).name, mesh.devices.flat[0].platform, mesh.size)
         with trainer.context():
-            return serving, jax.jit(lambda params: from_params(serving, params))(self._model.params)
+            return serving, jax.jit(lambda params: layout.from_params(serving, params))(self._model.params)
 
-    @property
-    def eot_token_id(self) -> int:
-        return self._model.tokenizer.eos
-
-    @property
-    def prefix_token_id(self) -> int:
-        return self._model.tokenizer.bos
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self._model.cfg.data.tokenizer
+    # What the harness asks for.
+    eot_token_id = property(lambda self: self._model.tokenizer.eos)
+    prefix_token_id = property(lambda self: self._model.tokenizer.bos)
+    tokenizer_name = property(lambda self: self._model.cfg.data.tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         del add_special_tokens, kwargs  # BOS is added to each row
@@ -77,16 +59,15 @@ class HarnessModel(TemplateLM):
         length = self._model.cfg.data.seq_len
         rows, owner = [], []
         for i, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0])
-            inputs = [self.prefix_token_id, *ids]
-            for start in range(0, len(ids), length):
-                targets = ids[start : start + length]
-                rows.append((inputs[start : start + len(targets)], targets, len(targets)))
+            ids = [self.prefix_token_id, *self.tok_encode(request.args[0])]
+            for start in range(0, len(ids) - 1, length):
+                row = ids[start : start + length + 1]
+                rows.append((row, len(row) - 1))
                 owner.append(i)
         totals = np.zeros(len(requests))
         for i, (value, _) in zip(owner, self._scores(rows, disable_tqdm), strict=True):
             totals[i] += value
-        return [float(x) for x in totals]
+        return totals.tolist()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations, each cut before its first stop string or EOS."""
@@ -109,22 +90,17 @@ class HarnessModel(TemplateLM):
                 lengths[row] = len(prompts[i])
             model = self._model
             with model.trainer.context():
-                new = generate(*self._served, jnp.asarray(batch), jax.random.key(model.cfg.seed),
-                               n=n, sampling=Sampling(temperature), lengths_B=jnp.asarray(lengths))  # fmt: skip
-            for i, ids in zip(chosen, np.asarray(new), strict=False):
-                ids = [int(t) for t in ids]
+                new = decoder.generate(*self._served, jnp.asarray(batch), jax.random.key(model.cfg.seed),
+                                       n=n, sampling=sampling.Sampling(temperature), lengths_B=jnp.asarray(lengths))  # fmt: skip
+            for i, ids in zip(chosen, new.tolist(), strict=False):
                 ids = ids[: ids.index(self.eot_token_id)] if self.eot_token_id in ids else ids
-                texts[i], _ = cut(model.tokenizer.decode(ids), options[i][0])
+                texts[i], _ = text.cut(model.tokenizer.decode(ids), options[i][0])
             bar.update(len(chosen))
         bar.close()
         return texts
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-        del kwargs
-        rows = []
-        for _, context, continuation in requests:
-            ids = self._with_bos([*context, *continuation])
-            rows.append((ids[:-1], ids[1:], len(continuation)))
+        rows = [(self._with_bos([*context, *continuation]), len(continuation)) for _, context, continuation in requests]
         return self._scores(rows, disable_tqdm)
 
     def _with_bos(self, ids):
@@ -136,25 +112,25 @@ class HarnessModel(TemplateLM):
         return max(1, cfg.data.batch_size * cfg.data.seq_len // (length * devices)) * devices
 
     def _scores(self, rows, disable_tqdm):
-        """For each row (inputs, targets, n): the log-likelihood of its last n targets, and whether all are the likeliest."""
+        """For each row (ids, n): the log-likelihood of its last n tokens, and whether all of them are the likeliest."""
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
         scores = [(0.0, True)] * len(rows)
         model, trainer = self._model, self._model.trainer
         bar = tqdm(total=len(rows), desc='scoring', disable=disable_tqdm)
         while order:
-            L = _bucket(len(rows[order[0]][0]))
+            L = _bucket(len(rows[order[0]][0]) - 1)
             chosen, order = order[: self._rows(L)], order[self._rows(L) :]
             batch = {name: np.zeros((self._rows(L), L), np.int32) for name in ('tokens', 'targets', 'segments', 'positions')}
             batch['positions'] += np.arange(L, dtype=np.int32)
             for row, i in enumerate(chosen):
-                inputs, targets, _ = rows[i]
-                for name, values in [('tokens', inputs), ('targets', targets), ('segments', 1)]:
-                    batch[name][row, : len(inputs)] = values
+                ids, _ = rows[i]
+                for name, values in [('tokens', ids[:-1]), ('targets', ids[1:]), ('segments', 1)]:
+                    batch[name][row, : len(ids) - 1] = values
             with trainer.context():
                 value, greedy = jax.device_get(self._score(model.params, trainer.put(batch)))
             for row, i in enumerate(chosen):
-                end, n = len(rows[i][0]), rows[i][2]
-                scored = slice(end - n, end)
+                ids, n = rows[i]
+                scored = slice(len(ids) - 1 - n, len(ids) - 1)
                 scores[i] = float(np.sum(value[row, scored], dtype=np.float64)), bool(greedy[row, scored].all())
             bar.update(len(chosen))
         bar.close()
@@ -162,14 +138,7 @@ class HarnessModel(TemplateLM):
 
 
 def load(names: Sequence[str], path: str | None = None) -> TaskManager:
-    """The task manager of the harness, after checking that the data of these tasks or groups can be read.
-
-    `path` is a directory of additional task files (YAML), which may name Python code to run.
-
-    Raises:
-      ConfigError: there is no such task.
-      DataError: the data of a task cannot be read or downloaded.
-    """
+    """The harness's task manager, once the data of these tasks can be read; `path` holds more task files, which may run code."""
     for library in ('lm_eval', 'datasets', 'huggingface_hub'):  # they log every retry of a download
         logging.getLogger(library).setLevel(logging.CRITICAL)
     if path is not None and not pathlib.Path(path).is_dir():
@@ -189,12 +158,16 @@ def load(names: Sequence[str], path: str | None = None) -> TaskManager:
 
 
 def run(model: Model, names: Sequence[str], manager: TaskManager, **options) -> tuple[dict, str]:
-    """Runs tasks or groups: {task: {metric: value}}, and the table that the harness makes of them.
-
-    `manager` is that of `load`; `options` go to `simple_evaluate`, such as limit (documents per task) and num_fewshot.
-    """
+    """{task: {metric: value}}, and the harness's table of them; `options` go to `simple_evaluate`, such as num_fewshot."""
     results = simple_evaluate(HarnessModel(model), tasks=list(names), task_manager=manager, log_samples=False, **options)
     return results['results'], make_table(results)
+
+
+def _score(trainer, params, batch):
+    """The log-likelihood of each target, and whether it is the likeliest token."""
+    hidden = trainer.model.apply(params, batch['tokens'], batch['positions'], batch['segments'])
+    nll, _, greedy = cross_entropy(trainer.model, params, hidden, batch['targets'], trainer.cfg.train.loss_pieces)
+    return -nll, greedy
 
 
 def _bucket(length):

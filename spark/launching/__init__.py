@@ -32,15 +32,17 @@ def parse_options(via: str, settings: list[str]) -> dict[str, str]:
     return {name: default for name, default in known.items() if default} | given
 
 
-def launch(via: str, job: Job, root: pathlib.Path) -> None:
-    """Runs the commands that launch a job, one after the other."""
+def launch(via: str, job: Job, root: pathlib.Path, dry_run: bool = False) -> None:
+    """Prints and runs the commands that launch a job, one after the other; if `dry_run`, only prints them."""
     program = ENGINES[via].PROGRAM
-    if not shutil.which(program):
+    if not dry_run and not shutil.which(program):
         raise ConfigError(f'--via={via}: {program} is not on the PATH; --dry_run prints what would run')
-    for command in ENGINES[via].commands(job, root):
-        if command.script:
-            pathlib.Path(command.words[-1]).write_text(command.script)
-        print(f'$ {shlex.join(command.words)}', flush=True)
-        code = subprocess.run(command.words).returncode
-        if code:
-            raise ConfigError(f'--via={via}: {command.words[0]} ended with exit code {code}')
+    for words, script in ENGINES[via].commands(job, root):
+        print(shlex.join(words), flush=True)
+        if dry_run:
+            print(script)
+            continue
+        if script:
+            pathlib.Path(words[-1]).write_text(script)
+        if code := subprocess.run(words).returncode:
+            raise ConfigError(f'--via={via}: {words[0]} ended with exit code {code}')

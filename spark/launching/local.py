@@ -7,7 +7,7 @@ import subprocess
 import time
 
 from spark.errors import Preempted
-from spark.runtime import stop_signals
+from spark.runtime import received_signals
 
 
 def run(words: list[str], processes: int, revision: str, restarts: int) -> int:
@@ -20,7 +20,7 @@ def run(words: list[str], processes: int, revision: str, restarts: int) -> int:
             print(f'Preempted, starting again ({restart} of {restarts})', flush=True)
         started = _start(words, processes, revision)
         send = lambda number, started=started: [p.send_signal(number) for p in started if p.poll() is None]
-        with stop_signals(lambda n, send=send: send(signal.SIGTERM if n == 1 else signal.SIGKILL)) as signals:
+        with received_signals(lambda n, send=send: send(signal.SIGTERM if n == 1 else signal.SIGKILL)) as signals:
             while None in (codes := [p.poll() for p in started]):
                 if any(code not in (None, 0, Preempted.exit_code) for code in codes):
                     time.sleep(5)  # the others may fail with a more helpful message
@@ -38,7 +38,6 @@ def _start(words, processes, revision):
     with socket.socket() as s:
         s.bind(('localhost', 0))
         address = f'localhost:{s.getsockname()[1]}'
-    job = {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(processes), 'SPARK_REVISION': revision}
-    environments = [os.environ | job | {'JAX_PROCESS_ID': str(i)} for i in range(processes)]
+    shared = os.environ | {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(processes), 'SPARK_REVISION': revision}
     # In sessions of their own, so that a Ctrl-C reaches them once, through this process.
-    return [subprocess.Popen(words, env=env, start_new_session=True) for env in environments]
+    return [subprocess.Popen(words, env=shared | {'JAX_PROCESS_ID': str(i)}, start_new_session=True) for i in range(processes)]

@@ -5,9 +5,7 @@ import pathlib
 from spark.launching.job import Command, Job, parse_topology, train_line, unpack
 
 PROGRAM = 'xpk'
-OPTIONS = {
-    'cluster': None, 'zone': '', 'project': '', 'priority': '', 'base-docker-image': 'python:3.12', 'max-restarts': '100',
-}  # fmt: skip
+OPTIONS = {'cluster': None, 'zone': '', 'project': '', 'priority': '', 'base-docker-image': 'python:3.12', 'max-restarts': '100'}
 
 
 def commands(job: Job, root: pathlib.Path) -> list[Command]:

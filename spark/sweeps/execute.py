@@ -5,23 +5,24 @@ import json
 import os
 import pathlib
 import subprocess
+import time
 from collections.abc import Callable
 
 import filelock
 from tqdm import tqdm
 
 from spark import config
-from spark.config import ExperimentConfig
 from spark.errors import ConfigError, Preempted
-from spark.runtime import stop_signals
+from spark.runtime import received_signals
 from spark.sweeps.grid import Run
 
 
-def train_command(train: list[str], config_path: str, overrides: dict, base: ExperimentConfig, run: Run, out: pathlib.Path):
-    """The words of the shell command that trains a run.
+def train_command(
+    train: list[str], config_path: str, overrides: dict, base: config.ExperimentConfig, run: Run, out: pathlib.Path
+) -> list[str]:
+    """The words of the shell command that trains a run; `train` are those before the flags.
 
-    `train` are those before the flags, such as ['python', 'scripts/train.py']; `overrides` are the {field: value} of the
-    command line that turned the file at `config_path` (PATH[:VARIANT]) into `base`.
+    `overrides` are the {field: value} of the command line that turned the file at `config_path` (PATH[:VARIANT]) into `base`.
     """
     before, after = config.fields(base), config.fields(run.cfg)
     changed = overrides | {field: value for field, value in after.items() if value != before[field]}
@@ -30,7 +31,7 @@ def train_command(train: list[str], config_path: str, overrides: dict, base: Exp
 
 
 def is_finished(out: pathlib.Path, run: Run) -> bool:
-    """Did the run of this name write its summary?"""
+    """Has the run written its summary?"""
     return (out / 'runs' / run.name / 'summary.json').exists()
 
 
@@ -39,23 +40,17 @@ def execute(command: list[str], out: pathlib.Path, name: str, tick: Callable[[],
 
     Its output is appended to OUT/logs/NAME.log; its exit code and error message go to NAME.json. A first SIGTERM or SIGINT is
     passed on to the command, so that a training run saves its state; a second one kills it. `tick` is called twice a second.
-
-    Raises:
-      Preempted: the command was stopped by a signal.
-      filelock.Timeout: another process is executing this run.
+    Raises Preempted if a signal stopped the command, and filelock.Timeout if another process is executing this run.
     """
     log = out / 'logs' / f'{name}.log'
     with filelock.FileLock(log.with_suffix('.lock'), timeout=0), log.open('ab') as output:
         start = output.tell()
         # In a session of its own, so that Ctrl-C does not reach it twice.
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        with stop_signals(lambda n: process.terminate() if n == 1 else process.kill()) as signals:
-            while True:
-                try:
-                    code = process.wait(timeout=0.5)
-                    break
-                except subprocess.TimeoutExpired:
-                    tick()
+        with received_signals(lambda n: process.terminate() if n == 1 else process.kill()) as signals:
+            while (code := process.poll()) is None:
+                tick()
+                time.sleep(0.5)
         lines = log.read_bytes()[start:].decode('utf-8', 'replace').replace('\r', '\n').split('\n')
         last = next((s for s in reversed(lines) if 'Error: ' in s), next((s for s in reversed(lines) if s.strip()), ''))
         record = {'exit_code': code, 'message': last if code else ''}
@@ -66,11 +61,7 @@ def execute(command: list[str], out: pathlib.Path, name: str, tick: Callable[[],
 
 
 def run_locally(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path):
-    """Trains the runs that are not finished, one after another; `commands` is {run name: its command}.
-
-    Raises:
-      Preempted: a signal came; the state of the current run is saved.
-    """
+    """Trains the runs that are not finished, one after another; `commands` is {run name: its command}."""
     steps = {run.name: run.cfg.train.steps for run in runs}
     done = sum(steps[run.name] for run in runs if is_finished(out, run))
     with tqdm(total=sum(steps.values()), initial=done, desc='sweep', unit='step') as bar:
@@ -84,7 +75,6 @@ def run_locally(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Pa
                 bar.n = before + step
                 bar.set_postfix_str(f'run {i + 1} of {len(runs)}: {run.name}' + (f', loss {loss:.3f}' if loss else ''))
 
-            tick()
             try:
                 code = execute(commands[run.name], out, run.name, tick)
             except filelock.Timeout:
@@ -97,10 +87,7 @@ def run_locally(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Pa
 
 
 def submit(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path, parameters: dict) -> dict[str, str]:
-    """Submits the runs that are not finished to SLURM, one job per run; returns {run name: job id}.
-
-    `parameters` are those of `submitit.SlurmExecutor.update_parameters`, such as time, partition, gpus_per_node.
-    """
+    """Submits the runs that are not finished to SLURM, a job each, with these `parameters` of sbatch: {run name: job id}."""
     try:
         import submitit
     except ImportError:

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import pydantic
 
 from spark import config, flops
-from spark.config import ATTENTION_KINDS, FFN_KINDS, ExperimentConfig, matched_d_ff
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import ConfigError
 from spark.runtime import write_json
@@ -30,7 +29,7 @@ class Run(NamedTuple):
     """One point of a grid: the name of its directory, its config, and what was adjusted to make the config valid."""
 
     name: str
-    cfg: ExperimentConfig
+    cfg: config.ExperimentConfig
     adjustments: str = ''
 
 
@@ -62,12 +61,10 @@ def _parse_value(axis, kind, text):
         raise ConfigError(f'--axis={axis}: {text!r}: {message}') from None
 
 
-def expand(base: ExperimentConfig, axes: dict[str, list]) -> list[Run]:
+def expand(base: config.ExperimentConfig, axes: dict[str, list]) -> list[Run]:
     """The runs of the product of `axes` over a base config; points that become equal once adjusted (see `_adjust`) are one run.
 
-    Raises:
-      ConfigError: a point is not a valid config, or the parameter counts of points that differ only in LOOKUP_FIELDS are more
-        than 1 % apart.
+    The parameter counts of points that differ only in LOOKUP_FIELDS must be within 1 %.
     """
     runs, counts = {}, {}
     short = short_names(axes)
@@ -100,17 +97,17 @@ def _adjust(base, chosen):
     f, a, base_ffn = raw['model']['ffn'], raw['model']['attention'], base.model.ffn
     notes = []
     if f['kind'] != base_ffn.kind and 'model.ffn.d_ff' not in chosen:
-        f['d_ff'] = matched_d_ff(base_ffn.d_ff, base_ffn.kind, f['kind'])
+        f['d_ff'] = config.matched_d_ff(base_ffn.d_ff, base_ffn.kind, f['kind'])
         if f['d_ff'] != base_ffn.d_ff:
             notes.append(f'd_ff {base_ffn.d_ff} → {f["d_ff"]}')
-    kind = FFN_KINDS[f['kind']]
+    kind = config.FFN_KINDS[f['kind']]
     if kind.topk and 'model.ffn.k' not in chosen:
         f['k'] = round(base_ffn.k * f['d_ff'] / base_ffn.d_ff)
     if not kind.topk:
         f |= {'k': 0, 'topk': 'statistical', 'huber': 0.0}
     if not kind.predictor:
         f['r'] = 0
-    kind = ATTENTION_KINDS[a['kind']]
+    kind = config.ATTENTION_KINDS[a['kind']]
     a |= {name: 0 for name, has in [('k', kind.topk), ('r', kind.predictor)] if not has}
     for half, before, after in [('ffn', base_ffn, f), ('attention', base.model.attention, a)]:
         for name in ('k', 'r'):
@@ -124,8 +121,7 @@ def short_names(fields: Collection[str]) -> dict[str, str]:
     """{field: the shortest end of its dotted name that no other field has}."""
     names = {}
     for field in fields:
-        parts = field.split('.')
-        ends = ['.'.join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+        ends = itertools.accumulate(reversed(field.split('.')), lambda end, part: f'{part}.{end}')
         names[field] = next(end for end in ends if sum(f == end or f.endswith('.' + end) for f in fields) == 1)
     return names
 
@@ -135,17 +131,13 @@ def _file_name(value):
     return re.sub(r'[^A-Za-z0-9.+-]+', '_', text).strip('._') or '_'
 
 
-def prepare_directory(out: pathlib.Path, base: ExperimentConfig, axes: dict[str, list], runs: list[Run]):
-    """Creates the directory of a sweep, or checks that an existing one belongs to the same sweep: axes may only get more values.
-
-    Raises:
-      ConfigError: names the fields in which the directory's sweep, or a run in it, differs.
-    """
+def prepare_directory(out: pathlib.Path, base: config.ExperimentConfig, axes: dict[str, list], runs: list[Run]):
+    """Creates the directory of a sweep, or checks that an existing one is of the same sweep: axes may only get more values."""
     path = out / 'sweep.json'
     if path.exists():
         try:
             recorded = json.loads(path.read_text())
-            recorded_base = ExperimentConfig.model_validate_json(json.dumps(recorded['config']))
+            recorded_base = config.ExperimentConfig.model_validate_json(json.dumps(recorded['config']))
             recorded_axes = set(recorded['axes'])
         except (ValueError, KeyError, TypeError) as e:
             raise ConfigError(f'{path}: not the record of a sweep: {" ".join(str(e).split())}') from None

@@ -4,16 +4,12 @@ import itertools
 import pathlib
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter
 
 from spark.evaluation.plots import COLORS, figure, save
 
 
 def draw(points: list[dict], front: list[dict], labels: dict[str, str], out: pathlib.Path) -> list[pathlib.Path]:
-    """Writes loss_flops.png, with the Pareto front, and loss_NAME.png for each axis; returns their paths.
-
-    `points` are of `results.average`, `front` of `results.pareto`; `labels` is {short name: field} of the axes but the seed.
-    """
+    """Writes loss_flops.png, with the Pareto front, and loss_NAME.png for each of `labels`, {NAME: axis}; returns their paths."""
     paths = [_loss_flops(points, front, labels, out / 'loss_flops.png')]
     for label, field in labels.items():
         if len({p['axes'][field] for p in points}) > 1:
@@ -74,16 +70,15 @@ def _errorbar(ax, x, points, **style):
 def _log_x(ax):
     """A logarithmic axis with plain numbers."""
     ax.set_xscale('log')
-    plain = FuncFormatter(lambda x, _: f'{x:.4g}')
-    ax.xaxis.set_major_formatter(plain)
-    ax.xaxis.set_minor_formatter(plain)
+    ax.xaxis.set_major_formatter('{x:.4g}')
+    ax.xaxis.set_minor_formatter('{x:.4g}')
 
 
 def _finish(fig, ax, title, points, path):
     seeds = max(p['seeds'] for p in points)
+    spread = f"\n{seeds} seeds: mean, range (thin), standard deviation about each seed's mean (thick)"
+    ax.set_title(title + (spread if seeds > 1 else ''), fontsize=11)
     ax.set_ylabel('test loss, nats per token')
-    spread = f"{seeds} seeds: mean, range (thin), standard deviation about each seed's mean (thick)"
-    ax.set_title(title + (f'\n{spread}' if seeds > 1 else ''), fontsize=11)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize=9)
     return save(fig, path)

@@ -1,9 +1,4 @@
-"""The results of a sweep: a row per run, means over seeds, tables and plots.
-
-    OUT/results.csv     a row per run
-    OUT/results.md      means over seeds and the Pareto front; below, the runs that did not finish, and why
-    OUT/loss_*.png
-"""
+"""The results of a sweep: a row per run, means over seeds, tables and plots."""
 
 import csv
 import dataclasses
@@ -16,9 +11,7 @@ import numpy as np
 from spark import config, flops
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import Preempted
-from spark.sweeps import plots
-from spark.sweeps.execute import latest_metrics
-from spark.sweeps.grid import Run, short_names
+from spark.sweeps import execute, grid, plots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +24,7 @@ class Row:
     result: dict = dataclasses.field(default_factory=dict)
 
 
-def collect(out: pathlib.Path, axes: dict[str, list], runs: Iterable[Run] = ()) -> list[Row]:
+def collect(out: pathlib.Path, axes: dict[str, list], runs: Iterable[grid.Run] = ()) -> list[Row]:
     """A row for each of `runs` and each run directory in OUT, in the order of the axes' values; those off the axes come last."""
     cfgs = {run.name: run.cfg for run in runs}
     cfgs |= {p.parent.name: config.load(p) for p in out.glob('runs/*/config.json')}
@@ -47,22 +40,20 @@ def write(out: pathlib.Path, rows: list[Row], axes: dict[str, list]) -> list[pat
     with paths[0].open('w', newline='') as f:
         writer = csv.DictWriter(f, ['run', *axes, 'status', *columns])
         writer.writeheader()
-        for row in rows:
-            writer.writerow({'run': row.run, **row.axes, 'status': row.status, **row.result})
+        writer.writerows({'run': row.run, **row.axes, 'status': row.status, **row.result} for row in rows)
     points = average(rows, axes)
     paths[1].write_text(markdown(points, rows, axes) + '\n')
     if points:
-        labels = {name: field for field, name in short_names(axes).items() if field != 'seed'}
+        labels = {name: field for field, name in grid.short_names(axes).items() if field != 'seed'}
         paths += plots.draw(points, pareto(points), labels, out)
     return paths
 
 
 def average(rows: list[Row], axes: dict[str, list]) -> list[dict]:
-    """One point for the finished rows that differ only in the seed.
+    """One point for the finished rows that differ only in the seed; the std of one value is NaN.
 
-    Returns:
-      [{'axes', 'seeds': their number, 'losses': {seed: test loss}, and for each result (mean, sample std, min, max),
-        'within': sample std of the test loss after subtracting each seed's mean over all points}]; the std of one value is NaN.
+    Returns [{'axes', 'seeds': their number, 'losses': {seed: test loss}, and for each result (mean, sample std, min, max),
+    'within': sample std of the test loss after subtracting each seed's mean over all points}].
     """
     groups = {}
     for row in rows:
@@ -97,7 +88,7 @@ def pareto(points: list[dict]) -> list[dict]:
 
 def markdown(points: list[dict], rows: list[Row], axes: dict[str, list]) -> str:
     """The points as a table with the Pareto front marked; below it, every run that did not finish, and why."""
-    short = short_names(axes)
+    short = grid.short_names(axes)
     fields = [field for field in axes if field != 'seed']
     head = [*(short[f] for f in fields), 'seeds', 'parameters', 'test loss', 'bits/byte', 'active', 'attended', 'MFLOPs']
     head += ['dense ÷ this', 'behind the best', '']
@@ -136,7 +127,7 @@ def _row(out, name, cfg, axes):
     end = json.loads(exit_record.read_text()) if exit_record.exists() else {}
     if end.get('exit_code') not in (None, 0, Preempted.exit_code):
         return Row(name, values, f'failed, exit code {end["exit_code"]}: {end["message"]}')
-    step, _ = latest_metrics(summary.parent)
+    step, _ = execute.latest_metrics(summary.parent)
     return Row(name, values, f'unfinished, at step {step}' if step or summary.parent.exists() else 'not started')
 
 
@@ -150,10 +141,7 @@ def _result(cfg, summary):
         'parameters': summary['parameters'],
         'test_loss': test['loss'],
         'validation_loss': summary['validation']['loss'],
-        'perplexity': test['perplexity'],
-        'bits_per_byte': test.get('bits_per_byte'),
-        'active': test.get('active'),
-        'attended': test['attended'],
+        **{name: test.get(name) for name in ('perplexity', 'bits_per_byte', 'active', 'attended')},
         'd_ff': model.ffn.d_ff,
         'context': context,
         'mflops': measured / 1e6,

@@ -59,18 +59,15 @@ def first_not_finite(trainer: Any, params: dict, batch: dict) -> str:
     for i in range(n):
         rows = trainer.put({name: x[i::n] for name, x in batch.items() if isinstance(x, np.ndarray)})
         of_params, of_modules, of_loss, of_gradients = jax.device_get(probe(params, rows))
-        bad = [path for path, ok in of_params.items() if not ok.all()]
-        if bad:
+        if bad := [path for path, ok in of_params.items() if not ok.all()]:
             return f'the parameter {".".join(bad[0])} itself is not finite'
-        bad = [_location(trainer.cfg.model, path, of_modules[path], order.index(path)) for path in order]
-        if any(bad):
-            return f'first not finite: the output of {min(filter(None, bad))[-1]}'
+        if bad := _not_finite(trainer.cfg.model, {path: of_modules[path] for path in order}):
+            return f'first not finite: the output of {bad[0][-1]}'
         if not of_loss:
             return 'every module is finite, the loss is not: look at the logits'
         # The backward pass begins at the last layer.
-        bad = [_location(trainer.cfg.model, path, ok, 0, last=True) for path, ok in of_gradients.items()]
-        if any(bad):
-            return f'the forward pass is finite; first not finite in backward: the gradient of {max(filter(None, bad))[-1]}'
+        if bad := _not_finite(trainer.cfg.model, of_gradients, last=True):
+            return f'the forward pass is finite; first not finite in backward: the gradient of {bad[-1][-1]}'
     return 'every module and every gradient by itself is finite'
 
 
@@ -90,10 +87,8 @@ def _probe(trainer, params, rows, order):
 
     def objective(params):
         with nn.intercept_methods(note):
-            inputs = rows['tokens'], rows['positions'], rows['segments']
-            hidden, sown = trainer.model.apply(params, *inputs, mutable=[METRICS])
-        pieces = trainer.cfg.train.loss_pieces
-        nll, log_z, _ = loss.cross_entropy(trainer.model, params, hidden, rows['targets'], pieces)
+            hidden, sown = trainer.model.apply(params, rows['tokens'], rows['positions'], rows['segments'], mutable=[METRICS])
+        nll, log_z, _ = loss.cross_entropy(trainer.model, params, hidden, rows['targets'], trainer.cfg.train.loss_pieces)
         kept = jnp.where(rows['segments'] > 0, nll + trainer.cfg.optimizer.z_loss * log_z**2, 0)
         return jnp.sum(kept), sown[METRICS]
 
@@ -105,12 +100,16 @@ def _probe(trainer, params, rows, order):
     return finite(params), of_modules, jnp.isfinite(total), finite(gradients)
 
 
-def _location(cfg, path, ok, order, last=False):
-    """(layer, order, name) of the first (or last) layer in which a module or parameter is not finite; None if there is none."""
-    if ok.all():
-        return None
-    if path[0] != 'groups':
-        return -1 if path == ('embedding',) else cfg.n_layers, order, path[0]
-    name, _, i = path[1].rpartition('_')
-    layer = int(np.flatnonzero(~ok)[-1 if last else 0]) * len(cfg.pattern) + int(i)
-    return layer, order, f'{" ".join([name, *path[2:]])} in layer {layer} of {cfg.n_layers}'
+def _not_finite(cfg, flags, last=False):
+    """[(layer, order, name)] of the modules or parameters that are not finite, at the first (or last) such layer; sorted."""
+    found = []
+    for order, (path, ok) in enumerate(flags.items()):
+        if ok.all():
+            continue
+        if path[0] == 'groups':
+            name, _, i = path[1].rpartition('_')
+            layer = int(np.flatnonzero(~ok)[-1 if last else 0]) * len(cfg.pattern) + int(i)
+            found.append((layer, order, f'{" ".join([name, *path[2:]])} in layer {layer} of {cfg.n_layers}'))
+        else:
+            found.append((-1 if path == ('embedding',) else cfg.n_layers, order, path[0]))
+    return sorted(found)

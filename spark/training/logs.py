@@ -10,9 +10,9 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from spark import devices, flops
-from spark.config import TrainConfig
+from spark import config, devices, flops
 from spark.errors import NotFiniteError
+from spark.runtime import received_signals
 from spark.training import guard, loss, optimizer
 from spark.training.step import Trainer, TrainState
 from spark.training.trackers import MetricsWriter
@@ -33,41 +33,25 @@ class Clock:
         self._seconds[name] += time.perf_counter() - start
 
     def report(self) -> dict[str, float]:
-        """{'goodput': share of the wall time that was left to training steps, 'seconds_NAME': by name}.
-
-        Waiting for data counts as training, since the device has a step to run meanwhile.
-        """
+        """{'goodput': share of the wall time that was left to training steps, 'seconds_NAME': by name}."""
         wall = time.perf_counter() - self._start
-        lost = sum(s for name, s in self._seconds.items() if name != 'data')
+        lost = sum(s for name, s in self._seconds.items() if name != 'data')  # the device has a step to run meanwhile
         return {'goodput': 1 - lost / wall} | {f'seconds_{name}': round(s, 2) for name, s in self._seconds.items()}
 
 
 class Profiler:
     """Writes traces of a few steps into WORKDIR/profile: from train.profile_step on, and after each SIGUSR1."""
 
-    def __init__(self, cfg: TrainConfig, workdir: epath.Path):
-        self._cfg, self._directory, self._requested, self._last = cfg, workdir / 'profile', False, None
-
-    def __enter__(self):
-        def request(*_):
-            self._requested = True
-
-        try:
-            self._previous = signal.signal(signal.SIGUSR1, request)
-        except ValueError:  # not the main thread
-            self._previous = None
-        return self
-
-    def __exit__(self, *_):
-        if self._last is not None:
-            jax.profiler.stop_trace()
-        if self._previous is not None:
-            signal.signal(signal.SIGUSR1, self._previous)
+    def __init__(self, cfg: config.TrainConfig, workdir: epath.Path, stack: contextlib.ExitStack):
+        self._cfg, self._directory, self._last = cfg, workdir / 'profile', None
+        self._requests = stack.enter_context(received_signals(numbers=[signal.SIGUSR1]))
+        stack.callback(lambda: self._last is None or jax.profiler.stop_trace())
 
     def before(self, step: int) -> None:
         """Starts a trace if one is due at this step."""
-        if self._last is None and (self._requested or step == self._cfg.profile_step):
-            self._requested, self._last = False, step + self._cfg.profile_steps - 1
+        if self._last is None and (self._requests or step == self._cfg.profile_step):
+            self._requests.clear()
+            self._last = step + self._cfg.profile_steps - 1
             jax.profiler.start_trace(str(self._directory))
 
     def after(self, step: int, state: TrainState) -> None:

@@ -11,6 +11,8 @@ from spark.config import ModelConfig
 from spark.nn.layers import METRICS
 from spark.nn.transformer import Transformer, activity
 
+Sum = np.ndarray | np.generic  # on the host
+
 
 def cross_entropy(
     model: Transformer, params: dict, hidden_BxLxD: jax.Array, targets_BxL: jax.Array, pieces: int = 1
@@ -48,8 +50,7 @@ def cross_entropy(
 def forward(model: Transformer, params: dict, batch: dict, *, pieces: int = 1, count: bool = True) -> dict[str, jax.Array]:
     """Runs the model on a batch (see spark.data.rows) and sums over its tokens, without padding.
 
-    Returns:
-      {'nll', 'log_z2', 'tokens', 'bytes': () float32; 'active', 'attended': (n_layers,) float32 if `count`}.
+    Returns {'nll', 'log_z2', 'tokens', 'bytes': () float32; 'active', 'attended': (n_layers,) float32 if `count`}.
     """
     rows = batch['tokens'], batch['positions'], batch['segments']
     hidden, state = model.apply(params, *rows, mutable=[METRICS] if count else [])
@@ -66,16 +67,19 @@ def forward(model: Transformer, params: dict, batch: dict, *, pieces: int = 1, c
     return sums
 
 
-def per_token(cfg: ModelConfig, sums: dict[str, np.ndarray | np.generic]) -> dict[str, Any]:
+def losses(nll: Sum, tokens: Sum, size: Sum) -> dict[str, float]:
+    """`loss` in nats per token and its `perplexity`; and `bits_per_byte`, unless the text has no bytes."""
+    loss = float(nll / tokens) if tokens else math.nan
+    report = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0))}
+    return report | ({'bits_per_byte': float(nll / size / math.log(2))} if size else {})
+
+
+def per_token(cfg: ModelConfig, sums: dict[str, Sum]) -> dict[str, Any]:
     """Metrics from the sums of `forward` over one or more batches, on the host.
 
-    `loss`, `perplexity` and `bits_per_byte`; `active` (share of neurons) and `attended` (number of keys), each the mean over
-    layers, and as a list `…_by_layer`.
+    `losses`; `active` (share of neurons) and `attended` (number of keys), each the mean over layers, and a list `…_by_layer`.
     """
-    loss = float(sums['nll'] / sums['tokens'])
-    report = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0))}
-    if sums['bytes']:
-        report['bits_per_byte'] = float(sums['nll'] / sums['bytes'] / math.log(2))
+    report = losses(sums['nll'], sums['tokens'], sums['bytes'])
     for name, scale in [('active', cfg.ffn.d_ff), ('attended', 1)]:
         if name in sums:
             by_layer = sums[name] / sums['tokens'] / scale

@@ -10,13 +10,8 @@ from spark.config import OptimizerConfig
 
 def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate by step: a linear warm-up to `lr`, then a cosine to lr · final_lr at `steps`."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if cfg.warmup_steps else cfg.lr,
-        peak_value=cfg.lr,
-        warmup_steps=cfg.warmup_steps,
-        decay_steps=steps,
-        end_value=cfg.lr * cfg.final_lr,
-    )
+    start = 0.0 if cfg.warmup_steps else cfg.lr
+    return optax.warmup_cosine_decay_schedule(start, cfg.lr, cfg.warmup_steps, steps, end_value=cfg.lr * cfg.final_lr)
 
 
 def decayed(params: Any) -> Any:

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from spark import config
 from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints, open_checkpoint
-from spark.config import ExperimentConfig
 from spark.data import documents, rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, StalledError, exit_now
@@ -27,7 +26,7 @@ Batches = Iterable[dict] | Callable[[int], Iterable[dict]]
 
 
 def train(
-    cfg: ExperimentConfig, workdir: epath.PathLike, batches: Batches | None = None,
+    cfg: config.ExperimentConfig, workdir: epath.PathLike, batches: Batches | None = None,
     held_out: dict[str, Iterable[dict]] | None = None,
 ) -> tuple[dict, Trainer, TrainState]:  # fmt: skip
     """Trains to cfg.train.steps, from the newest checkpoint in `workdir` if there is one; (summary, trainer, final state).
@@ -50,13 +49,10 @@ def train(
 
 
 class Run:
-    """The state of a run: its step, parameters and data iterator, whether they are evaluated and saved, and where it reports.
-
-    What it opens is closed by `stack`.
-    """
+    """A run: its step, state and data iterator, whether it is evaluated and saved, and where it reports; `stack` closes it."""
 
     def __init__(
-        self, cfg: ExperimentConfig, workdir: epath.Path, stack: contextlib.ExitStack,
+        self, cfg: config.ExperimentConfig, workdir: epath.Path, stack: contextlib.ExitStack,
         batches: Batches | None = None, held_out: dict[str, Iterable[dict]] | None = None,
     ):  # fmt: skip
         self.workdir, self.clock = workdir, Clock()
@@ -71,7 +67,7 @@ class Run:
             self.held_out = held_out or {split: open_split(split) for split in ('validation', 'test')}
             self.stop = stack.enter_context(stop_requests())
             self.watchdog = stack.enter_context(Watchdog(cfg.train.stall_seconds))
-            self.profiler = stack.enter_context(Profiler(cfg.train, workdir))
+            self.profiler = Profiler(cfg.train, workdir, stack)
             claim_directory(workdir, cfg)
             if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
                 jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
@@ -252,13 +248,10 @@ class Run:
 
 
 def initial_state(trainer: Trainer) -> TrainState:
-    """The state at step 0: random, or with the weights of train.restore_from."""
+    """The state at step 0: random, or with the weights of train.restore_from, a run directory or a checkpoints/STEP of one."""
     state, source = trainer.init_state(trainer.cfg.seed), trainer.cfg.train.restore_from
-    return state.replace(params=_weights_of(source, trainer.abstract_state.params)) if source else state
-
-
-def _weights_of(source, abstract_params):
-    """The parameters of the newest checkpoint of a run directory, or of the given checkpoints/STEP of one."""
+    if not source:
+        return state
     path = epath.Path(source)
     is_step = path.parent.name == 'checkpoints' and path.name.isdigit()
     workdir, step = (path.parent.parent, int(path.name)) if is_step else (path, None)
@@ -269,9 +262,9 @@ def _weights_of(source, abstract_params):
             f'train.restore_from = {source!r}: want a run directory, or a checkpoints/STEP of one; {e}'
         ) from None
     print(f'Starting from the parameters of {workdir}/checkpoints/{step}', flush=True)
-    params = checkpoints.restore_params(step, abstract_params)
+    params = checkpoints.restore_params(step, trainer.abstract_state.params)
     checkpoints.close()
-    return params
+    return state.replace(params=params)
 
 
 def _check_nothing_lost(workdir, save_every):
@@ -283,11 +276,8 @@ def _check_nothing_lost(workdir, save_every):
         raise CheckpointError(f'{workdir}/checkpoints: there is none, but metrics.jsonl goes to step {reached}')
 
 
-def claim_directory(workdir: epath.Path, cfg: ExperimentConfig) -> None:
-    """Writes config.json to a new run directory, or compares the one that is there: only `config.RESUMABLE` may change.
-
-    Raises a ConfigError if the directory belongs to a run with another config, or holds files but no run.
-    """
+def claim_directory(workdir: epath.Path, cfg: config.ExperimentConfig) -> None:
+    """Writes config.json to a new run directory, or compares the one that is there: only `config.RESUMABLE` may change."""
     path = workdir / 'config.json'
     if path.exists():
         previous = config.load(path)

@@ -30,10 +30,7 @@ LOGICAL_AXES = {
 
 
 def make_mesh(cfg: ExperimentConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a config over some devices (None: all).
-
-    Slices split the `data` axis only, so that only gradient sums travel between them.
-    """
+    """The mesh of a config over some devices (None: all). Slices split `data` only: only gradient sums travel between them."""
     devices = jax.devices() if devices is None else devices
     sizes = check_devices(cfg, len(devices))
     slices = _slices(devices, cfg.mesh.slices)
@@ -48,19 +45,14 @@ def _slices(devices, n):
     for device in devices:
         found.setdefault(getattr(device, 'slice_index', None), []).append(device)
     if n > 1 and len(found) == 1:
-        each = len(devices) // n
-        return [devices[i : i + each] for i in range(0, len(devices), each)]
+        return np.split(np.array(devices), n)
     if len(found) != n:
         raise ConfigError(f'mesh.slices = {n}: the devices belong to {len(found)} slices')
     return list(found.values())
 
 
 def spec(logical: Sequence[str | None] | PartitionSpec) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes (None: not split).
-
-    Raises:
-      ValueError: a name is not in the table, or two axes map to the same mesh axis.
-    """
+    """The PartitionSpec of an array with these logical axes (None: not split); a ValueError if they are not mapped one to one."""
     unknown = [name for name in logical if name is not None and name not in LOGICAL_AXES]
     if unknown:
         raise ValueError(f'logical axes {tuple(logical)}: {unknown[0]!r} is not in LOGICAL_AXES')
@@ -74,13 +66,7 @@ def spec(logical: Sequence[str | None] | PartitionSpec) -> PartitionSpec:
 
 def shardings(mesh: Mesh, boxed: Any) -> Any:
     """NamedShardings for a tree of Flax variables boxed with their logical axes; those without are replicated."""
-    is_spec = lambda x: isinstance(x, PartitionSpec)
-    return jax.tree.map(lambda s: NamedSharding(mesh, spec(s)), nn.get_partition_spec(boxed), is_leaf=is_spec)
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch of rows."""
-    return NamedSharding(mesh, spec(('batch', 'length')))
+    return jax.tree.map(lambda s: NamedSharding(mesh, spec(s)), nn.get_partition_spec(boxed))
 
 
 def logical_rules() -> AbstractContextManager:

@@ -33,10 +33,7 @@ class TrainState:
 
 
 class Trainer:
-    """The compiled parts of a run on a mesh of some devices (None: all): initial state, train step, eval step.
-
-    model.vocab_size of the config must be filled in.
-    """
+    """The compiled parts of a run on a mesh of some devices (None: all); model.vocab_size of the config must be filled in."""
 
     def __init__(self, cfg: ExperimentConfig, devices: Sequence[jax.Device] | None = None):
         self.cfg = cfg
@@ -50,7 +47,7 @@ class Trainer:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), meta.unbox(boxed), self.state_shardings
         )
         self.n_params = sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
-        self._batch_sharding = sharding.batch_sharding(self.mesh)
+        self._batch_sharding = jax.NamedSharding(self.mesh, sharding.spec(('batch', 'length')))
         # The rows of a batch that the devices of this process hold; nothing else must be read here.
         held = self._batch_sharding.addressable_devices_indices_map((cfg.data.batch_size, cfg.data.seq_len)).values()
         self.local_rows = np.unique(np.concatenate([np.arange(cfg.data.batch_size)[rows] for rows, _ in held]))

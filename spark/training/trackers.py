@@ -26,10 +26,9 @@ class MetricsWriter:
         kept = [r for r in _records(self._path) if r['step'] <= step]
         self._written = {(r['step'], r['split']) for r in kept}
         self._lines = [json.dumps(r) + '\n' for r in kept]
-        in_bucket = '://' in str(workdir)
         with self._write_errors():
             write_text(self._path, ''.join(self._lines), CheckpointError)
-            self._file = None if in_bucket else open(self._path, 'a', buffering=1)
+            self._file = None if '://' in str(workdir) else open(self._path, 'a', buffering=1)
             self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
 
     def write(self, step: int, split: str, values: dict) -> None:

@@ -28,14 +28,14 @@ def test_rows_of_every_benchmark(cfgs):
 
 def test_bytes_of_a_step(cfgs):
     """By hand: all weights but the records that slept, and the cache up to where it is filled."""
-    decoder = decoding.Decoder(cfgs[1].model, 'bfloat16', 16, 40)
-    decoder.step()
+    decoder, spark = decoding.Decoder(cfgs[1].model), decoding.Decoder(cfgs[0].model)
+    for model in (decoder, spark):
+        model.begin(16, 40)
+        model.step()
     weights = sum(x.nbytes for x in jax.tree.leaves(decoder.weights)) - decoder.weights['final_norm'].nbytes
     ring, whole = (sum(x.nbytes / x.shape[2] for x in layer.values()) for layer in decoder.cache.layers[:2])
     np.testing.assert_allclose(decoder.bytes(), weights + 17 * (ring + whole))
     np.testing.assert_allclose(decoder.bytes() - decoder.bytes(head=False), decoder.weights['embedding'].values.nbytes)
-    spark = decoding.Decoder(cfgs[0].model, 'bfloat16', 16, 40)
-    spark.step()
     everything = sum(x.nbytes for x in jax.tree.leaves(spark.weights))
     records = sum(w['records'].values.nbytes for w in spark.weights['layers'])
     assert everything - records < spark.bytes() < everything - 0.7 * records

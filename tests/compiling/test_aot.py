@@ -158,7 +158,7 @@ def test_topk_over_a_sharded_d_ff_reduces_two_scalars_per_token(mesh):
     """And gathers no activations: over 'model' goes that and the sum that gives the output, in the forward pass."""
     tokens, D = 16, 32  # per device
     module = FFN(FFNConfig(kind='spark', d_ff=8192, k=655, r=16), jnp.float32)
-    x = jax.ShapeDtypeStruct((4, tokens, D), jnp.float32, sharding=sharding.batch_sharding(mesh))
+    x = jax.ShapeDtypeStruct((4, tokens, D), jnp.float32, sharding=jax.NamedSharding(mesh, sharding.spec(('batch', 'length'))))
     boxed = jax.eval_shape(module.init, jax.random.key(0), x)
     place = lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s)
     params = jax.tree.map(place, meta.unbox(boxed), sharding.shardings(mesh, boxed))
