@@ -1,12 +1,14 @@
 """Measure what this project claims: both sides in one run, medians of interleaved repeats.
 
-    python scripts/benchmark.py topk|ffn|attention|train_step|faults|compile|ffn_decode|decode|prefill [--repeats=N]
+    python scripts/benchmark.py topk|ffn|attention|data|train_step|faults|compile|ffn_decode|decode|prefill [--repeats=N]
         [--topology=v5e:2x2] [--json=FILE]
 
 topk        statistical top-k against exact, approximate and GELU, forward + backward, [4096, 13824], k 1106
 ffn         a Spark FFN against the gated FFN of equal parameters, forward + backward, D 2304, 1024 tokens;
             with --topology: the TPU compiler's estimate of cycles, 8192 tokens, bfloat16; needs libtpu, but no TPU
 attention   Spark attention against dense attention, both blockwise, forward + backward, 2k and 8k tokens; and the memory
+data        batches from a token store against tokenizing in the loop, rows of 2048 and 8192 tokens; in the details, CPU seconds
+            per million tokens of the job for one of 1, 8 and 64 processes, and opening a store of 1e11 tokens
 train_step  a training step of configs/tiny.py, Spark against dense; fails if a step after the first compiles anything
 faults      the cost of fault tolerance: a checkpoint, the watchdog and the guard against bad updates, on configs/tiny.py
 compile     compiling the training step of a model of 26 layers against one of 4, at small widths
@@ -27,7 +29,7 @@ if __name__ == '__main__':
 from absl import flags
 
 from spark import config, errors
-from spark.benchmarks import decoding, lookups, timing, training
+from spark.benchmarks import data, decoding, lookups, timing, training
 from spark.runtime import write_json
 
 REPEATS = flags.DEFINE_integer('repeats', None, "Interleaved repeats of each side; default the benchmark's own.", lower_bound=1)
@@ -38,6 +40,7 @@ BENCHMARKS = {  # name: (function, the shipped config that it measures, its vari
     'topk': (lookups.topk, None, ()),
     'ffn': (lookups.ffn, None, ()),
     'attention': (lookups.attention, None, ()),
+    'data': (data.data, 'tiny.py', ('spark',)),
     'train_step': (training.train_step, 'tiny.py', ('spark', 'dense')),
     'faults': (training.faults, 'tiny.py', ('spark',)),
     'compile': (training.compile_time, 'gemma2_2b.py', ('spark',)),
