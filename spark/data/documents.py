@@ -17,78 +17,28 @@ worker reads at once. Which pieces there are depends on the source alone.
 
 import contextlib
 import dataclasses
-import functools
 import glob
 import hashlib
-import itertools
-import json
 import os
 import pathlib
 import re
-import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import filelock
-import fsspec
-import pyarrow.parquet
 from fsspec.core import url_to_fs
 
 from spark.config import DataConfig
+from spark.data import readers
 from spark.errors import ConfigError, DataError
 
-PIECE = 16 << 20  # bytes that a worker reads at once
-DOCUMENT = 64 << 10  # bytes; a longer .txt file becomes several documents, cut at line ends
+FILES = ('text', 'jsonl', 'parquet', 'array_record')  # formats that a glob names
 SPLITS = ('train', 'validation', 'test')
 KINDS = (
     'stdlib, text:GLOB, jsonl:GLOB, parquet:GLOB, tfds:NAME, array_record:GLOB, hf:NAME, tokens:DIR, '
     "or a mixture such as '0.7 stdlib + 0.3 text:GLOB'"
 )
-ZIPPED = {'.gz': 'gzip', '.zst': 'zstd'}
-
-
-class Document(NamedTuple):
-    """A text and where it stands; or, if it is unusable, why."""
-
-    place: str
-    text: str = ''
-    why: str = ''
-
-
-class Span(NamedTuple):
-    """A part of a file: bytes of text, records or row groups; `stop` = None: to the end."""
-
-    file: str
-    start: int = 0
-    stop: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """What one worker reads at once: spans of files of one format, which belong to one split of the source if that has splits."""
-
-    format: str
-    spans: tuple[Span, ...]
-    field: str
-    size: int  # in bytes, about
-    split: str | None = None
-
-    def documents(self) -> Iterator[Document]:
-        """The documents in order, unusable ones included."""
-        for span in self.spans:
-            found = False
-            try:
-                for document in READERS[self.format](span, self.field):
-                    found = True
-                    yield document
-            except DataError:
-                raise
-            except Exception as e:  # whatever a decoder raises; the rest of the span is lost
-                found = True
-                yield Document(span.file, why=f'cannot be read: {getattr(e, "strerror", None) or e}')
-            if not found and not span.start:
-                yield Document(span.file, why='is empty')
 
 
 class Phase(NamedTuple):
@@ -123,78 +73,85 @@ def _weights(source, mixture):
     return weights
 
 
-class Source(NamedTuple):
-    """A source that is no mixture."""
+class File(NamedTuple):
+    """A file of a source; `version` changes when it is written anew, `split` is None in a source without splits of its own."""
 
-    files: list[tuple[str | None, str, str, str]]  # (split, format, file, field); without splits of its own the first is None
-    state: list[list]  # [file, size, version] of each of them
-
-    def pieces(self) -> list[Piece]:
-        """The pieces: long files are cut, short ones of one kind grouped."""
-        result, group = [], []
-        for (split, format, file, field), (_, size, _) in zip(self.files, self.state, strict=True):
-            for span, n in _cut(format, file, size):
-                kind = format, field, split
-                if group and (kind != group[0][0] or sum(n for *_, n in group) + n > PIECE):
-                    result.append(_piece(group))
-                    group = []
-                group.append((kind, span, n))
-        return [*result, _piece(group)]
+    path: str  # or a URL, or NAME#SPLIT of a Hugging Face data set
+    size: int
+    version: str
+    format: str = ''  # a key of readers.READERS
+    field: str = ''
+    split: str | None = None
 
 
-def _piece(group):
-    (format, field, split), _, _ = group[0]
-    return Piece(format, tuple(span for _, span, _ in group), field, sum(n for *_, n in group), split)
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one worker reads at once: spans of files that have format, field and split in common."""
+
+    spans: tuple[readers.Span, ...]
+    format: str
+    field: str
+    split: str | None
+    size: int  # in bytes, about
+
+    def documents(self) -> Iterator[readers.Document]:
+        """The documents in order, unusable ones included."""
+        for span in self.spans:
+            yield from readers.read(self.format, span, self.field)
 
 
-def open_part(part: str, field: str = 'text', cache: pathlib.Path | None = None) -> Source:
+def pieces(files: Iterable[File]) -> list[Piece]:
+    """Files as pieces: long ones are cut, short ones grouped."""
+    result, group, last, total = [], [], None, 0
+    for file in files:
+        kind = file.format, file.field, file.split
+        for span, size in readers.cut(file.format, file.path, file.size):
+            if group and (kind != last or total + size > readers.PIECE):
+                result.append(Piece(tuple(group), *last, total))
+                group, total = [], 0
+            group.append(span)
+            last, total = kind, total + size
+    return [*result, Piece(tuple(group), *last, total)]
+
+
+def open_part(part: str, field: str = 'text', cache: str = '') -> list[File]:
     """The files of a source that is no mixture.
 
-    `field` names the text in records that have several fields; `cache` is where the embedded corpus is kept. Raises a DataError
-    if nothing is there, or if it is of a format that cannot be read.
+    `field` names the text in records that have several fields; `cache` is data.cache_dir, where the embedded corpus is kept.
+    Raises a DataError if nothing is there, or if it is of a format that cannot be read.
     """
     kind, _, rest = part.partition(':')
     with _named(part):
         if part == 'stdlib':
-            files = _tfds_files(part, _stdlib_builder(cache), field)
-        elif kind == 'tfds':
-            files = _tfds_files(part, _tfds_builder(part, rest), field)
-        elif kind == 'hf':
-            return _hf_source(part, rest, field)
-        else:
-            files = [(None, _format(kind, file), file, field) for file in list_files(part, rest)]
-        return Source(files, [_state(file) for _, _, file, _ in files])
+            return _tfds_files(part, _stdlib_builder(cache), field)
+        if kind == 'tfds':
+            return _tfds_files(part, _tfds_builder(part, rest), field)
+        if kind == 'hf':
+            return _hf_files(part, rest, field)
+        found = _listed(rest)
+        if not found:
+            raise DataError(f'{part}: no file matches')
+        return [file._replace(format=_format(kind, file.path), field=field) for file in found]
 
 
-def list_files(part: str, pattern: str) -> list[str]:
+def _listed(pattern):
     """The files that match a glob, sorted: local paths, or URLs."""
     if '://' not in pattern:
-        files = filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True))
-        found = sorted(map(os.path.abspath, files))
-    else:
-        fs, path = url_to_fs(pattern)
-        found = sorted(fs.unstrip_protocol(f) for f, info in fs.glob(path, detail=True).items() if info['type'] == 'file')
-    if not found:
-        raise DataError(f'{part}: no file matches')
-    return found
+        paths = sorted(map(os.path.abspath, filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True))))
+        return [File(path, os.path.getsize(path), str(os.stat(path).st_mtime)) for path in paths]
+    fs, path = url_to_fs(pattern)
+    found = sorted((fs.unstrip_protocol(f), info) for f, info in fs.glob(path, detail=True).items() if info['type'] == 'file')
+    return [File(url, info['size'] or 0, _version(info)) for url, info in found]
+
+
+def _version(info):
+    names = ('generation', 'md5Hash', 'ETag', 'etag', 'content_md5', 'mtime', 'LastModified', 'updated', 'created')
+    return next((str(info[name]) for name in names if info.get(name)), '')
 
 
 def cache_dir(path: str = '') -> pathlib.Path:
     """Where prepared data is kept: `path`, $SPARK_CACHE or ~/.cache/spark."""
     return pathlib.Path(path or os.environ.get('SPARK_CACHE') or '~/.cache/spark').expanduser()
-
-
-@contextlib.contextmanager
-def local_copy(file: str) -> Iterator[str]:
-    """The path of a file for libraries that open only local ones; a remote file is downloaded and deleted afterwards."""
-    if '://' not in file:
-        yield file
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        path = os.path.join(scratch, os.path.basename(file))
-        fs, remote = url_to_fs(file)
-        fs.get_file(remote, path)
-        yield path
 
 
 @contextlib.contextmanager
@@ -207,196 +164,20 @@ def _named(part):
         raise DataError(f'{part}: {f"{where}: " if where else ""}{getattr(e, "strerror", None) or e}') from e
 
 
-def _state(file):
-    """[file, size, what changes when the file is written anew]."""
-    fs, path = url_to_fs(file)
-    info = fs.info(path)
-    names = ('generation', 'md5Hash', 'ETag', 'etag', 'content_md5', 'mtime', 'LastModified', 'updated', 'created')
-    return [file, info['size'], next((str(info[name]) for name in names if info.get(name)), '')]
-
-
 def _format(kind, file):
-    """The format of a file: a key of READERS."""
+    """The format of a file: a key of readers.READERS."""
     if kind == 'array_record':
         return kind
-    name, _, zipped = file.rpartition('.')
-    plain = name if f'.{zipped}' in ZIPPED else file
-    found = kind if kind != 'text' else {'.txt': 'text', '.jsonl': 'jsonl', '.parquet': 'parquet'}.get(os.path.splitext(plain)[1])
-    if found is None or (found == 'parquet' and plain != file):
+    name, suffix = os.path.splitext(file)
+    zipped = suffix in readers.ZIPPED
+    suffix = os.path.splitext(name)[1] if zipped else suffix
+    found = kind if kind != 'text' else {'.txt': 'text', '.jsonl': 'jsonl', '.parquet': 'parquet'}.get(suffix)
+    if found is None or (found == 'parquet' and zipped):
         raise DataError(f'{file}: want .txt, .jsonl or .parquet, or .gz or .zst of the first two')
     return found
 
 
-def _cut(format, file, size):
-    """[(span, its size in bytes)] of a file."""
-    n = -(-size // PIECE)
-    if format == 'hf':
-        name, split = file.rsplit('#', 1)
-        items = len(_hf_dataset(name)[split])
-    elif n <= 1 or (format in ('text', 'jsonl') and os.path.splitext(file)[1] in ZIPPED):
-        return [(Span(file), size)]
-    elif format in ('text', 'jsonl'):
-        items = size
-    elif format == 'parquet':
-        with _open(file) as f:
-            items = pyarrow.parquet.ParquetFile(f).num_row_groups
-    else:
-        with _records(file) as records:
-            items = len(records)
-    n = max(1, min(n, items))
-    edges = [items * i // n for i in range(n + 1)]
-    return [(Span(file, a, b), size // n) for a, b in itertools.pairwise(edges)]
-
-
-# ---- Readers: each yields the documents of a span.
-
-
-def _open(file):
-    return fsspec.open(file, 'rb', compression=ZIPPED.get(os.path.splitext(file)[1])).open()
-
-
-def _bounds(f, span):
-    """The bytes [first, last) of the lines that start in a span, and `f` at the first; last is None for the end of the file."""
-
-    def line_start(n):
-        if n:
-            f.seek(n - 1)
-            f.readline()
-        return n and f.tell()
-
-    last = span.stop and line_start(span.stop)
-    first = line_start(span.start)
-    if span.start or span.stop:
-        f.seek(first)
-    return first, last
-
-
-def _read_jsonl(span, field):
-    with _open(span.file) as f:
-        offset, last = _bounds(f, span)
-        for number, line in enumerate(f, 1):
-            if last is not None and offset >= last:
-                return
-            place = f'{span.file}: byte {offset}' if span.start else f'{span.file}:{number}'
-            offset += len(line)
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[field]
-                if not (isinstance(text, str) and text.encode()):
-                    raise ValueError
-            except (ValueError, KeyError, TypeError):
-                yield Document(place, why=f'want a JSON object in UTF-8 with a non-empty string "{field}"')
-                continue
-            yield Document(place, text)
-
-
-def _read_text(span, field):
-    """Cuts a text at line ends; a longer line is cut between characters."""
-    del field
-    with _open(span.file) as f:
-        offset, last = _bounds(f, span)
-        rest = b''
-        while block := f.read(DOCUMENT if last is None else min(DOCUMENT, last - offset - len(rest))):
-            rest += block
-            while len(rest) > DOCUMENT:
-                cut = rest.rfind(b'\n', 0, DOCUMENT) + 1 or DOCUMENT
-                while rest[cut] & 0xC0 == 0x80 and cut > DOCUMENT - 4:  # inside a character
-                    cut -= 1
-                yield _decoded(span.file, rest[:cut], offset)
-                rest, offset = rest[cut:], offset + cut
-        if rest:
-            yield _decoded(span.file, rest, offset)
-
-
-def _decoded(file, data, offset):
-    try:
-        return Document(f'{file}: byte {offset}', data.decode())
-    except UnicodeDecodeError as e:
-        return Document(f'{file}', why=f'byte {offset + e.start} is not UTF-8 ({e.reason})')
-
-
-def _read_parquet(span, field):
-    with _open(span.file) as f:
-        table = pyarrow.parquet.ParquetFile(f)
-        if field not in table.schema_arrow.names:
-            raise DataError(f'{span.file}: has no column {field!r}; it has {", ".join(table.schema_arrow.names)}')
-        for group in range(span.start, table.num_row_groups if span.stop is None else span.stop):
-            batches = table.iter_batches(row_groups=[group], columns=[field], batch_size=1000)
-            for row, text in enumerate(itertools.chain.from_iterable(b.column(0).to_pylist() for b in batches)):
-                yield _checked(f'{span.file}: row {row} of group {group}', text)
-
-
-@contextlib.contextmanager
-def _records(file):
-    from grain.sources import ArrayRecordDataSource
-
-    with local_copy(file) as path:
-        try:
-            records = ArrayRecordDataSource([path])
-            n = len(records)
-        except Exception as e:
-            raise OSError(f'cannot be read as ArrayRecord: {e}') from e
-        del n
-        yield records
-
-
-def _read_records(span, field, decode: Callable[[bytes], Any] = bytes):
-    del field
-    with _records(span.file) as records:
-        for i in range(span.start, len(records) if span.stop is None else span.stop):
-            try:
-                text = decode(records[i])
-            except Exception as e:
-                yield Document(f'{span.file}: record {i}', why=f'cannot be read: {e}')
-                continue
-            yield _checked(f'{span.file}: record {i}', text)
-
-
-def _read_tfds(span, field):
-    """Records that hold tf.Example messages; `field` is (directory of the data set, feature)."""
-    import tensorflow_datasets as tfds
-
-    directory, feature = field.rsplit('#', 1)
-    features = _builder_from(tfds, directory).info.features
-    return _read_records(span, field, lambda record: features.deserialize_example_np(record)[feature])
-
-
-@functools.cache
-def _builder_from(tfds, directory):
-    return tfds.builder_from_directory(directory)
-
-
-def _read_hf(span, field):
-    """Examples of a Hugging Face data set; the file of the span is `NAME[:CONFIG]#SPLIT`."""
-    name, split = span.file.rsplit('#', 1)
-    rows = _hf_dataset(name)[split].select_columns([field]).select(range(span.start, span.stop))
-    for i, row in enumerate(rows, span.start):
-        yield _checked(f'hf:{name}: {split} {i}', row[field])
-
-
-def _checked(place, text):
-    """The document of a record, which may be bytes."""
-    try:
-        text = text if isinstance(text, str) else bytes(text or b'').decode()
-        text.encode()
-    except UnicodeError as e:
-        return Document(place, why=f'is not UTF-8: {e}')
-    return Document(place, text) if text else Document(place, why='is empty')
-
-
-READERS = {
-    'text': _read_text,
-    'jsonl': _read_jsonl,
-    'parquet': _read_parquet,
-    'array_record': _read_records,
-    'tfds': _read_tfds,
-    'hf': _read_hf,
-}
-FILES = ('text', 'jsonl', 'parquet', 'array_record')  # formats that a glob names
-
-
-# ---- Data sets that know their splits.
+# ---- Data sets that may have splits of their own. One with a single split has none: it is split as files are.
 
 
 def _stdlib_builder(cache):
@@ -427,11 +208,9 @@ def _tfds_builder(part, name):
 
 
 def _tfds_files(part, builder, field):
-    """[(split, format, file, field)] of the files of a TFDS data set."""
     directory, info = str(builder.data_path), builder.info
-    splits = {name: split for name, split in info.splits.items() if name in SPLITS and split.num_examples}
-    if not splits:
-        raise DataError(f'{part}: not prepared in {directory}; prepare it with `tfds build --file_format=array_record`')
+    found = {name: split for name, split in info.splits.items() if split.num_examples}
+    splits = _own_splits(part, found, f'not prepared in {directory}; prepare it with `tfds build --file_format=array_record`')
     if info.file_format.value != 'array_record':
         raise DataError(
             f'{part}: its files are {info.file_format.value}; convert them with `tfds build --file_format=array_record`, or '
@@ -440,47 +219,39 @@ def _tfds_files(part, builder, field):
     texts = [name for name, feature in info.features.items() if type(feature).__name__ == 'Text']
     if field not in texts and len(texts) != 1:
         raise DataError(f'{part}: want a feature `{field}`, or a single one of type Text; it has {texts or "none"}')
-    feature = field if field in texts else texts[0]
-    files = [(split, file) for split, info in splits.items() for file in sorted(map(str, info.filepaths))]
-    return [(split, 'tfds', file, f'{directory}#{feature}') for split, file in files]
+    field = f'{directory}#{field if field in texts else texts[0]}'
+    there = {os.path.basename(file.path): file for file in _listed(f'{glob.escape(directory)}/*')}
+    paths = [(split, str(path)) for name, split in splits.items() for path in sorted(found[name].filepaths)]
+    if missing := [path for _, path in paths if os.path.basename(path) not in there]:
+        raise DataError(f'{part}: {missing[0]} is missing')
+    return [there[os.path.basename(path)]._replace(format='tfds', field=field, split=split) for split, path in paths]
 
 
-def _hf_source(part, name, field):
-    files, state = [], []
-    data = _hf_dataset(name)
-    has_splits = len(data) > 1
-    for split, rows in data.items():
+def _hf_files(part, name, field):
+    data = {split: rows for split, rows in readers.hf_dataset(name).items() if len(rows)}
+    splits = _own_splits(part, data, 'holds no documents')
+    for rows in data.values():
         if field not in rows.column_names:
             raise DataError(f'{part}: has no column {field!r}; it has {", ".join(rows.column_names)}')
-        if len(rows) and (split in SPLITS or not has_splits):
-            files.append((split if has_splits else None, 'hf', f'{name}#{split}', field))
-            state.append([files[-1][2], rows.data.nbytes, rows._fingerprint])
-    if not files:
-        raise DataError(f'{part}: holds no documents in the splits {", ".join(SPLITS)}; it has {", ".join(data) or "none"}')
-    return Source(files, state)
+    file = lambda key, split: File(f'{name}#{key}', data[key].data.nbytes, data[key]._fingerprint, 'hf', field, split)
+    return [file(key, split) for key, split in splits.items()]
 
 
-@functools.cache
-def _hf_dataset(name):
-    """A dict of the splits of a Hugging Face data set: one of the hub, or a folder."""
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"hf:{name}: needs pip install 'spark-transformer[hf]'") from None
-    name, _, config = name.partition(':')
-    folder = os.path.expanduser(name)
-    saved = any(os.path.exists(os.path.join(folder, f)) for f in ('dataset_dict.json', 'state.json'))
-    try:
-        found = datasets.load_from_disk(folder) if saved else datasets.load_dataset(folder, config or None)
-    except Exception as e:
-        raise DataError(f'hf:{name}: {" ".join(str(e).split())[:300]}') from e
-    return found if isinstance(found, dict) else {'train': found}
+def _own_splits(part: str, found: dict[str, Any], if_none: str) -> dict[str, str | None]:
+    """{the name of a split of a data set that is used: our split}."""
+    if not found:
+        raise DataError(f'{part}: {if_none}')
+    if len(found) == 1:
+        return dict.fromkeys(found)
+    if not (splits := {name: name for name in found if name in SPLITS}):
+        raise DataError(f'{part}: has the splits {", ".join(found)}; want {", ".join(SPLITS)}, or a single one')
+    return splits
 
 
 def texts(source: str, split: str, cfg: DataConfig) -> Iterator[str]:
     """The documents of a split of a source, one part after another. Raises a DataError at the first unusable one."""
     for part in dict.fromkeys(name for phase in parse(source) for name in phase.weights):
-        for piece in open_part(part, cfg.text_field, cache_dir(cfg.cache_dir)).pieces():
+        for piece in pieces(open_part(part, cfg.text_field, cfg.cache_dir)):
             for document in piece.documents() if piece.split in (None, split) else ():
                 if document.why:
                     raise DataError(f'{document.place}: {document.why}')

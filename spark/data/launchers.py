@@ -4,13 +4,14 @@ import concurrent.futures
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
-from spark.errors import ConfigError, DataError
+from spark.errors import ConfigError, DataError, root_cause
 
 # Calls a function on each item, in any order and anywhere; yields the indices of items that are done.
 Launcher = Callable[[Callable[[Any], None], Sequence[Any]], Iterator[int]]
@@ -45,6 +46,7 @@ def local(workers: int = 0) -> Launcher:
 
 def _start_worker():
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # there is a process per core already
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and without a traceback
     parent = multiprocessing.parent_process()
 
     def end_with_parent():
@@ -76,8 +78,10 @@ def slurm(folder: pathlib.Path, jobs: int, parameters: dict[str, Any]) -> Launch
             raise ConfigError(f'--launcher=slurm: {type(e).__name__}: {e}') from None
         ids = {job.job_id: group for job, group in zip(submitted, groups, strict=True)}
         for job in submitit.helpers.as_completed(submitted):
-            if error := job.exception():
-                raise DataError(f'SLURM job {job.job_id}: {str(error).strip().splitlines()[-1]}; see {job.paths.stderr}')
+            if error := job.exception():  # its text contains a traceback
+                lines = str(error).strip().splitlines()
+                why = next((line for line in reversed(lines) if 'Error: ' in line), lines[0])
+                raise DataError(f'SLURM job {job.job_id}: {why}; see {job.paths.stderr}')
             yield from ids[job.job_id]
 
     return launch
@@ -105,9 +109,13 @@ def beam(options: Sequence[str]) -> Launcher:
         raise ConfigError("--launcher=beam needs Apache Beam: pip install 'spark-transformer[beam]'") from None
 
     def launch(function, items):
-        if items:
+        if not items:
+            return
+        try:
             with apache_beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
                 _ = pipeline | apache_beam.Create(list(items)) | apache_beam.Reshuffle() | apache_beam.Map(function)
+        except Exception as e:  # whatever a runner raises
+            raise DataError(f'--launcher=beam: {root_cause(e)}') from e
         yield from range(len(items))
 
     return launch
