@@ -69,10 +69,12 @@ def write_text(path: epath.PathLike, text: str, error: type[Exception] = ConfigE
 def write_bytes(path: epath.PathLike, data: bytes, error: type[Exception] = ConfigError) -> None:
     """Writes a file atomically, locally or in a bucket (gs://…); raises `error` if it cannot be written."""
     path = epath.Path(path)
-    scratch = path.with_name(path.name + '.tmp')
+    in_bucket = '://' in str(path)  # where a file appears whole or not at all, and moving one is a copy
+    scratch = path if in_bucket else path.with_name(path.name + '.tmp')
     try:
         scratch.write_bytes(data)
-        scratch.replace(path)
+        if not in_bucket:
+            scratch.replace(path)
     except OSError as e:
         raise error(f'{path}: {e.strerror or e}') from None
 

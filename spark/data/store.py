@@ -99,7 +99,8 @@ def create(path: epath.Path, n: int, dtype: Any) -> ts.TensorStore:
     """A new array of n numbers, or the one that is there."""
     little = {'name': 'bytes', 'configuration': {'endian': 'little'}}
     inner = [little, {'name': 'zstd', 'configuration': {'level': 1}}, {'name': 'crc32c'}]
-    index = {'chunk_shape': [CHUNK], 'codecs': inner, 'index_codecs': [little, {'name': 'crc32c'}]}
+    # The index stands first, since not every server of buckets can read the last bytes of a file.
+    index = {'chunk_shape': [CHUNK], 'codecs': inner, 'index_codecs': [little, {'name': 'crc32c'}], 'index_location': 'start'}
     metadata = {
         'shape': [n],
         'data_type': np.dtype(dtype).name,
