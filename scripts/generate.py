@@ -46,47 +46,34 @@ def main():
     if STREAM.value and len(prompts) > 1:
         raise errors.ConfigError(f'--stream: want one prompt, not {len(prompts)}')
     # Imported late, so that usage errors come before jax starts.
+    from spark.inference.load import load
     from spark.inference.sampling import Sampling
     from spark.inference.text import continue_prompts
+    from spark.kernels import cpu
 
-    served = load()
+    changes = {'kernels': KERNELS.value, 'capacity': CAPACITY.value, 'overflow': OVERFLOW.value}
+    serve = {name: value for name, value in changes.items() if value is not None}
+    served = load(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve)
+    if served.serving.platform == 'cpu' and not cpu.available():
+        print(f'The CPU kernels are not available ({cpu.why_unavailable()}); XLA computes lookups instead, more slowly.')
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
     emit = (lambda piece: print(piece, end='', flush=True)) if STREAM.value else None
     options = {'seed': SEED.value, 'chunk': CHUNK.value, 'stop': STOP.value, 'emit': emit}
     report = continue_prompts(served, prompts, N.value, sampling, **options)
     print('' if emit else '\n\n'.join(map(str.__add__, prompts, report['texts'])))
+    halves = {'attention': report['attention_kernels'], 'FFN': report['ffn_kernels']}
+    declined = ', '.join(f'{half} by {name}' for half, name in halves.items() if name != report['kernels'])
     print(
         f'\n{report["prompt_tokens"]} tokens of prompts at {report["prefill_tokens_per_second"]:,.0f} per second, '
         f'{report["new_tokens"]} more at {report["decode_tokens_per_second"]:,.0f} per second; '
-        f'{report["decode_ms_per_step"]:.1f} ms a step; {report["dtype"]}, kernels {report["kernels"]}, '
-        f'{report["gb_per_step"]:.3f} GB a step at {report["gb_per_second"]:.1f} GB/s'
+        f'{report["decode_ms_per_step"]:.1f} ms a step; {report["dtype"]}, kernels {report["kernels"]}'
+        f'{f" ({declined})" if declined else ""}, {report["gb_per_step"]:.3f} GB a step at {report["gb_per_second"]:.1f} GB/s'
     )
     names = {'active': 'neurons active', 'attended': 'keys attended', 'overflow': 'overflows of the capacity'}
     activity = [f'{report[name]:,.1f} {text}' for name, text in names.items() if report.get(name)]
     print(', '.join(activity) + ' per token and layer')
     if JSON.value:
         write_json(JSON.value, report)
-
-
-def load():
-    """The model of --workdir, ready to generate."""
-    from tqdm import tqdm
-
-    from spark.inference.load import load as load_run
-    from spark.kernels import cpu
-
-    flags_ = {'kernels': KERNELS.value, 'capacity': CAPACITY.value, 'overflow': OVERFLOW.value}
-    serve = {name: value for name, value in flags_.items() if value is not None}
-    with tqdm(desc='weights', unit='', unit_scale=True, leave=False) as bar:
-
-        def tick(n, total):
-            bar.total = total
-            bar.update(n)
-
-        served = load_run(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve, tick)
-    if served.serving.platform == 'cpu' and not cpu.available():
-        print(f'The CPU kernels are not available ({cpu.why_unavailable()}); XLA computes lookups instead, more slowly.')
-    return served
 
 
 def lines(path):

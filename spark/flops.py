@@ -8,22 +8,13 @@ The predictor scores all n entries; the rest of the key and the value count for 
 multiply and an add each: elementwise work (norms, GELU, softmax, the threshold's 2n) is about 1 %.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from spark.config import ModelConfig, matched_d_ff
 
-PARTS = {
-    'ffn.predictor': 'FFN: scores of all neurons, or K of a kind without a gate',
-    'ffn.K2': 'FFN: the rest of the key, of active neurons',
-    'ffn.V': 'FFN: values of active neurons',
-    'attention.projections': 'attention: q, k, v and output',
-    'attention.scores': 'attention: scores of all visible keys',
-    'attention.K2': 'attention: the rest of the key, of attended keys',
-    'attention.V': 'attention: values of attended keys',
-    'head': 'output head',
-}
 PHASES = ('training', 'prefill', 'decode')
 Measured = int | float | np.number | Sequence | np.ndarray | None
 
@@ -31,7 +22,10 @@ Measured = int | float | np.number | Sequence | np.ndarray | None
 def flops_per_token(
     cfg: ModelConfig, context: int, phase: str = 'decode', active: Measured = None, attended: Measured = None
 ) -> dict[str, float]:
-    """FLOPs per token by part (the keys of PARTS), summed over the layers.
+    """FLOPs per token by part, summed over the layers.
+
+    In both 'ffn' and 'attention', K2 and V are the rest of the key and the values, of kept entries. All entries are scored by
+    'ffn.predictor' (in a kind without a predictor, all of K1 or K) and 'attention.scores'.
 
     Args:
       cfg: with vocab_size filled in.
@@ -46,7 +40,7 @@ def flops_per_token(
         raise ValueError(f'phase {phase!r}: want one of {", ".join(PHASES)}')
     D, f, a = cfg.d_model, cfg.ffn, cfg.attention
     per_layer = lambda measured: np.broadcast_to(np.nan if measured is None else measured, cfg.n_layers)
-    total = dict.fromkeys(PARTS, 0.0)
+    total = Counter()
     for window, active_, attended_ in zip(cfg.windows, per_layer(active), per_layer(attended), strict=True):
         positions = np.array([context]) if phase == 'decode' else np.arange(1, context + 1)
         visible = np.minimum(positions, window or context)
@@ -67,16 +61,15 @@ def flops_per_token(
         total['attention.scores'] += 2 * a.n_heads * scored * keys
         total['attention.K2'] += 2 * a.n_heads * rest * kept_keys
         total['attention.V'] += 2 * a.n_heads * a.head_dim * kept_keys
-    total['head'] = 2.0 * D * cfg.vocab_size
+    total['head'] = 2 * D * cfg.vocab_size
     return {part: float(n) * (3 if phase == 'training' else 1) for part, n in total.items()}
 
 
 def model_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """FLOPs of forward and backward per trained token; `mfu` in metrics.jsonl and compile.py both use it.
 
-    The sum of `flops_per_token(…, 'training')`: it counts matmuls only, every entry of a lookup, attention over the keys that
-    causality and the window leave (the mean over the tokens of one document of seq_len tokens), and the tied embedding once, as
-    the output head. It does not count rematerialisation.
+    All parts are counted as in phase 'training', over one document of seq_len tokens. The tied embedding counts once, as the
+    output head. Rematerialisation does not count.
     """
     return sum(flops_per_token(cfg, seq_len, 'training').values())
 
@@ -93,8 +86,8 @@ def dense_twin(cfg: ModelConfig) -> ModelConfig:
     """The ModelConfig with a gated FFN of equal parameters and dense attention."""
     f, a = cfg.ffn, cfg.attention
     d_ff = matched_d_ff(f.d_ff, f.kind, 'gated')
-    ffn = type(f)(kind='gated', d_ff=d_ff)
-    return cfg.model_copy(update={'ffn': ffn, 'attention': a.model_copy(update={'kind': 'dense', 'k': 0, 'r': 0})})
+    dense = a.model_copy(update={'kind': 'dense', 'k': 0, 'r': 0})
+    return cfg.model_copy(update={'ffn': type(f)(kind='gated', d_ff=d_ff), 'attention': dense})
 
 
 def parameters(cfg: ModelConfig) -> int:

@@ -1,8 +1,5 @@
-"""The typed, validated, frozen view of a ConfigDict.
-
-`configs/*.py` build an ml_collections ConfigDict; `validate` turns it into an `ExperimentConfig`, or raises a ConfigError of one
-line that names the field, the value and what would be right. `schema.py` lists every field.
-"""
+"""The typed, validated, frozen view of the ml_collections ConfigDicts that `configs/*.py` build. `schema.py` has every field."""
+# ruff: noqa: F401
 
 from spark.config.convert import check_flags, differences, field_type, fields, from_file, load, nearest, template, validate
 from spark.config.devices import check_devices
@@ -16,13 +13,6 @@ from spark.config.schema import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
-    SampleConfig,
     ServeConfig,
     TrainConfig,
 )
-
-__all__ = [
-    'ATTENTION_KINDS', 'FFN_KINDS', 'RESUMABLE', 'AttentionConfig', 'DataConfig', 'ExperimentConfig', 'FFNConfig', 'Kind',
-    'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'SampleConfig', 'ServeConfig', 'TrainConfig', 'check_devices', 'check_flags',
-    'differences', 'field_type', 'fields', 'from_file', 'load', 'matched_d_ff', 'nearest', 'template', 'validate',
-]  # fmt: skip

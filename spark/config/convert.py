@@ -10,7 +10,7 @@ import pydantic
 from etils import epath
 from ml_collections import ConfigDict, config_dict
 
-from spark.config.schema import ExperimentConfig, check_across
+from spark.config.schema import ExperimentConfig
 from spark.errors import ConfigError
 
 
@@ -54,7 +54,7 @@ def field_type(name: str, label: str) -> Any:
     """The annotation of a field's dotted name; a ConfigError that starts with `label` if there is no such field."""
     section = ExperimentConfig
     for part in name.split('.'):
-        known = section.model_fields if hasattr(section, 'model_fields') else {}
+        known = getattr(section, 'model_fields', {})
         if part not in known:
             raise ConfigError(f'{label}: {_no_such_field(part, known)}')
         section = known[part].annotation
@@ -62,26 +62,22 @@ def field_type(name: str, label: str) -> Any:
 
 
 def validate(config: ConfigDict | dict) -> ExperimentConfig:
-    """A checked `ExperimentConfig`; a ConfigError of one line if a value is wrong."""
+    """A checked `ExperimentConfig`; a ConfigError of one line names a wrong field, its value and what would be right."""
     raw = _without_placeholders(config.to_dict() if isinstance(config, ConfigDict) else config)
     try:
-        cfg = ExperimentConfig.model_validate(raw)
+        return ExperimentConfig.model_validate(raw)
     except pydantic.ValidationError as e:
         raise ConfigError(_one_line(e)) from None
-    check_across(cfg)
-    return cfg
 
 
 def load(path: pathlib.Path | epath.Path) -> ExperimentConfig:
     """The `ExperimentConfig` that a run wrote to config.json."""
     try:
-        cfg = ExperimentConfig.model_validate_json(path.read_text())
+        return ExperimentConfig.model_validate_json(path.read_text())
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f'{path}: {getattr(e, "strerror", None) or e}; want the config.json of a run') from None
     except pydantic.ValidationError as e:
         raise ConfigError(f'{path}: {_one_line(e)}') from None
-    check_across(cfg)
-    return cfg
 
 
 def fields(cfg: pydantic.BaseModel, prefix: str = '') -> dict[str, Any]:
@@ -130,15 +126,13 @@ def _one_line(validation_error):
         for part in first['loc'][:-1]:
             section = section.model_fields[part].annotation
         line = f'{name}: {_no_such_field(str(first["loc"][-1]), section.model_fields)}'
-    elif first['type'] == 'wrong_value':  # of `_Section._require`
+    elif first['type'] == 'wrong_value':  # of `_Section._check`
         line = '.'.join([*map(str, first['loc']), first['msg']])
     elif first['type'] == 'missing':
         line = f'{name}: missing; this field has no default'
     else:
-        message = first['msg']
-        message = message[0].lower() + message[1:]
         given = repr(first['input'])
         given = given if len(given) < 200 else f'{given[:200]} …'
+        message = first['msg'][0].lower() + first['msg'][1:]
         line = (f'{name} = {given}: ' if name else '') + message.replace('input should be', 'want')
-    more = len(errors) - 1
-    return line + (f' (and {more} more)' if more else '')
+    return line + (f' (and {len(errors) - 1} more)' if len(errors) > 1 else '')

@@ -1,7 +1,4 @@
-"""Every option of spark: its type, its default, its meaning, and what it must satisfy.
-
-Each section checks itself. `check_across` holds what involves two sections.
-"""
+"""Every option of spark: its type, its default, its meaning, and what it must satisfy."""
 
 import functools
 import itertools
@@ -13,7 +10,6 @@ from pydantic import Field
 from pydantic_core import PydanticCustomError
 
 from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind
-from spark.errors import ConfigError
 
 # On resume, only these fields and sections may differ from the run's config.json: they do not change what is trained.
 RESUMABLE = (
@@ -84,8 +80,7 @@ class AttentionConfig(_Section):
     impl: Literal['auto', 'full', 'blockwise', 'pallas'] = 'auto'
     block: int = Field(512, gt=0)  # tokens per block of blockwise and pallas; on TPU a multiple of 128
     query_dim: float = Field(0.0, ge=0)  # queries are scaled by 1/sqrt(this); 0: head_dim
-    # Documents packed into one row: apart: a token sees only its own document. joined: a token sees all tokens before it.
-    documents: Literal['apart', 'joined'] = 'apart'
+    documents: Literal['apart', 'joined'] = 'apart'  # in a row: a token sees only its own document, or all tokens before it
 
     @property
     def traits(self) -> Kind:
@@ -191,15 +186,12 @@ class TrainConfig(_Section):
     save_every: int = Field(100, gt=0)
     keep: int = Field(2, gt=0)  # number of newest checkpoints to keep
     keep_every: int = Field(0, ge=0)  # also keep the checkpoints at multiples of this step; 0: none
-    # An update whose loss or gradient is not finite is skipped, at most max_skips times in a row; one more ends the run.
-    max_skips: int = Field(0, ge=0)
-    # An update is also skipped if its gradient norm exceeds the running mean by this factor; 0: never.
-    spike: float = Field(0.0, ge=0)
+    max_skips: int = Field(0, ge=0)  # updates with a loss or gradient that is not finite, skipped in a row; one more ends the run
+    spike: float = Field(0.0, ge=0)  # also skip an update whose gradient norm exceeds the running mean by this factor; 0: never
     # The watchdog ends a run that makes no progress for this long, and prints all stacks. Compiling, evaluating, saving and
     # restoring may take ten times as long, and a step 20 times its usual duration. 0: no watchdog.
     stall_seconds: float = Field(300.0, ge=0)
-    # Start from the parameters of this run directory, or of its checkpoints/STEP; optimizer and data start anew.
-    restore_from: str = ''
+    restore_from: str = ''  # a run directory, or its checkpoints/STEP, whose parameters to start from; all else starts anew
     activity: bool = True  # log active neurons and attended keys with the loss
     profile_step: int = Field(0, ge=0)  # first step of a profiler trace into workdir/profile; 0: none
     profile_steps: int = Field(3, gt=0)  # length of that trace, and of a trace that SIGUSR1 starts
@@ -241,17 +233,8 @@ class ExperimentConfig(_Section):
     sample: SampleConfig = SampleConfig()
     serve: ServeConfig = ServeConfig()
 
-
-def check_across(cfg: ExperimentConfig) -> None:
-    """Checks what involves two sections."""
-    m, d, t, warmup = cfg.model, cfg.data, cfg.train, cfg.optimizer.warmup_steps
-    require(d.batch_size % t.accumulate == 0, 'train.accumulate', t.accumulate, f'a divisor of data.batch_size = {d.batch_size}')
-    require(m.vocab_size % t.loss_pieces == 0, 'train.loss_pieces', t.loss_pieces,
-            f'a divisor of model.vocab_size = {m.vocab_size}')  # fmt: skip
-    require(warmup < t.steps, 'optimizer.warmup_steps', warmup, f'less than train.steps = {t.steps}')
-
-
-def require(condition: bool, name: str, value: object, want: str) -> None:
-    """A ConfigError of one line unless `condition`."""
-    if not condition:
-        raise ConfigError(f'{name} = {value!r}: want {want}')
+    def _rules(self):
+        batch, vocab, t = self.data.batch_size, self.model.vocab_size, self.train
+        yield batch % t.accumulate == 0, 'train.accumulate', f'a divisor of data.batch_size = {batch}'
+        yield vocab % t.loss_pieces == 0, 'train.loss_pieces', f'a divisor of model.vocab_size = {vocab}'
+        yield self.optimizer.warmup_steps < t.steps, 'optimizer.warmup_steps', f'less than train.steps = {t.steps}'

@@ -25,13 +25,7 @@ def generate(
 ) -> Int[Array, 'B n']:  # fmt: skip
     """The n ≥ 1 tokens that follow each prompt, in one compiled program.
 
-    Args:
-      serving, weights: the model, see `layout.lay_out`.
-      prompt_BxL: BOS included; shorter prompts are padded on the left, with any token.
-      key: not used at temperature 0.
-      n: number of tokens.
-      sampling: how each token is drawn.
-      lengths_B: tokens of each prompt without its padding; None if all have L.
+    Prompts include BOS. Those of fewer than L tokens, by `lengths_B`, are padded on the left, with any token.
     """
     B, L = prompt_BxL.shape
     first_B = jnp.zeros(B, jnp.int32) if lengths_B is None else L - lengths_B
@@ -49,15 +43,11 @@ def generate(
 class Stream:
     """Generation token by token: call `prefill`, then iterate over `decode`.
 
-    Args:
-      serving, weights: the model, see `layout.lay_out`.
-      prompts: token ids of each prompt, BOS included.
-      n: the largest number of tokens to generate.
-      chunk: tokens of the prompts per step of `prefill`; one compiled program serves all lengths.
+    Prompts are token ids, BOS included. One compiled program serves all lengths: `prefill` takes `chunk` tokens of each prompt
+    per step. At most n tokens are generated.
 
     Attributes:
       length: positions that the prompts take, padded on the left to whole chunks.
-      cache: the `Cache`.
       counts: those of the last step, see `model.hidden`.
     """
 
@@ -103,10 +93,7 @@ class Stream:
         return self._logits
 
     def decode(self, key: Key[Array, ''], sampling: Sampling = GREEDY, stop: Collection[int] = ()) -> Iterator[np.ndarray]:
-        """Yields int32 (B,) up to n times: the next token of each prompt, −1 from the first token in `stop` on.
-
-        Ends when all prompts have stopped.
-        """
+        """Yields the next token of each prompt, −1 from the first one in `stop` on; up to n times, or until all have stopped."""
         live, keys = np.ones(len(self._tokens), bool), jax.random.split(key, self._n)
         for i in range(self._n):
             token_B = _sample(self._logits, keys, np.int32(i), sampling)

@@ -24,26 +24,16 @@ from spark.kernels import cpu, rows_tpu
 from spark.nn.block import NORMS
 from spark.nn.transformer import abstract_params
 
-DTYPES = ('float32', 'bfloat16', 'int8')  # of weights
+DTYPES = ('float32', 'bfloat16', 'int8')  # of weights; int8 has a float32 scale per row
 
 
 class Serving(NamedTuple):
-    """How a model is served.
-
-    cfg: its ModelConfig.
-    dtype: of the weights, one of DTYPES; int8 has a float32 scale per row.
-    kernels: 'cpu' (kernels/cpu.py, in float32), 'gather' (plain JAX that reads active entries), 'masked' (plain JAX that computes
-      every entry, as training does), 'tpu' and 'gpu' (a Pallas kernel for the FFN of a few tokens, 'gather' for the rest).
-    platform: 'cpu', 'gpu' or 'tpu'.
-    capacity: of 'gather': room per token for this many times k active entries.
-    overflow: of 'gather', for a token with more active entries: 'masked' computes it in full, 'drop' omits the excess. Both are
-      counted.
-    """
+    """How a model is served. Kernels (not 'auto'), capacity and overflow are those of `ServeConfig`."""
 
     cfg: ModelConfig
-    dtype: str = 'float32'
-    kernels: str = 'masked'
-    platform: str = 'cpu'
+    dtype: str = 'float32'  # of the weights, one of DTYPES
+    kernels: str = 'masked'  # for both lookups; `model.computed_by` tells what they decline
+    platform: str = 'cpu'  # 'cpu', 'gpu' or 'tpu'
     capacity: float = 1.5
     overflow: str = 'masked'
 
@@ -59,10 +49,9 @@ class Serving(NamedTuple):
 
 
 def serving_for(cfg: ModelConfig, dtype: str, platform: str, devices: int = 1, serve: ServeConfig | None = None) -> Serving:
-    """The `Serving` that a ServeConfig asks for. Kernels 'auto' are the platform's fastest on one device, 'masked' on several.
+    """The `Serving` that a ServeConfig asks for; a ConfigError if its kernels are not available.
 
-    Raises:
-      ConfigError: the kernels asked for are not available.
+    Kernels 'auto' are the platform's fastest on one device, and 'masked' on several.
     """
     serve = serve or ServeConfig()
     kernels = serve.kernels
@@ -79,7 +68,7 @@ def serving_for(cfg: ModelConfig, dtype: str, platform: str, devices: int = 1, s
 
 
 class Matrix(NamedTuple):
-    """Rows of weights. int8 values have float32 scales, one per row; other values have none."""
+    """Rows of weights, and the scales of int8 rows."""
 
     values: Shaped[Array | np.ndarray, 'rows ...']
     scales: Float[Array | np.ndarray, 'rows ...'] | None = None
@@ -96,10 +85,7 @@ def rows(W: Float[Array | np.ndarray, 'rows ...'], dtype: str) -> Matrix:
 
 
 def records(K2: Float[Array | np.ndarray, 'n R'], V: Float[Array | np.ndarray, 'n D'], dtype: str, tiles: bool = False) -> Matrix:
-    """Both rows of each entry side by side; int8 has two scales per record.
-
-    `tiles`: arrange records in the tiles that the TPU kernel reads; it cannot read int8.
-    """
+    """Both rows of each entry side by side, with `tiles` as the TPU kernel reads them (not int8, which has two scales each)."""
     K2, V = rows(K2, dtype), rows(V, dtype)
     scales = None if K2.scales is None else jnp.stack([K2.scales, V.scales], axis=-1)
     table = jnp.concatenate([K2.values, V.values], axis=-1)
@@ -111,33 +97,30 @@ def _layer_recipe(serving, i):
     dtype, kind = serving.dtype, serving.cfg.ffn.traits
     flat = lambda W_DxHxd: W_DxHxd.reshape(W_DxHxd.shape[0], -1).T
     stack = lambda *Ws: rows(jnp.concatenate(Ws), dtype)
-    attention, ffn = (lambda *names: [(f'attention_{i}', n) for n in names]), (lambda *names: [(f'ffn_{i}', n) for n in names])
+    of = lambda half, *names: [(f'{half}_{i}', name) for name in names]
     recipe = [
-        ('qkv', lambda q, k, v: stack(flat(q), flat(k), flat(v)), attention('q', 'k', 'v')),
-        ('out', lambda out: stack(out.reshape(-1, out.shape[-1]).T), attention('out')),
+        ('qkv', lambda q, k, v: stack(flat(q), flat(k), flat(v)), of('attention', 'q', 'k', 'v')),
+        ('out', lambda out: stack(out.reshape(-1, out.shape[-1]).T), of('attention', 'out')),
         *((norm, lambda scale: scale, [(f'{norm}_{i}', 'scale')]) for norm in NORMS),
     ]
     if kind.predictor:
         tiles = serving.kernels == 'tpu' and kind.gate == 'identity'
         table = lambda K2, V: records(K2.T, V, dtype, tiles)
-        return [*recipe, ('K1', lambda K1: stack(K1.T), ffn('K1')), ('records', table, ffn('K2', 'V'))]
-    keys = ffn('K1', 'K2') if kind.gated else ffn('K')
-    return [*recipe, ('keys', lambda *Ks: stack(*(K.T for K in Ks)), keys), ('VT', lambda V: stack(V.T), ffn('V'))]
+        return [*recipe, ('K1', lambda K1: stack(K1.T), of('ffn', 'K1')), ('records', table, of('ffn', 'K2', 'V'))]
+    keys = of('ffn', 'K1', 'K2') if kind.gated else of('ffn', 'K')
+    return [*recipe, ('keys', lambda *Ks: stack(*(K.T for K in Ks)), keys), ('VT', lambda V: stack(V.T), of('ffn', 'V'))]
 
 
 def lay_out(serving: Serving, leaf: Callable[..., Any], place: Callable = jax.device_put) -> dict[str, Any]:
-    """The weights of a model for serving. Each parameter is requested once and read layer by layer, so it can stay on disk.
+    """{'embedding': Matrix, 'final_norm': scale, 'layers': [{name: Matrix or scale}]}; `_layer_recipe` has the names.
+
+    Each parameter is requested once and read layer by layer, so it can stay on disk. A parameter that is not used is a
+    ConfigError: generation would run another model than was trained.
 
     Args:
       serving: how the model is run.
       leaf: a function of a parameter's path, such as ('groups', 'ffn_0', 'K1'), to the array, or to what gives its rows: x[i:j].
       place: puts a finished array where it is to stay.
-
-    Returns:
-      {'embedding': Matrix, 'final_norm': scale, 'layers': [{name: Matrix or scale}]}; `_layer_recipe` has the names.
-
-    Raises:
-      ConfigError: the layout does not use a parameter of the model. Generation would run another model than was trained.
     """
     cfg, n = serving.cfg, len(serving.cfg.pattern)
     recipes = [_layer_recipe(serving, i) for i in range(n)]
@@ -183,6 +166,6 @@ def _empty(shape, dtype, alignment=64):
     return raw[start : raw.size - alignment + start].view(dtype).reshape(shape)
 
 
-def from_params(serving: Serving, params: dict) -> dict[str, Any]:
-    """`lay_out` of a Transformer's parameters that are in memory."""
-    return lay_out(serving, lambda *path: functools.reduce(lambda tree, name: tree[name], path, params['params']))
+def from_params(serving: Serving, params: dict, place: Callable = jax.device_put) -> dict[str, Any]:
+    """`lay_out` of a Transformer's parameters, of arrays or `StoredArray`s."""
+    return lay_out(serving, lambda *path: functools.reduce(lambda tree, name: tree[name], path, params['params']), place)

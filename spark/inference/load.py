@@ -1,22 +1,20 @@
 """Loading a trained model to generate with: its parameters go straight from the checkpoint into the layout for decoding."""
 
 import dataclasses
-import functools
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from spark import config
 from spark.checkpoints.manager import open_checkpoint
 from spark.data.tokenizer import tokenizer_for
-from spark.inference.layout import Serving, lay_out, serving_for
-from spark.nn.transformer import abstract_params, compute_dtype
+from spark.inference.layout import Serving, from_params, serving_for
+from spark.nn.transformer import abstract_params
 from spark.runtime import freed_at_once
 
 
@@ -32,18 +30,10 @@ class Served:
     mesh: jax.sharding.Mesh
 
 
-def load(
-    workdir: epath.Path | pathlib.Path, step: int | None = None, dtype: str = 'auto', serve: dict | None = None,
-    tick: Callable[[int, int], None] = lambda n, total: None,
-) -> Served:  # fmt: skip
-    """The model of a run directory. Its parameters are read layer by layer, directly into the layout for decoding.
+def load(workdir: epath.Path | pathlib.Path, step: int | None = None, dtype: str = 'auto', serve: dict | None = None) -> Served:
+    """The model of a run directory, from its newest checkpoint by default; `serve` has changes to the run's ServeConfig.
 
-    Args:
-      workdir: the run directory.
-      step: of the checkpoint; None for the newest.
-      dtype: of the weights, one of `layout.DTYPES`, or 'auto': float32 on CPUs, else bfloat16.
-      serve: changes to the run's ServeConfig.
-      tick: called as tick(parameters just read, parameters in all) after each piece.
+    The dtype of the weights is one of `layout.DTYPES`, or 'auto': float32 on CPUs, else bfloat16.
 
     Raises:
       ConfigError: there is no run, its kernels are not available, or its model has parameters that generation does not use.
@@ -55,7 +45,7 @@ def load(
     devices = jax.devices()
     platform = devices[0].platform
     if dtype == 'auto':
-        dtype = np.dtype(compute_dtype(cfg.model.model_copy(update={'dtype': 'auto'}), platform)).name
+        dtype = 'float32' if platform == 'cpu' else 'bfloat16'
     serving = serving_for(cfg.model, dtype, platform, len(devices), cfg.serve)
     mesh = jax.make_mesh((len(devices),), ('devices',), axis_types=(AxisType.Auto,), devices=devices)
 
@@ -67,10 +57,9 @@ def load(
     shapes = abstract_params(cfg.model)
     narrow = jnp.float32 if dtype == 'int8' else jnp.dtype(dtype)
     as_read = lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype if path[-1].key == 'scale' else narrow)
-    tick = functools.partial(tick, total=sum(x.size for x in jax.tree.leaves(shapes)))
-    stored = checkpoints.stored(step, jax.tree_util.tree_map_with_path(as_read, shapes), tick=tick)
-    leaf = lambda *path: functools.reduce(lambda node, name: node[name], ('params', *path), stored)
-    with freed_at_once():
-        weights = lay_out(serving, leaf, place)
+    size = sum(x.size for x in jax.tree.leaves(shapes))
+    with freed_at_once(), tqdm(total=size, desc='weights', unit='', unit_scale=True, leave=False) as bar:
+        stored = checkpoints.stored(step, jax.tree_util.tree_map_with_path(as_read, shapes), tick=bar.update)
+        weights = from_params(serving, stored, place)
     checkpoints.close()
     return Served(cfg, step, tokenizer, serving, weights, mesh)

@@ -17,52 +17,58 @@ from spark.nn import attention as nn_attention
 from spark.nn import ffn as nn_ffn
 from spark.nn.block import block, embed, logits, rms_norm
 
-CPU_FFN = Kind('gelu', gate='identity', topk=True, predictor=True)  # what cpu.ffn computes; it declines every other kind
+CPU_FFN = Kind('gelu', gate='identity', topk=True, predictor=True)  # the one kind with a predictor that cpu.ffn computes
 
 Counts = dict[str, Array]
 Rows = Int[Array | np.ndarray, ' B']
 Tokens = Int[Array | np.ndarray, 'B L']
 Length = Int[Array | np.ndarray, '']
+Flag = Bool[Array | np.ndarray, '']
 
 
 @flax.struct.dataclass
 class Cache:
-    """What decoding remembers.
+    """What decoding remembers."""
 
-    layers: {'keys', 'records'} per layer, ring buffers that hold position p in slot p mod S.
-    length: the number of positions so far.
-    rotations: `nn.attention.rotations` of every place: a table, since XLA:CPU evaluates sines again for each head that uses them.
+    layers: list  # of {'keys', 'records'}: ring buffers that hold position p in slot p mod S
+    length: Length  # the number of positions so far
+    rotations: list  # of every position, as a table: XLA:CPU evaluates sines again for each head that uses them
+
+
+def computed_by(serving: Serving, half: str) -> str:
+    """What computes the lookup of 'attention' or 'ffn': serving.kernels, or 'gather' or 'masked' if those decline its kind.
+
+    'gather' and the Pallas kernels leave a step to 'masked' where active entries could be more than half of the table.
     """
-
-    layers: list
-    length: Length
-    rotations: list
-
-
-def slots(window: int, size: int, chunk: int) -> int:
-    """Slots of a layer's ring buffer for `size` positions that arrive `chunk` at a time and then one by one."""
-    if not window:
-        return size
-    # The first token of a chunk still sees a window back, and a chunk must lie in consecutive slots.
-    return min(size, -(-(window + chunk - 1) // chunk) * chunk)
+    cfg, f, kind = serving.cfg, serving.cfg.ffn, getattr(serving.cfg, half).traits
+    gathers = kind.predictor and kind.topk
+    reads_records = gathers and kind.gate == 'identity' and serving.dtype != 'int8'
+    takes = {
+        ('attention', 'cpu'): kind in nn_attention.KERNEL_KINDS,
+        ('ffn', 'cpu'): not kind.predictor or (kind == CPU_FFN and f.topk == 'statistical'),
+        ('ffn', 'tpu'): reads_records,
+        ('ffn', 'gpu'): reads_records and rows_gpu.columns(cfg.d_model - f.r, cfg.d_model) > 0,
+    }
+    if takes.get((half, serving.kernels)):
+        return serving.kernels
+    return 'gather' if gathers and serving.kernels != 'masked' else 'masked'
 
 
 def init_cache(serving: Serving, batch: int, size: int, chunk: int) -> Cache:
     """An empty `Cache` for `batch` rows of at most `size` positions, which arrive `chunk` at a time or one by one."""
-    cfg, a = serving.cfg, serving.cfg.attention
-    layers = []
-    for window in cfg.windows:
-        shape = batch, a.n_kv_heads, slots(window, size, chunk)
-        r = a.r or a.head_dim
-        table = {'keys': (*shape, r), 'records': (*shape, 2 * a.head_dim - r)}
-        layers.append({name: jnp.zeros(shape, serving.stored) for name, shape in table.items()})
+    a, layers = serving.cfg.attention, []
+    r = a.r or a.head_dim
+    for window in serving.cfg.windows:
+        # The first token of a chunk still sees a window back, and a chunk must lie in consecutive slots.
+        slots = min(size, -(-(window + chunk - 1) // chunk) * chunk) if window else size
+        empty = lambda width, slots=slots: jnp.zeros((batch, a.n_kv_heads, slots, width), serving.stored)
+        layers.append({'keys': empty(r), 'records': empty(2 * a.head_dim - r)})
     return Cache(layers, jnp.zeros((), jnp.int32), nn_attention.rotations(a, jnp.arange(size)))
 
 
 def forward(
-    serving: Serving, weights: dict, cache: Cache, tokens_BxL: Tokens, first_B: Rows,
-    with_head: Bool[Array | np.ndarray, ''] | np.bool_ | None = None,
-) -> tuple[Cache, Float[Array, 'B V'], Counts]:  # fmt: skip
+    serving: Serving, weights: dict, cache: Cache, tokens_BxL: Tokens, first_B: Rows, with_head: np.bool_ | Flag | None = None
+) -> tuple[Cache, Float[Array, 'B V'], Counts]:
     """`hidden`, and the float32 logits that follow the last position.
 
     They equal those of the training model's full forward pass over each row's own tokens. Where `with_head` is False they are
@@ -128,19 +134,27 @@ class _Layer:
 
     def _look_up(self, q_BxNxGxLxd, k_BxNxLxd, v_BxNxLxd):
         """Adds the new keys and values to the cache and looks the queries up in it."""
-        a, cache = self.serving.cfg.attention, self.cache
-        L, r, S = q_BxNxGxLxd.shape[3], a.r or a.head_dim, cache['keys'].shape[2]
+        a, keys, table = self.serving.cfg.attention, self.cache['keys'], self.cache['records']
+        (B, N, G, L, d), (*_, S, r) = q_BxNxGxLxd.shape, keys.shape
         new = jnp.concatenate([k_BxNxLxd, v_BxNxLxd], axis=-1)
-        if self.serving.kernels == 'cpu' and a.traits in nn_attention.KERNEL_KINDS:
-            options = {'k': a.k, 'window': self.window, 'cap': a.logit_cap}
-            arguments = q_BxNxGxLxd, new, cache['keys'], cache['records'], self.first_B, self.length
-            y, attended, keys, table = cpu.attention(*arguments, **options)
-            self.cache = {'keys': keys, 'records': table}
+        if computed_by(self.serving, 'attention') == 'cpu':
+            arguments = q_BxNxGxLxd, new, keys, table, self.first_B, self.length
+            y, attended, keys, table = cpu.attention(*arguments, k=a.k, window=self.window, cap=a.logit_cap)
         else:
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), self.length % S, axis=2)
-            self.cache = {'keys': write(cache['keys'], new[..., :r]), 'records': write(cache['records'], new[..., r:])}
+            keys, table = write(keys, new[..., :r]), write(table, new[..., r:])
+            q, K, records = q_BxNxGxLxd.reshape(B, N, G * L, d), keys.astype(new.dtype), table.astype(new.dtype)
+            s = jnp.matmul(q[..., :r], K.swapaxes(2, 3), preferred_element_type=jnp.float32)
             mask = visible(self.length, L, S, self.first_B, self.window)
-            y, attended, self.counts['overflow'] = _attend_to_cache(self.serving, q_BxNxGxLxd, self.cache, mask)
+            weights, keep = nn_attention.weights(a, s, jnp.tile(mask, (1, G, 1))[:, None])
+            keep = jnp.broadcast_to(keep, s.shape)
+            if a.traits.gated:
+                y, overflow = _second_half(self.serving, 'attention', q[..., r:], weights, keep, Matrix(records))
+            else:
+                y, overflow = weights.astype(records.dtype) @ records[..., d - r :], jnp.zeros((), jnp.int32)
+            y, attended = y.reshape(q_BxNxGxLxd.shape), jnp.sum(keep, axis=-1).reshape(B, N, G, L)
+            self.counts['overflow'] = overflow
+        self.cache = {'keys': keys, 'records': table}
         self.counts['attended'] = jnp.mean(attended.astype(jnp.float32), axis=(1, 2))
         return y
 
@@ -164,60 +178,35 @@ def visible(length: Length, L: int, S: int, first_B: Rows, window: int) -> Bool[
     return nn_attention.visible_keys(queries_1xL, positions_1xS, segment(queries_1xL), segment(positions_1xS), window)
 
 
-def _attend_to_cache(serving, q_BxNxGxLxd, layer, visible_BxLxS):
-    """(y (B, N, G, L, d), attended keys (B, N, G, L), overflow ()) in plain JAX."""
-    a = serving.cfg.attention
-    B, N, G, L, d = q_BxNxGxLxd.shape
-    keys, table = layer['keys'].astype(q_BxNxGxLxd.dtype), layer['records'].astype(q_BxNxGxLxd.dtype)
-    q, r = q_BxNxGxLxd.reshape(B, N, G * L, d), keys.shape[-1]
-    s = jnp.matmul(q[..., :r], keys.swapaxes(2, 3), preferred_element_type=jnp.float32)
-    weights, keep = nn_attention.weights(a, s, jnp.tile(visible_BxLxS, (1, G, 1))[:, None])
-    keep, overflow = jnp.broadcast_to(keep, s.shape), jnp.zeros((), jnp.int32)
-    if not a.traits.gated:
-        y = weights.astype(table.dtype) @ table[..., d - r :]
-    else:
-        sigma2, room = ops.ACTIVATIONS[a.traits.gate], math.ceil(a.k * serving.capacity)
-        if serving.kernels != 'masked' and a.k and 2 * G * L * room <= s.shape[-1]:
-            y, overflow = gather.look_up(q[..., r:], weights, keep, table, sigma2, room, serving.overflow)
-        else:
-            y = gather.masked(q[..., r:], weights, table, sigma2)
-    return y.reshape(q_BxNxGxLxd.shape), jnp.sum(keep, axis=-1).reshape(B, N, G, L), overflow
-
-
 def ffn(serving: Serving, w: dict, x_TxD: Float[Array, 'T D']) -> tuple[Float[Array, 'T D'], Counts]:
     """One layer's FFN by its weights, and its counts."""
     f, kind = serving.cfg.ffn, serving.cfg.ffn.traits
-    sigma2 = ops.ACTIVATIONS[kind.gate or 'identity']
     if not kind.predictor:
         s = product(serving, x_TxD, w['keys']).astype(serving.compute)
         a, active = nn_ffn.activations(f, s[:, : f.d_ff])
-        y = product(serving, a * sigma2(s[:, f.d_ff :]) if kind.gated else a, w['VT']).astype(serving.compute)
+        if kind.gated:
+            a = a * ops.ACTIVATIONS[kind.gate](s[:, f.d_ff :])
+        y = product(serving, a, w['VT']).astype(serving.compute)
         return y, {} if active is None else {'active': jnp.sum(active, axis=-1)}
     K1, table = w['K1'], w['records']
-    if serving.kernels == 'cpu' and kind == CPU_FFN and f.topk == 'statistical':
+    if computed_by(serving, 'ffn') == 'cpu':
         y, active = cpu.ffn(x_TxD, K1.values, table.values, f.k, f.huber, K1.scales, table.scales)
         return y, {'active': active}
     a, active = nn_ffn.activations(f, product(serving, x_TxD[:, : f.r], K1).astype(serving.compute))
-    q2_TxR, room, overflow = x_TxD[:, f.r :], math.ceil(f.k * serving.capacity), jnp.zeros((), jnp.int32)
-    if serving.kernels != 'masked' and 2 * len(x_TxD) * room <= f.d_ff:
-        read = _record_kernel(serving, table)
-        y, overflow = gather.look_up(q2_TxR, a, active, table.values, sigma2, room, serving.overflow, table.scales, read)
-    else:
-        y = gather.masked(q2_TxR, a, table.values, sigma2, table.scales)
+    y, overflow = _second_half(serving, 'ffn', x_TxD[:, f.r :], a, active, table)
     return y[:, : x_TxD.shape[1]].astype(serving.compute), {'active': jnp.sum(active, axis=-1), 'overflow': overflow}
 
 
-def _record_kernel(serving, table):
-    """The Pallas kernel that reads a layer's active records, or None; other platforms than its own interpret it."""
-    interpret = {'interpret': serving.platform != serving.kernels}
-    if serving.cfg.ffn.traits.gate != 'identity':
-        return None
-    if serving.kernels == 'tpu' and table.values.ndim == 3:
-        return functools.partial(rows_tpu.read_rows, **interpret)
-    D, r = serving.cfg.d_model, serving.cfg.ffn.r
-    if serving.kernels == 'gpu' and table.scales is None and rows_gpu.columns(D - r, D):
-        return functools.partial(rows_gpu.read_rows, **interpret)
-    return None
+def _second_half(serving, half, q2, a, active, table):
+    """(y, overflow ()) of a lookup in plain JAX or Pallas, from all records if the room for active ones is over half of all."""
+    cfg, by = getattr(serving.cfg, half), computed_by(serving, half)
+    sigma2, room = ops.ACTIVATIONS[cfg.traits.gate], math.ceil(cfg.k * serving.capacity)
+    queries, n = a.shape[-2:]
+    if by == 'masked' or 2 * queries * room > n:
+        return gather.masked(q2, a, table.values, sigma2, table.scales), jnp.zeros((), jnp.int32)
+    pallas = {'tpu': rows_tpu, 'gpu': rows_gpu}.get(by)  # other platforms than its own interpret it
+    read = pallas and functools.partial(pallas.read_rows, interpret=serving.platform != by)
+    return gather.look_up(q2, a, active, table.values, sigma2, room, serving.overflow, table.scales, read)
 
 
 def union(share: float, n: int) -> float:
@@ -225,15 +214,12 @@ def union(share: float, n: int) -> float:
     return 1 - (1 - share) ** n
 
 
-def bytes_per_step(
-    serving: Serving, weights: dict, cache: Cache, means: dict[str, float], batch: int, head: bool = True
-) -> float:
+def bytes_per_step(serving: Serving, weights: dict, cache: Cache, means: dict, batch: int, head: bool = True) -> float:
     """Bytes that a step of decoding has to read.
 
     All weights, but of Spark's records only those of active neurons; of the cache, all keys and the records of attended keys.
     Masked lookups read everything. A record that several tokens of a batch activate is read once; the tokens are assumed to
-    activate neurons independently. `means` of a step's counts: 'active' and 'attended'. Without `head` the output head is not
-    counted.
+    activate neurons independently. `means` has the mean of each of a step's counts.
     """
     nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     sparse, total = serving.kernels != 'masked', nbytes(weights['embedding']) if head else 0

@@ -8,20 +8,12 @@ from jaxtyping import Array, Float, Int, Key
 
 
 class Sampling(NamedTuple):
-    """How to draw the next token.
+    """How to draw the next token. Tokens that tie with the last one allowed are allowed, too."""
 
-    temperature: divides the logits; 0 takes the most likely token.
-    top_k: only the k most likely tokens; 0: all.
-    top_p: only the most likely tokens whose probabilities just reach p, nucleus sampling (arXiv 1904.09751); 1: all.
-    min_p: only tokens at least min_p times as likely as the most likely one (arXiv 2407.01082); 0: all.
-
-    Tokens that tie with the last one allowed are allowed, too.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float = 0.0  # divides the logits; 0 takes the most likely token
+    top_k: int = 0  # only the k most likely tokens; 0: all
+    top_p: float = 1.0  # only the most likely tokens whose probabilities just reach p (arXiv 1904.09751); 1: all
+    min_p: float = 0.0  # only tokens at least min_p times as likely as the most likely one (arXiv 2407.01082); 0: all
 
 
 GREEDY = Sampling()
@@ -47,6 +39,5 @@ def filtered(logits_BxV: Float[Array, 'B V'], sampling: Sampling) -> Float[Array
         least = jnp.maximum(least, jnp.min(jnp.where(inside, z_down, jnp.inf), axis=-1))
     if sampling.min_p > 0:
         least = jnp.maximum(least, jnp.max(z, axis=-1) + jnp.log(sampling.min_p))
-    # Rounding must not exclude the most likely token.
-    least = jnp.minimum(least, jnp.max(z, axis=-1))
+    least = jnp.minimum(least, jnp.max(z, axis=-1))  # rounding must not exclude the most likely token
     return jnp.where(z >= least[..., None], z, -jnp.inf)

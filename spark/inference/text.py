@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from spark.inference.decoder import Stream
 from spark.inference.load import Served
-from spark.inference.model import bytes_per_step
+from spark.inference.model import bytes_per_step, computed_by
 from spark.inference.sampling import GREEDY, Sampling
 
 
@@ -44,8 +44,9 @@ def continue_prompts(
     activity = {name: float(np.mean([np.mean(c[name]) for c in counts])) for name in counts[0]}
     read = bytes_per_step(serving, served.weights, stream.cache, activity, len(ids))
     return {
-        'step': served.step, 'dtype': serving.dtype, 'kernels': serving.kernels, 'prompts': len(ids),
-        'prompt_tokens': prompt_tokens, 'new_tokens': new_tokens,
+        'step': served.step, 'dtype': serving.dtype, 'kernels': serving.kernels,
+        'attention_kernels': computed_by(serving, 'attention'), 'ffn_kernels': computed_by(serving, 'ffn'),
+        'prompts': len(ids), 'prompt_tokens': prompt_tokens, 'new_tokens': new_tokens,
         'prefill_tokens_per_second': prompt_tokens / prefill_seconds, 'decode_tokens_per_second': new_tokens / seconds,
         'decode_ms_per_step': 1e3 * seconds / max(n_steps, 1), 'gb_per_step': read / 1e9,
         'gb_per_second': read * min(n_steps, n - 1) / seconds / 1e9, **activity, 'texts': texts,

@@ -48,6 +48,7 @@ Segments = Int[Array, '#B L']  # contiguous in each row; one row may stand for a
 Starts = Int32[Array, 'B L']  # the first key that each query sees
 Offset = int | Int[Array | np.ndarray, '']  # the position of the first query among the keys, a multiple of the block
 Block = Float[Array, '...']  # a number for each pair of a query and a key of two blocks, or for each query of one
+Mask = Bool[Array, '...']
 
 _exact_einsum = functools.partial(jnp.einsum, precision='highest', preferred_element_type=jnp.float32)
 
@@ -62,7 +63,7 @@ class Spec(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """An implementation of the forward and the backward pass, called as this file's `look_up` and `gradients`."""
+    """An implementation of the forward and the backward pass; by default, `look_up` and `gradients` of this file."""
 
     look_up: Callable
     gradients: Callable
@@ -73,7 +74,7 @@ class Scores(NamedTuple):
 
     score: Block  # s; −inf for keys that are not visible
     logit: Block  # cap(s)
-    keep: Bool[Array, '...']  # visible and not below the threshold
+    keep: Mask  # visible and not below the threshold
     gate: Block | float  # softplus(s2)
     gate_slope: Block | float  # sigmoid(s2), its derivative
 
@@ -97,8 +98,7 @@ def attention(
 ) -> tuple[Outputs, PerQuery]:
     """The lookup of each query in the keys start_i … i: y, and how many keys were attended. Scores are in float32.
 
-    All queries may come at once (L = S, offset 0), or some of them, in whole blocks of min(spec.block, L) tokens. `passes` are
-    those of this file by default.
+    All queries may come at once (L = S, offset 0), or some of them, in whole blocks of min(spec.block, L) tokens.
     """
     L = q.shape[3]
     spec = spec._replace(block=min(spec.block, L))
@@ -114,9 +114,8 @@ def attention(
 def thresholds(q: Queries, k: Keys, starts_BxL: Starts, spec: Spec, offset: Offset = 0) -> PerQuery:
     """`ops.statistical_threshold` of each query's visible scores; −inf where at most spec.k keys are visible.
 
-    Among the keys of a block of queries, there come first blocks that not all of the queries see in full. Then come blocks that
-    all see in full, whose sums are differences of prefix sums. Last comes the diagonal block. Only the first and the last kind
-    are scored. L and S are multiples of the block.
+    Blocks of keys that all queries of a block see in full are not scored: their sums are differences of prefix sums. They lie
+    between blocks that not all of the queries see in full, and the diagonal block. L and S are multiples of the block.
     """
     L, b, r = q.shape[3], spec.block, spec.r
     block_offset, first_visible, first_full = _block_ranges(starts_BxL, offset, b)
@@ -185,10 +184,9 @@ _attention.defvjp(_forward, _backward)
 def look_up(
     q: Queries, k: Keys, v: Values, starts: Starts, offset: Offset, theta: PerQuery | None, spec: Spec
 ) -> tuple[Outputs, PerQuery, PerQuery, PerQuery]:
-    """The forward pass over whole blocks; `theta` is None for dense attention.
+    """The forward pass over whole blocks: y, log Z, the number of keys attended, the largest score of a visible key, kept or not.
 
-    Returns y, log Z, the number of keys attended, and the largest score of a visible key, kept or not. y and log Z are
-    meaningless for queries that attend to no key.
+    `theta` is None for dense attention. y and log Z are meaningless for queries that attend to no key.
     """
     (B, N, G, L, _), b = q.shape, spec.block
     block_offset, first_visible, _ = _block_ranges(starts, offset, b)
@@ -248,9 +246,8 @@ def gradients(
 
 
 def masked_scores(
-    s: Block, visible: Bool[Array, '...'], spec: Spec, theta: Block | None = None,
-    gate: Block | float = 1.0, gate_slope: Block | float = 0.0,
-) -> Scores:  # fmt: skip
+    s: Block, visible: Mask, spec: Spec, theta: Block | None = None, gate: Block | float = 1.0, gate_slope: Block | float = 0.0
+) -> Scores:
     """`Scores` from s, in float32; `visible` and the thresholds broadcast against it."""
     keep = visible if theta is None else visible & (s >= theta)
     return Scores(jnp.where(visible, s, -jnp.inf), softcap(s, spec.logit_cap), keep, gate, gate_slope)

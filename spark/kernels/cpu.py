@@ -1,7 +1,7 @@
 """Both lookups on CPUs, by C++ kernels behind XLA's foreign function interface, which read only what is active.
 
-`pip install` builds them from cpu/*.cc if there is a compiler; `available()` tells. Queries are float32. Tables are float32,
-bfloat16, or int8 with a float32 scale per row. All arithmetic is in float32, on XLA's own threads.
+`pip install` builds them from cpu/*.cc if there is a compiler. Queries are float32. Tables are float32, bfloat16, or int8 with a
+float32 scale per row. All arithmetic is in float32, on XLA's own threads.
 """
 
 import ctypes
@@ -18,6 +18,9 @@ from scipy.special import ndtri
 
 SETS = ('best', 'portable', 'avx2', 'avx512')  # instruction sets; 'portable' is SSE2 or NEON
 AnyArray = Array | np.ndarray
+Tokens = Float32[AnyArray, 'T D']
+Keys = Num[AnyArray, 'B N S r']
+Records = Num[AnyArray, 'B N S 2*d-r']
 
 
 @functools.cache
@@ -57,11 +60,7 @@ def preferred() -> str:
 
 
 def matmul(
-    x_TxD: Float32[AnyArray, 'T D'],
-    W_OxD: Num[AnyArray, 'O D'],
-    scales: Float32[AnyArray, ' O'] | None = None,
-    *,
-    instructions: str = 'best',
+    x_TxD: Tokens, W_OxD: Num[AnyArray, 'O D'], scales: Float32[AnyArray, ' O'] | None = None, *, instructions: str = 'best'
 ) -> Float32[Array, 'T O']:
     """x Wᵀ; `scales` are those of int8 rows."""
     y = jax.ShapeDtypeStruct((x_TxD.shape[0], W_OxD.shape[0]), jnp.float32)
@@ -69,25 +68,14 @@ def matmul(
 
 
 def ffn(
-    x_TxD: Float32[AnyArray, 'T D'],
-    K1_Fxr: Num[AnyArray, 'F r'],
-    records_FxR: Num[AnyArray, 'F 2*D-r'],
-    k: int,
-    huber: float = 0.0,
-    K1_scales: Float32[AnyArray, ' F'] | None = None,
-    record_scales: Float32[AnyArray, 'F 2'] | None = None,
-    *,
-    instructions: str = 'best',
-) -> tuple[Float32[Array, 'T D'], Int32[Array, ' T']]:
-    """The Spark FFN, V · (GELU(StatTopK_k(K1 x[:r])) ⊙ K2 x[r:]), which reads only the records of active neurons.
+    x_TxD: Tokens, K1_Fxr: Num[AnyArray, 'F r'], records_FxR: Num[AnyArray, 'F 2*D-r'], k: int, huber: float = 0.0,
+    K1_scales: Float32[AnyArray, ' F'] | None = None, record_scales: Float32[AnyArray, 'F 2'] | None = None,
+    *, instructions: str = 'best',
+) -> tuple[Float32[Array, 'T D'], Int32[Array, ' T']]:  # fmt: skip
+    """The Spark FFN, V · (GELU(StatTopK_k(K1 x[:r])) ⊙ K2 x[r:]), and the number of active neurons of each token.
 
-    Args:
-      records_FxR: for each neuron its row of K2 followed by its row of V, in the dtype of K1.
-      k, huber: as in FFNConfig.
-      K1_scales, record_scales: of int8 rows; a record has one for K2 and one for V.
-
-    Returns:
-      (y, the number of active neurons of each token).
+    Only the records of active neurons are read. A record is a neuron's row of K2 followed by its row of V, in the dtype of K1;
+    in int8 it has a scale for each of the two. k and huber are those of FFNConfig.
     """
     T, F = x_TxD.shape[0], K1_Fxr.shape[0]
     quantile = -ndtri(k / F) if k < F else -np.inf
@@ -97,18 +85,10 @@ def ffn(
 
 
 def attention(
-    q: Float32[AnyArray, 'B N G L d'],
-    new: Float32[AnyArray, 'B N L 2*d'],
-    keys: Num[AnyArray, 'B N S r'],
-    records: Num[AnyArray, 'B N S 2*d-r'],
-    first: Int32[AnyArray, ' B'],
-    length: Int32[AnyArray, ''],
-    *,
-    k: int = 0,
-    window: int = 0,
-    cap: float = 0.0,
-    instructions: str = 'best',
-) -> tuple[Float32[Array, 'B N G L d'], Int32[Array, 'B N G L'], Num[Array, 'B N S r'], Num[Array, 'B N S 2*d-r']]:
+    q: Float32[AnyArray, 'B N G L d'], new: Float32[AnyArray, 'B N L 2*d'], keys: Keys, records: Records,
+    first: Int32[AnyArray, ' B'], length: Int32[AnyArray, ''],
+    *, k: int = 0, window: int = 0, cap: float = 0.0, instructions: str = 'best',
+) -> tuple[Float32[Array, 'B N G L d'], Int32[Array, 'B N G L'], Keys, Records]:  # fmt: skip
     """Writes the new keys and values to the cache, then lets L queries attend to it.
 
     The cache is a ring buffer of S slots: position p lies in slot p mod S. Spark attention, k > 0, scans the first r dimensions
@@ -117,10 +97,9 @@ def attention(
     Args:
       q: after rotary embedding and scaling; query l has position length + l.
       new: the keys at these positions, after rotary embedding, followed by their values.
-      keys: float32 or bfloat16.
-      records: for each token the remaining dimensions of its key followed by its value, in the dtype of `keys`.
+      keys, records: the cache, in float32 or bfloat16; a record is the remaining dimensions of a key followed by its value.
       first: each row's first position that holds a token; a padding token, before it, sees itself alone.
-      k, window, cap: as in AttentionConfig; window 0 means none.
+      k, window, cap: as in AttentionConfig.
 
     Returns:
       (y, the number of attended keys, keys, records). The cache is updated in place where no one else needs the old one.
@@ -138,17 +117,16 @@ def quantiles(k: int, n: int) -> Float32[Array, ' {n}+1']:
     return jnp.asarray(np.where(i > k, -ndtri(np.minimum(k / np.maximum(i, 1), 1)), -np.inf), jnp.float32)
 
 
-def read(x: Float32[AnyArray, '...'], *, instructions: str = 'best') -> Float32[Array, '']:
+def read(x: Float32[AnyArray, '...']) -> Float32[Array, '']:
     """The sum of an array: the fastest way to read memory, with which the other kernels are compared."""
-    return _call('spark_read', jax.ShapeDtypeStruct((), jnp.float32), instructions)(x)
+    return _call('spark_read', jax.ShapeDtypeStruct((), jnp.float32), 'best')(x)
 
 
 def _call(name, shapes, instructions, aliases=None, **attrs):
-    if instructions == 'best':
-        instructions = preferred()
     _library()
+    chosen = preferred() if instructions == 'best' else instructions
     call = jax.ffi.ffi_call(name, shapes, input_output_aliases=aliases)
-    return functools.partial(call, set=np.int64(SETS.index(instructions)), **attrs)
+    return functools.partial(call, set=np.int64(SETS.index(chosen)), **attrs)
 
 
 def _scales(scales):

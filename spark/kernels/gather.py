@@ -3,7 +3,8 @@
     y = V · (a ⊙ σ2(K2ᵀ q2))        where a = σ1(TopK(K1ᵀ q1)) is known, and nonzero for about k of n entries
 
 A table stores one record per entry: its row of K2 and its row of V side by side. Since arrays have static shapes, a query reads
-at most `capacity` records. Queries with more active entries overflow: they are counted, and by default computed by `masked`.
+at most `capacity` records. Queries with more active entries overflow: they are counted, and by default computed by `masked`; with
+overflow 'drop' their entries past the first `capacity` are dropped.
 """
 
 from collections.abc import Callable
@@ -21,19 +22,13 @@ Weights = Float[Array, '*batch T C']  # of the active entries, for C = capacity
 Indices = Int[Array, '*batch T C']  # of the active entries
 Counts = Int[Array, '*batch T']  # how many entries are active
 Output = Float[Array, '*batch T D']
-Scalar = Int[Array, '']
 
 
 def look_up(
     q2: Q2, a: Activations, active: Active, table: Num[Array, '...'], sigma2: Callable, capacity: int,
     overflow: str = 'masked', scales: Scales | None = None, kernel: Callable | None = None,
-) -> tuple[Output, Scalar]:  # fmt: skip
-    """y, and the number of queries that overflow.
-
-    Args:
-      overflow: 'masked': a query that overflows reads the whole table; 'drop': its entries past the first `capacity` are dropped.
-      kernel: replaces `read_rows` where σ2 is the identity. It may want the records in tiles: a table (n, …).
-    """
+) -> tuple[Output, Int[Array, '']]:  # fmt: skip
+    """y, and the number of queries that overflow. `kernel` replaces `read_rows`, and may want the records in tiles, (n, …)."""
     count = jnp.sum(active, axis=-1, dtype=jnp.int32)
     indices = lambda row: jnp.nonzero(row, size=capacity, fill_value=0)[0].astype(jnp.int32)
     index = jax.vmap(indices)(active.reshape(-1, active.shape[-1])).reshape(*active.shape[:-1], capacity)
@@ -59,9 +54,7 @@ def masked(q2: Q2, a: Activations, table: Num[Array, '...'], sigma2: Callable, s
     return jnp.matmul((a * sigma2(s2)).astype(q2.dtype), table[..., R:], preferred_element_type=jnp.float32).astype(q2.dtype)
 
 
-def read_rows(
-    q2: Q2, weight: Weights, index: Indices, table: Table, sigma2: Callable, scales: Scales | None = None
-) -> Output:
+def read_rows(q2: Q2, weight: Weights, index: Indices, table: Table, sigma2: Callable, scales: Scales | None = None) -> Output:
     """y from the records at `index`, with their weights."""
     take = lambda x: jnp.take_along_axis(x[..., None, :, :], index[..., None], axis=-2)
     rows, R = take(table).astype(q2.dtype), q2.shape[-1]

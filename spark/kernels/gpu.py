@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from spark.kernels import blockwise
-from spark.kernels.blockwise import Keys, PerQuery, Queries, Spec
+from spark.kernels.blockwise import Keys, PerQuery, Queries, Spec, count_visible
 
 
 def covers(q: Queries, spec: Spec) -> bool:
@@ -27,4 +26,4 @@ def attention(q: Queries, k: Keys, v: Keys, window: int = 0, *, implementation: 
         by_token(q), by_token(k), by_token(v), scale=1.0, is_causal=True, implementation=implementation,
         local_window_size=(window - 1, 0) if window else None,
     )  # fmt: skip
-    return y_BxLxHxd.swapaxes(1, 2).reshape(q.shape), blockwise.count_visible(q, jnp.ones((1, L), jnp.int32), window)
+    return y_BxLxHxd.swapaxes(1, 2).reshape(q.shape), count_visible(q, jnp.ones((1, L), jnp.int32), window)

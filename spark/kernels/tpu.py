@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from spark.kernels import blockwise
 from spark.kernels.blockwise import Keys, Offset, Outputs, PerQuery, Queries, Segments, Spec, Starts, Values
@@ -34,20 +35,16 @@ def attention(
 def splash_attention(
     q: Queries, k: Keys, v: Values, segments_BxL: Segments, spec: Spec, window: int = 0, *, interpret: bool = False
 ) -> tuple[Outputs, PerQuery]:
-    """Dense attention by JAX's own kernel, with the results of `attention`.
-
-    L = S is a multiple of 128, and of the block if L exceeds it.
-    """
+    """`attention`, dense, by JAX's own kernel; L = S is a multiple of 128, and of the block if L exceeds it."""
     _, _, G, L, _ = q.shape
     b = min(spec.block, L)
     sizes = {f'block_{x}': b for x in ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')}
-    causal, local = splash_attention_mask.CausalMask, splash_attention_mask.LocalMask
-    mask = local((L, L), (window - 1, 0), 0) if window else causal((L, L))
-    kernel = splash_attention_kernel.make_splash_mqa(
-        splash_attention_mask.MultiHeadMask([mask] * G), head_shards=1, q_seq_shards=1, interpret=interpret,
-        block_sizes=splash_attention_kernel.BlockSizes(**sizes), attn_logits_soft_cap=spec.logit_cap or None,
+    mask = masks.LocalMask((L, L), (window - 1, 0), 0) if window else masks.CausalMask((L, L))
+    kernel = splash.make_splash_mqa(
+        masks.MultiHeadMask([mask] * G), head_shards=1, q_seq_shards=1, interpret=interpret,
+        block_sizes=splash.BlockSizes(**sizes), attn_logits_soft_cap=spec.logit_cap or None,
     )  # fmt: skip
-    ids = splash_attention_kernel.SegmentIds(segments_BxL, segments_BxL)
+    ids = splash.SegmentIds(segments_BxL, segments_BxL)
     y = jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q, k, v, ids)
     return y, blockwise.count_visible(q, segments_BxL, window)
 
@@ -58,10 +55,9 @@ def look_up(
     """`blockwise.look_up`, with sums over blocks of keys."""
     G, d_v, b = q.shape[2], v.shape[-1], spec.block
     y, per_query = jax.ShapeDtypeStruct((*q.shape[:4], d_v), v.dtype), jax.ShapeDtypeStruct(q.shape[:4], jnp.float32)
-    return _Grid(q, k, v, starts, offset, spec, interpret).call(
-        _forward_kernel, 'spark_attention_forward', [(theta, 'per_query')], [(y, 'y'), *[(per_query, 'per_query')] * 3],
-        scratch=[(G, d_v, b), (G, 1, b), (G, 1, b)], matmuls=2,
-    )  # fmt: skip
+    arguments, outputs = (q, k, v, starts, offset, spec, interpret), [(y, 'y'), *[(per_query, 'per_query')] * 3]
+    scratch = [(G, d_v, b), (G, 1, b), (G, 1, b)]
+    return _run(_forward_kernel, 'spark_attention_forward', arguments, [(theta, 'per_query')], outputs, scratch, matmuls=2)
 
 
 def gradients(
@@ -70,11 +66,11 @@ def gradients(
 ) -> tuple[Queries, Keys, Values]:  # fmt: skip
     """`blockwise.gradients` in two kernels: dq sums over blocks of keys; dk and dv sum over blocks of queries."""
     G, d, d_v, b = q.shape[2], q.shape[-1], v.shape[-1], spec.block
-    by_query, by_key = (_Grid(q, k, v, starts, offset, spec, interpret, by_key) for by_key in (False, True))
+    arguments = q, k, v, starts, offset, spec, interpret
     extra = [(theta, 'per_query'), (log_z, 'per_query'), (dy, 'y'), (delta, 'per_query')]
-    [dq] = by_query.call(_dq_kernel, 'spark_attention_dq', extra, [(q, 'q')], scratch=[(G, b, d)], matmuls=3)
-    outputs = [(k, 'k'), (v, 'v')]
-    dk, dv = by_key.call(_dkv_kernel, 'spark_attention_dkv', extra, outputs, scratch=[(b, d), (b, d_v)], matmuls=4)
+    [dq] = _run(_dq_kernel, 'spark_attention_dq', arguments, extra, [(q, 'q')], [(G, b, d)], matmuls=3)
+    outputs, scratch = [(k, 'k'), (v, 'v')], [(b, d), (b, d_v)]
+    dk, dv = _run(_dkv_kernel, 'spark_attention_dkv', arguments, extra, outputs, scratch, matmuls=4, by_key=True)
     return dq, dk, dv
 
 
@@ -177,65 +173,55 @@ def _dot(a, b, i, j):
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-class _Grid:
-    """A Pallas grid (row, key-value head, outer block, inner block), and the block of each array that a step wants.
+def _run(kernel, name, arguments, extra, outputs, scratch, matmuls, by_key=False):
+    """Runs a kernel over a Pallas grid (row, key-value head, outer block, inner block).
 
     A kernel sums over the inner blocks. These are blocks of keys, and the outer ones blocks of queries; `by_key` swaps them. An
-    outer block needs only the inner blocks first … last, in which some query sees some key. The steps before and after compute
-    nothing. They ask for the nearest block that is needed, which is in VMEM already, so that they read nothing, either.
+    outer block needs only the inner blocks first … last. The steps before and after compute nothing and read nothing, since they
+    ask for the nearest block that is needed, which is in VMEM already.
+
+    arguments: those of `look_up` without theta. extra, outputs: pairs of an array and the name of its blocks; an input that is
+    None is left out. scratch: shapes of float32 buffers. matmuls: for each pair of blocks, for the compiler's scheduler.
     """
+    q, k, v, starts, offset, spec, interpret = arguments
+    (B, N, G, L, d), S, d_v, b = q.shape, k.shape[2], v.shape[-1], spec.block
+    block_offset, grid = offset // b, (B, N, S // b, L // b) if by_key else (B, N, L // b, S // b)
+    first = starts[:, ::b] // b  # since starts do not decrease
+    last = jnp.broadcast_to(block_offset + jnp.arange(L // b), first.shape)
+    if by_key:  # where no query sees a block, last < first
+        key_blocks = jnp.arange(S // b)
+        last = jax.vmap(lambda row: jnp.searchsorted(row, key_blocks, side='right'))(first).astype(jnp.int32) - 1
+        first = jnp.broadcast_to(jnp.maximum(key_blocks - block_offset, 0), last.shape)
 
-    def __init__(self, q, k, v, starts, offset, spec, interpret, by_key=False):
-        B, N, G, L, d = q.shape
-        S, d_v, b = k.shape[2], v.shape[-1], spec.block
-        self.arrays, self.spec, self.interpret, block_offset = (q, k, v, starts[:, None]), spec, interpret, offset // b
-        self.shape = (B, N, S // b, L // b) if by_key else (B, N, L // b, S // b)
-        first = starts[:, ::b] // b  # since starts do not decrease
-        last = jnp.broadcast_to(block_offset + jnp.arange(L // b), first.shape)
-        if by_key:  # where no query sees a block, last < first
-            key_blocks = jnp.arange(S // b)
-            last = jax.vmap(lambda row: jnp.searchsorted(row, key_blocks, side='right'))(first).astype(jnp.int32) - 1
-            first = jnp.broadcast_to(jnp.maximum(key_blocks - block_offset, 0), last.shape)
-        self.scalars = first, last, block_offset[None]
+    def blocks(shape, index):
+        def index_map(n, h, outer, inner, first, last, _):
+            inner = jnp.minimum(jnp.maximum(inner, first[n, outer]), last[n, outer])
+            inner = jnp.clip(inner, 0, grid[3] - 1)  # for empty ranges
+            return index(n, h, *((inner, outer) if by_key else (outer, inner)))
 
-        def blocks(shape, index):
-            def index_map(n, h, outer, inner, first, last, _):
-                inner = jnp.minimum(jnp.maximum(inner, first[n, outer]), last[n, outer])
-                inner = jnp.clip(inner, 0, self.shape[3] - 1)  # for empty ranges
-                return index(n, h, *((inner, outer) if by_key else (outer, inner)))
+        return pl.BlockSpec(shape, index_map)
 
-            return pl.BlockSpec(shape, index_map)
-
-        self.blocks = {
-            'q': blocks((None, None, G, b, d), lambda n, h, i, j: (n, h, 0, i, 0)),
-            'y': blocks((None, None, G, b, d_v), lambda n, h, i, j: (n, h, 0, i, 0)),
-            'k': blocks((None, None, b, d), lambda n, h, i, j: (n, h, j, 0)),
-            'v': blocks((None, None, b, d_v), lambda n, h, i, j: (n, h, j, 0)),
-            'starts': blocks((None, 1, b), lambda n, h, i, j: (n, 0, i)),
-            'per_query': blocks((None, None, G, b), lambda n, h, i, j: (n, h, 0, i)),
-        }
-
-    def call(self, kernel, name, extra, outputs, scratch, matmuls):
-        """Runs a kernel on q, k, v, starts, and the `extra` inputs that are not None.
-
-        extra, outputs: pairs of an array and the name of its blocks. scratch: shapes of float32 buffers. matmuls: how many the
-        kernel does for each pair of blocks, from which the compiler's scheduler gets an estimate of the cost.
-        """
-        q, k, v, starts = self.arrays
-        inputs = [(q, 'q'), (k, 'k'), (v, 'v'), (starts, 'starts'), *(pair for pair in extra if pair[0] is not None)]
-        B, N, G, L, d = q.shape
-        scores = B * N * G * L * k.shape[2] // 2
-        moved = B * N * L * (2 * G * (d + v.shape[-1]) + 2 * d) * k.dtype.itemsize
-        return pl.pallas_call(
-            functools.partial(kernel, spec=self.spec), interpret=self.interpret, name=name,
-            out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs),
-            compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary')),
-            cost_estimate=pl.CostEstimate(flops=matmuls * 2 * scores * d, bytes_accessed=moved, transcendentals=3 * scores),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=3, grid=self.shape, scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-                in_specs=[self.blocks[x] for _, x in inputs], out_specs=tuple(self.blocks[x] for _, x in outputs),
-            ),
-        )(*self.scalars, *(x for x, _ in inputs))  # fmt: skip
+    specs = {
+        'q': blocks((None, None, G, b, d), lambda n, h, i, j: (n, h, 0, i, 0)),
+        'y': blocks((None, None, G, b, d_v), lambda n, h, i, j: (n, h, 0, i, 0)),
+        'k': blocks((None, None, b, d), lambda n, h, i, j: (n, h, j, 0)),
+        'v': blocks((None, None, b, d_v), lambda n, h, i, j: (n, h, j, 0)),
+        'starts': blocks((None, 1, b), lambda n, h, i, j: (n, 0, i)),
+        'per_query': blocks((None, None, G, b), lambda n, h, i, j: (n, h, 0, i)),
+    }
+    inputs = [(q, 'q'), (k, 'k'), (v, 'v'), (starts[:, None], 'starts'), *(pair for pair in extra if pair[0] is not None)]
+    scores = B * N * G * L * S // 2
+    moved = B * N * L * (2 * G * (d + d_v) + 2 * d) * k.dtype.itemsize
+    return pl.pallas_call(
+        functools.partial(kernel, spec=spec), interpret=interpret, name=name,
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary')),
+        cost_estimate=pl.CostEstimate(flops=matmuls * 2 * scores * d, bytes_accessed=moved, transcendentals=3 * scores),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3, grid=grid, scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+            in_specs=[specs[x] for _, x in inputs], out_specs=tuple(specs[x] for _, x in outputs),
+        ),
+    )(first, last, block_offset[None], *(x for x, _ in inputs))  # fmt: skip
 
 
 def _in_range(first, last, outer, inner):

@@ -15,21 +15,26 @@ from spark import ops
 from spark.config import AttentionConfig, Kind
 from spark.errors import ConfigError
 from spark.kernels import blockwise, gpu, tpu
-from spark.nn.block import Integers
-from spark.nn.layers import by_token, count, matrix, mesh_axes, shards, sow
+from spark.kernels.blockwise import Keys, PerQuery, Queries
+from spark.nn.block import Hidden, Integers
+from spark.nn.layers import by_token, matrix, mesh_axes, shards, sow
 
 # What attention kernels compute: blockwise and Pallas for training, C++ for decoding. They decline every other kind.
 KERNEL_KINDS = (Kind('softmax'), Kind('softmax', gate='softplus', topk=True, predictor=True))
 
 ArrayOrNumpy = Array | np.ndarray
+OfQueries = Int[ArrayOrNumpy, '#B L']
+OfKeys = Int[ArrayOrNumpy, '#B S']
+Scores = Float[Array, '*rows S']
+Mask = Bool[Array, '... S']
 Heads = Float[Array, 'B L H d']
+KeyHeads = Float[Array, 'B L N d']
 Rotations = list[tuple[Float[Array, '*positions _'], Float[Array, '*positions _']]]  # each part may have another half
 
 
 def visible_keys(
-    q_positions: Int[ArrayOrNumpy, '#B L'], k_positions: Int[ArrayOrNumpy, '#B S'],
-    q_segments: Int[ArrayOrNumpy, '#B L'], k_segments: Int[ArrayOrNumpy, '#B S'], window: int = 0,
-) -> Bool[ArrayOrNumpy, 'B L S']:  # fmt: skip
+    q_positions: OfQueries, k_positions: OfKeys, q_segments: OfQueries, k_segments: OfKeys, window: int = 0
+) -> Bool[ArrayOrNumpy, 'B L S']:
     """Query l sees key s if both are in the same segment, and s is not later, and less than `window` (if not 0) before l."""
     distance = q_positions[:, :, None] - k_positions[:, None, :]
     seen = (q_segments[:, :, None] == k_segments[:, None, :]) & (distance >= 0)
@@ -45,14 +50,11 @@ class Packed:
     window: int = flax.struct.field(pytree_node=False)
 
 
-def visible_to(
-    cfg: AttentionConfig, window: int, positions: Integers, segments: Integers
-) -> Bool[ArrayOrNumpy, 'B L L'] | Packed:
-    """What each query sees, in the form that `cfg.impl` takes: the mask of `visible_keys`, or for attention in blocks, `Packed`.
+Visible = Bool[ArrayOrNumpy, 'B L L'] | Packed  # the mask of `visible_keys`, or for attention in blocks, `Packed`
 
-    Raises:
-      ConfigError: `cfg.impl` names kernels that decline this kind.
-    """
+
+def visible_to(cfg: AttentionConfig, window: int, positions: Integers, segments: Integers) -> Visible:
+    """What each query sees, in the form that `cfg.impl` takes; a ConfigError if its kernels decline this kind."""
     sharded, has_kernel = shards('length') > 1, cfg.traits in KERNEL_KINDS
     if cfg.impl in ('blockwise', 'pallas') and not has_kernel:
         raise ConfigError(f"model.attention.impl = {cfg.impl!r}: want 'auto' or 'full' for kind {cfg.kind!r}")
@@ -77,9 +79,7 @@ class Attention(nn.Module):
     platform: str = 'cpu'
 
     @nn.compact
-    def __call__(
-        self, x_BxLxD: Float[Array, 'B L D'], positions_BxL: Integers, visible: Bool[ArrayOrNumpy, 'B L L'] | Packed
-    ) -> Float[Array, 'B L D']:
+    def __call__(self, x_BxLxD: Hidden, positions_BxL: Integers, visible: Visible) -> Hidden:
         cfg = self.cfg
         (B, L), D, H, N, d = positions_BxL.shape, x_BxLxD.shape[-1], cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
         x = by_token(x_BxLxD)
@@ -111,22 +111,18 @@ class Attention(nn.Module):
             y = ops.spark_lookup(q1, q2, K1, K2, v_BxNxSxd, sigma1, sigma2, score_dtype=jnp.float32)
         return y.reshape(B, N, G, L, d)
 
-    def activate(self, s: Float[Array, '*rows S'], visible: Bool[Array, '... S']) -> Float[Array, '*rows S']:
+    def activate(self, s: Scores, visible: Mask) -> Scores:
         """`weights` of this layer's scores; sows the number of attended keys."""
         w, keep = weights(self.cfg, s, visible)
-        count(self, 'attended', jnp.broadcast_to(keep, s.shape))
+        sow(self, 'attended', jnp.sum(jnp.broadcast_to(keep, s.shape), axis=-1, dtype=jnp.float32))
         return w
 
 
 def attend(
-    cfg: AttentionConfig, q: Float[Array, 'B L H d'], k: Float[Array, 'B L N d'], v: Float[Array, 'B L N d'],
-    rotations: Rotations, look_up: Callable,
+    cfg: AttentionConfig, q: Heads, k: KeyHeads, v: KeyHeads, rotations: Rotations,
+    look_up: Callable[[Queries, Keys, Keys], Queries],
 ) -> Float[Array, 'B L Hd']:  # fmt: skip
-    """Attention between the projections: rotary embedding, scale, the lookup of each group of heads, and heads side by side.
-
-    `look_up(q, k, v)` takes q (B, N, G, L, d), of which G heads share each of the N key-value heads, and k, v (B, N, L, d), and
-    returns the shape of q.
-    """
+    """Attention between the projections: rotary embedding, scale, the lookup of each group of heads, and heads side by side."""
     (B, L, H, d), N = q.shape, cfg.n_kv_heads
     q, k = rotate(cfg, q, rotations, scale=True), rotate(cfg, k, rotations)
     q_BxNxGxLxd = q.reshape(B, L, N, H // N, d).transpose(0, 2, 3, 1, 4)
@@ -134,9 +130,7 @@ def attend(
     return y_BxNxGxLxd.transpose(0, 3, 1, 2, 4).reshape(B, L, H * d)
 
 
-def weights(
-    cfg: AttentionConfig, s: Float[Array, '*rows S'], visible: Bool[Array, '... S']
-) -> tuple[Float[Array, '*rows S'], Bool[Array, '... S']]:
+def weights(cfg: AttentionConfig, s: Scores, visible: Mask) -> tuple[Scores, Mask]:
     """(σ1 of scores, top-k included; the mask of the keys that have a weight); `visible` broadcasts against the scores."""
     keep = ops.statistical_keep(s, cfg.k, where=visible, ddof=cfg.traits.ddof) if cfg.traits.topk else visible
     # A select, since softmax(…, where=keep) takes twice as long. A token sees itself, so no row is all −inf.
@@ -159,21 +153,16 @@ def rotate(cfg: AttentionConfig, x: Heads, rotations: Rotations, scale: bool = F
     return jnp.concatenate(parts, axis=-1)
 
 
-def in_blocks(
-    cfg: AttentionConfig, platform: str, q: Float[Array, 'B N G L d'], k: Float[Array, 'B N L d'], v: Float[Array, 'B N L d'],
-    packed: Packed,
-) -> tuple[Float[Array, 'B N G L d'], Float[Array, 'B N G L']]:  # fmt: skip
+def in_blocks(cfg: AttentionConfig, platform: str, q: Queries, k: Keys, v: Keys, packed: Packed) -> tuple[Queries, PerQuery]:
     """`blockwise.attention` on each device's own rows, heads and queries, by the kernels of the platform.
 
     shard_map, because the trip counts of its loops depend on the data and may then differ between devices. Where the length is
     sharded, each device all-gathers the keys and values of its heads.
     """
     (B, N, _, L, _), mesh = q.shape, jax.sharding.get_abstract_mesh()
-    parts = {axis: n for axis in ('batch', 'kv_heads', 'length') if (n := shards(axis)) > 1}
-    sizes = {'batch': B, 'kv_heads': N, 'length': L}
-    if mesh.empty or any(sizes[axis] % n for axis, n in parts.items()):
+    if mesh.empty or any(size % shards(axis) for axis, size in [('batch', B), ('kv_heads', N), ('length', L)]):
         return _kernel(cfg, platform, None, q, k, v, packed)
-    length = mesh_axes('length') if 'length' in parts else None
+    length = mesh_axes('length') if shards('length') > 1 else None
     rows, heads = mesh_axes('batch'), mesh_axes('kv_heads')
     by_query, by_key = PartitionSpec(rows, heads, None, length), PartitionSpec(rows, heads, length)
     specs = {'in_specs': (by_query, by_key, by_key, PartitionSpec(rows, length)), 'out_specs': (by_query, by_query)}

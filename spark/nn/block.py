@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from spark import ops
 
 Hidden = Float[Array, 'B L D']
+Half = Callable[[Hidden], Hidden]
 Integers = Int[Array | np.ndarray, 'B L']  # ids, positions or segments
 
 
@@ -21,9 +22,7 @@ def embed(rows_BxLxD: Hidden, dtype: DTypeLike) -> Hidden:
     return rows_BxLxD.astype(dtype) * jnp.asarray(rows_BxLxD.shape[-1] ** 0.5, dtype)
 
 
-def block(
-    x_BxLxD: Hidden, norm: Callable[[str, Hidden], Hidden], attention: Callable[[Hidden], Hidden], ffn: Callable[[Hidden], Hidden]
-) -> Hidden:
+def block(x_BxLxD: Hidden, norm: Callable[[str, Hidden], Hidden], attention: Half, ffn: Half) -> Hidden:
     """One layer: attention, then FFN, each between two norms and with a residual connection.
 
     `norm(name, x)` normalises with the scale of that name.
@@ -40,8 +39,8 @@ def logits(h: Float[Array, '*tokens D'], unembed: Callable, cap: float) -> Float
     return ops.softcap(unembed(h).astype(jnp.float32), cap)
 
 
-def rms_norm(x: Float[Array, '*tokens D'], scale: Float[Array, ' D'] | float, epsilon: float = 1e-6) -> Float[Array, '*tokens D']:
+def rms_norm(x: Float[Array, '*tokens D'], scale: Float[Array, ' D'] | float) -> Float[Array, '*tokens D']:
     """x / rms(x) · (1 + scale) over the last axis, in float32 (arXiv 1910.07467, with Gemma's zero-centred scale)."""
     y = x.astype(jnp.float32)
-    y = y * jnp.reciprocal(jnp.sqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon))
+    y = y * jnp.reciprocal(jnp.sqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6))
     return (y * (1 + scale)).astype(x.dtype)

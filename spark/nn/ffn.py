@@ -1,31 +1,30 @@
 """The feed-forward half of a layer: a lookup in a table of neurons."""
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from spark import ops
 from spark.config import FFNConfig
-from spark.nn.layers import by_token, count, matrix
+from spark.nn.block import Hidden
+from spark.nn.layers import by_token, matrix, sow
+
+Scores = Float[Array, '*tokens F']
 
 
 class FFN(nn.Module):
     """The lookup of `cfg.kind`, with d_ff neurons, for each token.
 
-    | kind          | σ1                | keys                                 | parameters |
-    |---------------|-------------------|--------------------------------------|------------|
-    | relu, relu2   | max(s, 0)^1 or 2  | K (D × F)                            | 2·D·F      |
-    | topk          | GELU ∘ TopK_k     | K (D × F)                            | 2·D·F      |
-    | gated         | GELU              | K1, K2 (D × F)                       | 3·D·F      |
-    | gaussian_topk | GELU ∘ TopK_k     | K1, K2 (D × F)      (Gemma 3n)       | 3·D·F      |
-    | spark         | GELU ∘ TopK_k     | K1 (r × F), K2 (D−r × F)             | 2·D·F      |
+    `config.FFN_KINDS` says what each kind computes. The keys are K (D × F) without a gate, K1 and K2 (D × F) with one, and
+    K1 (r × F) and K2 (D − r × F) with a predictor; the values are V (F × D).
     """
 
     cfg: FFNConfig
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x_BxLxD: Float[Array, 'B L D']) -> Float[Array, 'B L D']:
+    def __call__(self, x_BxLxD: Hidden) -> Hidden:
         D, F, r, kind = x_BxLxD.shape[-1], self.cfg.d_ff, self.cfg.r, self.cfg.traits
         x_TxD = by_token(x_BxLxD)
         keys = lambda name, width: matrix(self, name, (width, F), ('embed', 'ffn'), width, self.dtype)
@@ -38,18 +37,16 @@ class FFN(nn.Module):
             y_TxD = ops.dense_lookup(x_TxD, keys('K', D), V_FxD, self.activate)
         return y_TxD.reshape(x_BxLxD.shape)
 
-    def activate(self, s_TxF: Float[Array, '*tokens F']) -> Float[Array, '*tokens F']:
+    def activate(self, s_TxF: Scores) -> Scores:
         """σ1 of this layer's scores; sows the number of active neurons."""
         s_TxF = nn.with_logical_constraint(s_TxF, ('batch', *(['length'] if s_TxF.ndim == 3 else []), 'ffn'))
         a_TxF, active = activations(self.cfg, s_TxF)
         if active is not None:
-            count(self, 'active', active)
+            sow(self, 'active', jnp.sum(active, axis=-1, dtype=jnp.float32))
         return a_TxF
 
 
-def activations(
-    cfg: FFNConfig, s: Float[Array, '*tokens F']
-) -> tuple[Float[Array, '*tokens F'], Bool[Array, '*tokens F'] | None]:
+def activations(cfg: FFNConfig, s: Scores) -> tuple[Scores, Bool[Array, '*tokens F'] | None]:
     """(σ1 of the scores, top-k included; which entries are active, None for a kind that has no zeros)."""
     kind, sigma = cfg.traits, ops.ACTIVATIONS[cfg.traits.activation]
     if not kind.topk:

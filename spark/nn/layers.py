@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Float, Shaped
 
-from spark.nn.block import rms_norm
+from spark.nn.block import Hidden, rms_norm
 
 METRICS = 'metrics'  # the collection of per-token counts; sowing costs nothing unless the collection is mutable
 
@@ -34,17 +34,12 @@ def shards(axis: str) -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in mesh_axes(axis))
 
 
-def by_token(x_BxLxD: Float[Array, 'B L D']) -> Float[Array, '*tokens D']:
+def by_token(x_BxLxD: Hidden) -> Float[Array, '*tokens D']:
     """One row per token, (B·L, D): XLA:CPU then computes the gradient of a matrix in half the time.
 
     Where the length is sharded, x keeps its shape, since the reshape would gather it.
     """
     return x_BxLxD if shards('length') > 1 else x_BxLxD.reshape(-1, x_BxLxD.shape[-1])
-
-
-def count(module: nn.Module, name: str, entries: Bool[Array, '...']) -> None:
-    """Sows how many entries of the last axis are true."""
-    sow(module, name, jnp.sum(entries, axis=-1, dtype=jnp.float32))
 
 
 def sow(module: nn.Module, name: str, x: Shaped[Array, '...']) -> None:

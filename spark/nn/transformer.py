@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Shaped
 
 from spark.config import ModelConfig
 from spark.nn.attention import Attention, visible_to
-from spark.nn.block import Integers, block, embed, logits
+from spark.nn.block import Hidden, Integers, block, embed, logits
 from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, RMSNorm, by_token
 from spark.ops.topk import THRESHOLD
@@ -18,8 +18,7 @@ from spark.ops.topk import THRESHOLD
 # token or query, and recomputing them takes a pass over all scores.
 _policies = jax.checkpoint_policies
 _thresholds = _policies.save_only_these_names(THRESHOLD)
-REMAT = {
-    'none': None,  # everything is saved
+REMAT = {  # 'none' saves everything
     'full': _thresholds,
     'dots': _policies.save_from_both_policies(_policies.dots_saveable, _thresholds),
     # as 'dots', without the scores of attention:
@@ -35,7 +34,7 @@ class Group(nn.Module):
     platform: str
 
     @nn.compact
-    def __call__(self, x_BxLxD: Float[Array, 'B L D'], positions_BxL: Integers, visible: dict):
+    def __call__(self, x_BxLxD: Hidden, positions_BxL: Integers, visible: dict):
         for i, window in enumerate(self.cfg.windows[: len(self.cfg.pattern)]):
             norm = lambda name, x, i=i: RMSNorm(name=f'{name}_{i}')(x)
             attention = Attention(self.cfg.attention, self.dtype, self.platform, name=f'attention_{i}')
@@ -61,11 +60,8 @@ class Transformer(nn.Module):
         cfg = self.cfg
         init = nn.with_logical_partitioning(nn.initializers.normal(cfg.d_model**-0.5), ('vocab', 'embed'))
         self.embedding = self.param('embedding', init, (cfg.vocab_size, cfg.d_model), jnp.float32)
-        group = Group
-        if cfg.remat != 'none':
-            group = nn.remat(Group, policy=REMAT[cfg.remat], prevent_cse=False)
         self.groups = nn.scan(
-            group,
+            Group if cfg.remat == 'none' else nn.remat(Group, policy=REMAT[cfg.remat], prevent_cse=False),
             length=cfg.n_layers // len(cfg.pattern),
             variable_axes={'params': 0, METRICS: 0},
             split_rngs={'params': True},
@@ -74,16 +70,11 @@ class Transformer(nn.Module):
         )(cfg, self.dtype, self.platform)
         self.final_norm = RMSNorm()
 
-    def __call__(
-        self, tokens_BxL: Integers, positions_BxL: Integers, segments_BxL: Integers
-    ) -> Float[Array, 'B L D']:
+    def __call__(self, tokens_BxL: Integers, positions_BxL: Integers, segments_BxL: Integers) -> Hidden:
         """Hidden states after the final norm.
 
-        Args:
-          tokens_BxL: ids.
-          positions_BxL: the position of each token in its document.
-          segments_BxL: a token sees only tokens of its own segment. Documents packed into a row have different segments, padding
-            has segment 0. With `documents = 'joined'` positions and segments are ignored: the row is one document.
+        Positions count from the beginning of a document. A token sees only tokens of its own segment: documents packed into a row
+        have different segments, padding has segment 0. With `documents = 'joined'` both are ignored: the row is one document.
         """
         if self.cfg.attention.documents == 'joined':
             segments_BxL = jnp.minimum(segments_BxL, 1)
@@ -98,7 +89,7 @@ class Transformer(nn.Module):
         x_BxLxD, _ = self.groups(x_BxLxD, positions_BxL, visible)
         return self.final_norm(x_BxLxD)
 
-    def logits(self, x_BxLxD: Float[Array, 'B L D'], E_VxD: Float[Array, 'V D'] | None = None) -> Float[Array, 'B L V']:
+    def logits(self, x_BxLxD: Hidden, E_VxD: Float[Array, 'V D'] | None = None) -> Float[Array, 'B L V']:
         """Float32 logits of hidden states, for the whole vocabulary or for some rows of the embedding."""
         B, L, _ = x_BxLxD.shape
         E_VxD = (self.embedding if E_VxD is None else E_VxD).astype(self.dtype)

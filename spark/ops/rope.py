@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+Angles = Float[Array, '*positions half']
 
-def rotation(
-    positions: Int[Array | np.ndarray, '*positions'], d: int, base: float = 10_000.0
-) -> tuple[Float[Array, '*positions half'], Float[Array, '*positions half']]:
+
+def rotation(positions: Int[Array | np.ndarray, '*positions'], d: int, base: float = 10_000.0) -> tuple[Angles, Angles]:
     """(sin, cos) of the angles positions · base^(−2i/d), i < d/2, in float32.
 
     d is the width of what is rotated, an even number (else a ValueError): Spark rotates the two parts of a query or key

@@ -31,10 +31,10 @@ def statistical_threshold(
 ) -> Float[Array, '...']:
     """θ(x, k): if x is Gaussian, about k of the n valid entries along `axis` lie above it.
 
+    The statistics take one pass over x, in float32 (in float64 for float64 x).
+
     Args:
-      x: scores. The statistics take one pass over x, in float32 (in float64 for float64 x).
-      k: how many entries to keep, ≥ 1; an array gives k per row and broadcasts against θ.
-      axis, where: see above. A row may have any number n of valid entries.
+      k: how many entries to keep; an array gives k per row and broadcasts against θ.
       ddof: the variance is the sum of squares over n − ddof: 1 in Spark, 0 in Gemma 3n.
       pivot: subtract the first entry before squaring, so that the variance does not cancel where the mean is large against the
         standard deviation. Without a pivot the sums fuse into the matmul that makes x, and lose (mean / std)² units of rounding.
@@ -42,9 +42,6 @@ def statistical_threshold(
     Returns:
       θ in the dtype of the statistics, shaped as x with `axis` of size 1. It is −inf where k ≥ n (everything is kept), and the
       mean for a row of equal entries, where value and gradient are free of NaN.
-
-    Raises:
-      ValueError: k is a number below 1, or `where` has another size than x along `axis`.
     """
     _check_k(k)
     axis -= x.ndim if axis >= 0 else 0
@@ -82,9 +79,7 @@ def statistical_topk(
     return _masked(above, where)
 
 
-def statistical_keep(
-    x: X, k: K, *, axis: int = -1, where: Where = None, ddof: int = 1
-) -> Bool[Array, '*shape']:
+def statistical_keep(x: X, k: K, *, axis: int = -1, where: Where = None, ddof: int = 1) -> Bool[Array, '*shape']:
     """The mask of the entries that attention keeps: x ≥ min(θ(x, k), max(x)) among the valid ones.
 
     The largest entry always stays, so that every query has a key: in a row of equal or evenly spread scores no entry may reach
@@ -97,16 +92,13 @@ def statistical_keep(
 
 
 def exact_topk(x: X, k: int, *, axis: int = -1, where: Where = None) -> X:
-    """The k largest valid entries of x along `axis` by a partial sort (`lax.top_k`); all others become 0.
-
-    All entries that tie with the k-th largest are kept.
-    """
-    return _keep_largest(x, k, axis, where, lambda x, k: jax.lax.top_k(x, k)[0])
+    """The k largest valid entries of x, and those that tie with the k-th, by a partial sort (`lax.top_k`); others become 0."""
+    return _keep_largest(x, k, axis, where, jax.lax.top_k)
 
 
-def approx_topk(x: X, k: int, *, axis: int = -1, where: Where = None, recall: float = 0.95) -> X:
-    """As `exact_topk`, by `lax.approx_max_k` at the given recall: approximate on TPU, a sort elsewhere."""
-    return _keep_largest(x, k, axis, where, lambda x, k: jax.lax.approx_max_k(x, k, recall_target=recall)[0])
+def approx_topk(x: X, k: int, *, axis: int = -1, where: Where = None) -> X:
+    """As `exact_topk`, by `lax.approx_max_k`: approximate on TPU, with a recall of 95 %, and a sort elsewhere."""
+    return _keep_largest(x, k, axis, where, jax.lax.approx_max_k)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
@@ -139,7 +131,7 @@ def _keep_largest(x, k, axis, where, largest):
     if k >= n:
         return _masked(x, where)
     ranked = x if where is None else jnp.where(where, x, -jnp.inf)
-    kth = jnp.min(largest(jnp.moveaxis(ranked, axis, -1), k), axis=-1, keepdims=True)
+    kth = jnp.min(largest(jnp.moveaxis(ranked, axis, -1), k)[0], axis=-1, keepdims=True)
     return _masked(jnp.where(x >= jax.lax.stop_gradient(jnp.moveaxis(kth, -1, axis)), x, 0), where)
 
 

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 from flax.core import meta
+from tqdm import tqdm
 
 from spark.checkpoints.manager import Checkpoints
 from spark.evaluation import evaluate
+from spark.inference import load as loading
 from spark.inference.layout import DTYPES, from_params
-from spark.inference.load import load
 from spark.nn.transformer import Transformer
 from tests.helpers import BOTH, small
 from tests.processes import environment
@@ -19,14 +20,14 @@ from tests.processes import environment
 
 @BOTH
 @pytest.mark.parametrize('dtype', DTYPES)
-def test_the_weights_to_serve_are_those_that_were_trained(run, dtype):
+def test_the_weights_to_serve_are_those_that_were_trained(run, dtype, monkeypatch):
     """Read layer by layer and laid out on the way, to the bit what parameters that are in memory give."""
     workdir, _ = run
-    read, model = [], evaluate.load(workdir)
-    tick = lambda n, total: read.append((n, total))
-    served = load(workdir, dtype=dtype, serve={'kernels': 'masked'}, tick=tick)
+    bars, model = [], evaluate.load(workdir)
+    monkeypatch.setattr(loading, 'tqdm', lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    served = loading.load(workdir, dtype=dtype, serve={'kernels': 'masked'})
     jax.tree.map(np.testing.assert_array_equal, served.weights, from_params(served.serving, model.params))
-    assert sum(n for n, _ in read) == model.trainer.n_params == read[0][1]
+    assert [(bar.n, bar.total) for bar in bars] == [(model.trainer.n_params,) * 2]
 
 
 MEASURE = """

@@ -13,7 +13,7 @@ from spark.config import ATTENTION_KINDS, FFN_KINDS, Kind, ServeConfig
 from spark.errors import ConfigError
 from spark.inference.decoder import extend
 from spark.inference.layout import DTYPES, Serving, from_params, lay_out, rows, serving_for
-from spark.inference.model import init_cache
+from spark.inference.model import computed_by, init_cache
 from spark.kernels import cpu
 from spark.nn import transformer
 from spark.nn.ffn import FFN
@@ -166,6 +166,8 @@ def test_the_pallas_kernels_interpreted(kernels):
     cfg = small('spark', **widths)
     model, params = model_and_params(cfg)
     tokens, serving = random_rows(cfg, length=10)[0], Serving(cfg.model, kernels=kernels)
+    assert [computed_by(serving, half) for half in ('attention', 'ffn')] == ['gather', kernels]
+    assert computed_by(serving._replace(dtype='int8'), 'ffn') == 'gather'
     logits, _, _ = piecewise(serving, from_params(serving, params), tokens, 4, whole=8)
     expected = full_logits(model, params, tokens)
     for place, found in logits.items():
@@ -199,6 +201,7 @@ def test_kernels_that_are_not_here_are_named():
     cfg = small('spark').model
     assert serving_for(cfg, 'float32', 'cpu').kernels == ('cpu' if cpu.available() else 'gather')
     assert serving_for(cfg, 'float32', 'cpu', devices=8).kernels == 'masked'
+    assert [computed_by(Serving(cfg, kernels='cpu'), half) for half in ('attention', 'ffn')] == ['cpu'] * 2
     with pytest.raises(ConfigError, match=r"serve.kernels = 'cpu': there is 1 × gpu; want 'gather'"):
         serving_for(cfg, 'float32', 'gpu', serve=ServeConfig(kernels='cpu'))
 
@@ -216,6 +219,8 @@ def test_a_kernel_declines_what_it_does_not_compute(kernels, monkeypatch):
     logits, _, _ = piecewise(Serving(cfg.model, kernels=kernels), from_params(Serving(cfg.model), params), tokens, 4, whole=8)
     for place, found in logits.items():
         np.testing.assert_allclose(found, expected[:, place], atol=1e-3)
+    general = 'masked' if kernels == 'masked' else 'gather'
+    assert [computed_by(Serving(cfg.model, kernels=kernels), half) for half in ('attention', 'ffn')] == [general] * 2
     with pytest.raises(ConfigError, match=r"model.attention.impl = 'blockwise': want 'auto' or 'full' for kind 'spark'"):
         model_and_params(small('spark', **{'model.attention.impl': 'blockwise'}))
 

@@ -70,6 +70,31 @@ INLINE float record_scale(const FFN<T>& m, size_t f) {  // of the product of a K
 
 constexpr int DECODE_TOKENS = 4;
 
+// The neurons of [lo, lo + size) that are active for any of a few tokens.
+template <class T>
+struct ActiveNeurons {
+  int n = 0;                // how many there are
+  Scratch<uint8_t> active;  // (size) bit t of a neuron: it is active for token t
+  Scratch<int> list;        // (n) the neurons, counted from lo
+  Scratch<float> weights;   // (tokens, size) the activations of the listed neurons, n per token
+
+  ActiveNeurons(const Scores<T>& scores, int lo, int size) : active(size), list(size + 1), weights(size_t(scores.m.tokens) * size) {
+    std::memset(active, 0, size);
+    for (int t = 0; t < scores.m.tokens; ++t) {
+      const float *s = scores.of(t) + lo, theta = scores.thresholds[t];
+      for (int f = 0; f < size; ++f) active[f] |= (s[f] > theta) << t;
+    }
+    for (int f = 0; f < size; ++f) {
+      list[n] = f;
+      n += active[f] != 0;
+    }
+    for (int t = 0; t < scores.m.tokens; ++t) {
+      for (int j = 0; j < n; ++j) weights[t * size + j] = scores.of(t)[lo + list[j]];
+      scores.activate(t, weights + t * size, n);
+    }
+  }
+};
+
 template <class T>
 void ffn_decode(const FFN<T>& m, Pool& pool) {
   const int D = m.d_model, F = m.d_ff, r = m.r, rest = D - r, tokens = m.tokens;
@@ -81,30 +106,15 @@ void ffn_decode(const FFN<T>& m, Pool& pool) {
     const int lo = int64_t(F) * piece / pieces, hi = int64_t(F) * (piece + 1) / pieces, size = hi - lo;
     float* y = sums + size_t(piece) * tokens * D;
     std::memset(y, 0, sizeof(float) * tokens * D);
-    Scratch<uint8_t> active(size);  // bit t of a neuron: it is active for token t
-    Scratch<int> list(size + 1);    // neurons that are active for any token
-    Scratch<float> weights(size_t(tokens) * size);
-    std::memset(active, 0, size);
-    for (int t = 0; t < tokens; ++t) {
-      const float *s = scores.of(t) + lo, theta = scores.thresholds[t];
-      for (int f = 0; f < size; ++f) active[f] |= (s[f] > theta) << t;
-    }
-    int n = 0;
-    for (int f = 0; f < size; ++f) {
-      list[n] = f;
-      n += active[f] != 0;
-    }
-    for (int t = 0; t < tokens; ++t) {
-      for (int j = 0; j < n; ++j) weights[t * size + j] = scores.of(t)[lo + list[j]];
-      scores.activate(t, weights + t * size, n);
-    }
+    const ActiveNeurons<T> found(scores, lo, size);
+    const int n = found.n, *list = found.list;
     auto listed = [&](int j) { return record(m, lo + list[min(j, n - 1)]); };
     for (int j = 0; j < n; ++j) {
       const T* k2 = listed(j);
       const ptrdiff_t ahead = listed(j + 2) - k2;
       const float scale = record_scale(m, lo + list[j]);
       int token[DECODE_TOKENS], sharing = 0;
-      for (unsigned bits = active[list[j]]; bits; bits &= bits - 1) token[sharing++] = __builtin_ctz(bits);
+      for (unsigned bits = found.active[list[j]]; bits; bits &= bits - 1) token[sharing++] = __builtin_ctz(bits);
       auto add_record = [&](auto count) {
         constexpr int C = decltype(count)::value;
         const float* q2[C];
@@ -114,7 +124,7 @@ void ffn_decode(const FFN<T>& m, Pool& pool) {
           to[c] = y + size_t(token[c]) * D;
         }
         dots<1, C, true>(&k2, q2, rest, out, ahead);
-        for (int c = 0; c < C; ++c) out[0][c] *= weights[token[c] * size + j] * scale;
+        for (int c = 0; c < C; ++c) out[0][c] *= found.weights[token[c] * size + j] * scale;
         axpy<C, true>(k2 + rest, out[0], to, D, ahead);
       };
       if (sharing == 1) add_record(std::integral_constant<int, 1>{});
