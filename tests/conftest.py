@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, one compilation cache for all tests and the processes they start, checked shapes, small configs."""
 
+import functools
 import os
 import tempfile
 
@@ -59,19 +60,15 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
-    """kind → (run directory, its summary): six steps on 30 text files; the last batch of the test split is partial."""
+    """kind → (run directory, its summary): ten steps on 30 text files; the last batch of the test split is partial."""
     from spark.training.run import train
-    from tests.helpers import small, write_corpus
+    from tests.helpers import corpus, small
 
-    done = {}
-
+    @functools.cache
     def make(kind):
-        if kind not in done:
-            directory = tmp_path_factory.mktemp(kind)
-            data = {'data.source': write_corpus(directory), 'data.cache_dir': str(directory / 'cache'), 'model.vocab_size': 0}
-            summary, _, _ = train(small(kind, **data, **{'train.steps': 6, 'train.save_every': 3}), directory / 'run')
-            done[kind] = directory / 'run', summary
-        return done[kind]
+        directory = tmp_path_factory.mktemp(kind)
+        summary, _, _ = train(small(kind, **corpus(directory)), directory / 'run')
+        return directory / 'run', summary
 
     return make
 
