@@ -192,7 +192,8 @@ def test_evaluate_a_run(place, forks):
         (['--workdir={}/whole', '--split=tset'], 2, 'tset'),
         (['--workdir={}/whole', '--split=none'], 2, '--split=none: there is nothing to do without --tasks'),
         (['--workdir={}/whole', '--source=text:/no/where.txt'], 4, 'no file matches'),
-        (['--workdir={}/whole', '--split=none', '--tasks=hellaswag'], 4, 'hellaswag: its data cannot be read or downloaded'),
+        pytest.param(['--workdir={}/whole', '--split=none', '--tasks=hellaswag'], 4, 'hellaswag: its data cannot be read',
+                     marks=pytest.mark.slow),
         (['--workdir={}/whole', '--split=none', '--tasks=helaswag'], 2, 'did you mean hellaswag?'),
     ],
 )

@@ -210,8 +210,9 @@ def test_a_search_finds_the_largest_batch_of_every_policy_that_fits(monkeypatch)
 
 
 @libtpu
-@pytest.mark.slow
-@pytest.mark.parametrize('variant', ['spark', 'dense'])
+@pytest.mark.parametrize(
+    'variant', [pytest.param('spark', marks=pytest.mark.slow), pytest.param('dense', marks=pytest.mark.soak)]
+)
 def test_gemma2_2b_fits_the_slice_of_its_header_as_lean_as_maxtext(variant, tmp_path):
     """256 v5e chips as shipped; and 16 with 1 × 2048 tokens each, where MaxText takes 1.96 GB and 4.03 of temporaries."""
 

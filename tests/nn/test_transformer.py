@@ -154,7 +154,8 @@ def test_attention_in_blocks_is_the_same_model(kind):
 
     with_ = lambda **more: Transformer(cfg.model_copy(update={'attention': cfg.attention.model_copy(update=more)}))
     (value, counts), gradients = run(with_(), params)
-    for other in ({'impl': 'blockwise', 'block': 8}, {'impl': 'pallas'}):
+    # A dense model calls both kernels at the same place, and tests/kernels compares them.
+    for other in ({'impl': 'blockwise', 'block': 8}, {'impl': 'pallas'})[: 1 + (kind == 'spark')]:
         (value_, counts_), gradients_ = run(with_(**other), params)
         np.testing.assert_allclose(value, value_, rtol=1e-5)
         jax.tree.map(np.testing.assert_array_equal, counts, counts_)

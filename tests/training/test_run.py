@@ -146,7 +146,8 @@ def test_where_the_time_went(corpus):
     _, directory, summary, _ = corpus
     lines = [json.loads(line) for line in (directory / 'run' / 'metrics.jsonl').read_text().splitlines()]
     lines = [line for line in lines if line['split'] == 'train']
-    assert all(line['tokens_per_second_per_device'] * 8 == pytest.approx(line['tokens_per_second'], rel=1e-3, abs=0.5) for line in lines)
+    for line in lines:  # rounded to 0.1
+        assert line['tokens_per_second_per_device'] * 8 == pytest.approx(line['tokens_per_second'], rel=1e-3, abs=0.5)
     for name in ('start', 'compile', 'data', 'evaluate', 'checkpoint'):
         seconds = [line[f'seconds_{name}'] for line in lines]
         assert seconds == sorted(seconds) and f'seconds_{name}' in summary
