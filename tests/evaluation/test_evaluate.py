@@ -40,7 +40,7 @@ def test_an_older_step_another_split_and_other_text(run, evaluated, tmp_path):
     validation, _ = evaluate.evaluate(evaluate.load(workdir), 'train')
     assert validation['documents'] == 26
     (tmp_path / 'other.txt').write_text('spark sparse ' * 20)
-    other, _ = evaluate.evaluate(evaluate.load(workdir, source=f'text:{tmp_path}/other.txt', batch_size=16), 'test')
+    other, _ = evaluate.evaluate(evaluate.load(workdir, source=f'text:{tmp_path}/other.txt'), 'test')
     assert other['documents'] == 1 and other['bytes'] == 260 and other['tokens'] == 261
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,12 +90,14 @@ def test_a_restart_finds_what_was_compiled(place, monkeypatch):
     monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     monkeypatch.setenv('JAX_ENABLE_COMPILATION_CACHE', 'true')
     monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
-    programs = []
+    hits = []
     for _ in range(2):
-        run(config, workdir, '--config.sample.tokens=0', '--config.train.cache=on', '--config.mesh.fsdp=1')
-        programs.append({p.name for p in (workdir / 'xla_cache').glob('*train_step*')})
+        cached = '--config.sample.tokens=0', '--config.train.cache=on', '--config.mesh.fsdp=1'
+        ((_, said),) = run(config, workdir, *cached, JAX_LOG_COMPILES='1')
+        hits.append(bool(re.search(r"compilation cache hit for 'jit_\w*train_step'", said)))
+        assert len(list((workdir / 'xla_cache').glob('*train_step*'))) == 1
         shutil.rmtree(workdir / 'checkpoints' / '8')
-    assert len(programs[0]) == 1 and programs[0] == programs[1]
+    assert hits == [False, True]
 
 
 def test_a_job_that_is_told_wrong(config):
