@@ -115,8 +115,9 @@ def test_compute_dtype_follows_the_platform():
     assert compute_dtype(auto, 'tpu') == compute_dtype(fixed, 'cpu') == jnp.bfloat16
     rows = random_rows(small())
     model, params = Transformer(fixed, jnp.bfloat16), model_and_params(small())[1]
-    hidden = model.apply(params, *rows)
-    assert hidden.dtype == jnp.bfloat16 and model.apply(params, hidden, method='logits').dtype == jnp.float32
+    hidden = jax.eval_shape(model.apply, params, *rows)
+    logits = jax.eval_shape(functools.partial(model.apply, method='logits'), params, hidden)
+    assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
 
 
 @pytest.mark.parametrize('size', PUBLISHED)
