@@ -62,6 +62,12 @@ def write_corpus(directory):
     return f'text:{directory}/*.txt'
 
 
+def corpus(directory):
+    """Overrides for a run of ten steps on `write_corpus`, which is evaluated on the way."""
+    data = {'data.source': write_corpus(directory), 'data.cache_dir': str(directory / 'cache'), 'model.vocab_size': 0}
+    return data | {'train.eval_every': 5}
+
+
 def records(workdir):
     """The lines of a run's metrics.jsonl, without the clock."""
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]

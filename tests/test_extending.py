@@ -40,7 +40,7 @@ TRAIN = """
 import jax, numpy as np
 from spark import flops
 from tests.helpers import small
-from tests.training.test_run import random_batch
+from tests.training.test_step import random_batch
 from spark.training.step import Trainer
 
 for ffn, attention in [('swiglu', 'dense'), ('spark_relu', 'spark_sigmoid'), ('gated', 'sigmoid')]:

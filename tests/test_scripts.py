@@ -36,6 +36,9 @@ def place(tmp_path_factory):
     return tmp, done
 
 
+NO_SAMPLE = '--config.sample.tokens=0'
+
+
 def command(tmp, name, *args):
     return script('train.py', f'--config={tmp}/config.py', f'--workdir={tmp}/{name}', *args)
 
@@ -48,7 +51,7 @@ def interrupt(tmp, name, number):
     """Starts a run, sends a signal between the save of step 8 and the next one, and waits for its end."""
     workdir = tmp / name
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-    process = subprocess.Popen(command(tmp, name), env=environment(tmp), **pipes)
+    process = subprocess.Popen(command(tmp, name, NO_SAMPLE), env=environment(tmp), **pipes)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         if (workdir / 'checkpoints' / '8').exists():
@@ -72,7 +75,7 @@ def test_kill_between_two_saves_and_run_again(place):
     tmp, _ = place
     code, _, _ = interrupt(tmp, 'killed', signal.SIGKILL)
     assert code == -signal.SIGKILL
-    again = train(tmp, 'killed')
+    again = train(tmp, 'killed', NO_SAMPLE)
     assert again.returncode == 0 and 'Resuming from step 8' in again.stdout, again.stderr
     assert_same_run(tmp / 'killed', tmp / 'whole', STEPS)
 
@@ -85,7 +88,7 @@ def test_sigterm_saves_and_exits_75(place):
     assert 'Preempted: stopped at step' in last and 'run the same command to go on' in last
     saved = max(int(p.name) for p in (tmp / 'stopped' / 'checkpoints').iterdir() if p.name.isdigit())
     assert saved >= 8 and f'step {saved} of {STEPS}' in last
-    assert train(tmp, 'stopped').returncode == 0
+    assert train(tmp, 'stopped', NO_SAMPLE).returncode == 0
     assert_same_run(tmp / 'stopped', tmp / 'whole', STEPS)
 
 
@@ -110,7 +113,6 @@ def test_the_same_seed_gives_the_same_run(place):
         (['--config.data.source=text:/no/where.txt'], 4, 'text:/no/where.txt: no file matches'),
         (['--config.data.source=stdlb'], 2, "'stdlb' is not a source; want stdlib"),
         (['--config.data.tokenizer=hf:/no/where.json'], 4, 'No such file'),
-        (['--config.optimizer.lr=1e30', '--config.optimizer.clip=0', '--workdir={}/diverged'], 3, 'loss'),
     ],
 )
 def test_a_mistake_is_one_line_and_an_exit_code(place, forks, args, code, message):
@@ -192,7 +194,8 @@ def test_evaluate_a_run(place, forks):
         (['--workdir={}/whole', '--split=tset'], 2, 'tset'),
         (['--workdir={}/whole', '--split=none'], 2, '--split=none: there is nothing to do without --tasks'),
         (['--workdir={}/whole', '--source=text:/no/where.txt'], 4, 'no file matches'),
-        (['--workdir={}/whole', '--split=none', '--tasks=hellaswag'], 4, 'hellaswag: its data cannot be read or downloaded'),
+        pytest.param(['--workdir={}/whole', '--split=none', '--tasks=hellaswag'], 4, 'hellaswag: its data cannot be read',
+                     marks=pytest.mark.slow),
         (['--workdir={}/whole', '--split=none', '--tasks=helaswag'], 2, 'did you mean hellaswag?'),
     ],
 )
@@ -205,7 +208,7 @@ def test_a_sweep_is_stopped_resumed_and_tells_what_failed(place, forks):
     tmp, _ = place
     out = tmp / 'sweep'
     args = ['sweep.py', f'--config={tmp}/config.py', f'--out={out}', '--axis=optimizer.lr=1e-2,1e30', '--axis=seed=0']
-    args += ['--config.optimizer.clip=0.0', f'--json={tmp}/rows.json']
+    args += ['--config.optimizer.clip=0.0', NO_SAMPLE, f'--json={tmp}/rows.json']
     printed = forks.script(*args, '--launcher=print')
     assert printed.returncode == 0 and printed.stdout.count('--config.optimizer.clip=0.0') == 2, printed.stderr
     first, pipes = 'lr-0.01_seed-0', {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True}

@@ -152,9 +152,7 @@ def test_the_harness_runs_our_tasks(model, adapter, task_path, none_of_the_harne
     assert all(name in table for name in names)
 
 
-def test_tasks_that_are_not_there():
-    with pytest.raises(ConfigError, match=r"no task 'helaswag'; did you mean hellaswag\?"):
-        tasks.load(['helaswag'])
+def test_a_directory_of_tasks_that_is_not_there():
     with pytest.raises(ConfigError, match='--task_path=/no/where: no such directory'):
         tasks.load(['lost'], '/no/where')
 

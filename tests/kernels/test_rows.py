@@ -104,9 +104,10 @@ assert compiled.memory_analysis().temp_size_in_bytes < 1e6
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='wants libtpu')
-@pytest.mark.parametrize('topology', ['v5e:2x2', 'v6e:2x2'])
+@pytest.mark.parametrize('topology', [
+    pytest.param('v5e:2x2', marks=pytest.mark.slow), pytest.param('v6e:2x2', marks=pytest.mark.soak),
+])  # fmt: skip
 def test_the_tpu_kernel_compiles_for_chips_that_are_not_there(topology):
     env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}
     done = subprocess.run([sys.executable, '-c', COMPILE, topology], env=env, capture_output=True, text=True, timeout=500)

@@ -23,7 +23,7 @@ DENSE, SPARK = Spec(block=128), Spec(r=8, k=6, block=128)
 @pytest.mark.parametrize('spec', [DENSE, SPARK], ids=['dense', 'spark'])
 @pytest.mark.parametrize(
     ('L', 'window', 'cap', 'segments'),
-    [(256, 0, 0.0, False), (300, 0, 5.0, True), (300, 140, 5.0, True), (300, 5, 5.0, False), (40, 0, 5.0, True)],
+    [(256, 0, 0.0, False), (300, 140, 5.0, True), (300, 5, 5.0, False), (40, 0, 5.0, True)],
 )
 def test_values_and_gradients_are_those_of_ops(spec, L, window, cap, segments):
     q, k, v, c, seen = inputs(B=2, N=1, G=2, L=L, segments=segments, seed=L + window)
@@ -128,9 +128,11 @@ for N, G, d, r in [(4, 2, 256, 128), (16, 2, 128, 64), (1, 16, 256, 128)]:
 '''
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='wants libtpu')
-@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
+@pytest.mark.parametrize('topology', [
+    pytest.param('v5e:2x2', marks=pytest.mark.slow), pytest.param('v5p:2x2x1', marks=pytest.mark.soak),
+    pytest.param('v6e:2x2', marks=pytest.mark.soak),
+])  # fmt: skip
 def test_the_kernels_compile_for_chips_that_are_not_there(topology):
     """At the heads of Gemma-2 2B and 27B, forward and backward; in a process of its own, as in test_aot.py."""
     env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}

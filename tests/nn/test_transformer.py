@@ -115,8 +115,9 @@ def test_compute_dtype_follows_the_platform():
     assert compute_dtype(auto, 'tpu') == compute_dtype(fixed, 'cpu') == jnp.bfloat16
     rows = random_rows(small())
     model, params = Transformer(fixed, jnp.bfloat16), model_and_params(small())[1]
-    hidden = model.apply(params, *rows)
-    assert hidden.dtype == jnp.bfloat16 and model.apply(params, hidden, method='logits').dtype == jnp.float32
+    hidden = jax.eval_shape(model.apply, params, *rows)
+    logits = jax.eval_shape(functools.partial(model.apply, method='logits'), params, hidden)
+    assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
 
 
 @pytest.mark.parametrize('size', PUBLISHED)
@@ -154,7 +155,8 @@ def test_attention_in_blocks_is_the_same_model(kind):
 
     with_ = lambda **more: Transformer(cfg.model_copy(update={'attention': cfg.attention.model_copy(update=more)}))
     (value, counts), gradients = run(with_(), params)
-    for other in ({'impl': 'blockwise', 'block': 8}, {'impl': 'pallas'}):
+    # A dense model calls both kernels at the same place, and tests/kernels compares them.
+    for other in ({'impl': 'blockwise', 'block': 8}, {'impl': 'pallas'})[: 1 + (kind == 'spark')]:
         (value_, counts_), gradients_ = run(with_(**other), params)
         np.testing.assert_allclose(value, value_, rtol=1e-5)
         jax.tree.map(np.testing.assert_array_equal, counts, counts_)

@@ -1,4 +1,4 @@
-"""Every shipped config makes a training step that compiles, at its own widths and depth, for eight devices."""
+"""Every shipped config makes a training step that lowers and compiles, at its own widths and depth, for eight devices."""
 
 import math
 
@@ -30,7 +30,12 @@ def held(trainer):
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-@pytest.mark.parametrize(('name', 'variant'), CONFIGS)
+SMALL = [case for case in CONFIGS if not case[0].startswith('gemma2')]
+GEMMA = [case for case in CONFIGS if case not in SMALL]
+marked = lambda mark, cases: [pytest.param(*case, marks=mark) for case in cases]
+
+
+@pytest.mark.parametrize(('name', 'variant'), [*SMALL, GEMMA[1], *marked(pytest.mark.slow, [GEMMA[0], *GEMMA[2:]])])
 def test_shipped_configs_lower(name, variant):
     """Every matrix is split over all devices, and every array of the state is overwritten in place."""
     trainer, step = lowered(name, variant)
@@ -40,8 +45,10 @@ def test_shipped_configs_lower(name, variant):
     assert held(trainer) == pytest.approx(whole / trainer.mesh.size, rel=0.01)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(('name', 'variant'), [(name, variant) for name, variant in CONFIGS if variant in ('spark', 'dense')])
+COMPILED = marked(pytest.mark.slow, [*SMALL, *GEMMA[:2]]) + marked(pytest.mark.soak, GEMMA[2:])
+
+
+@pytest.mark.parametrize(('name', 'variant'), COMPILED)
 def test_shipped_configs_compile(name, variant):
     """The program takes the state and a batch, and gives the state back where it lay."""
     trainer, step = lowered(name, variant)

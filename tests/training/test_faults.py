@@ -28,6 +28,7 @@ def place(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('faults')
     return write_config(tmp, **{
         'train.steps': STEPS, 'train.save_every': 4, 'train.eval_every': 3, 'sample.tokens': 0, 'train.stall_seconds': 120.0,
+        'model.pattern': ('local',),  # half as much to trace
     })  # fmt: skip
 
 
@@ -89,7 +90,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize(
     ('processes', 'n'),
-    [pytest.param(1, 5, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow),
+    [pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow),
      pytest.param(1, 20, marks=pytest.mark.soak), pytest.param(2, 20, marks=pytest.mark.soak)],
 )  # fmt: skip
 def test_killed_at_any_moment(place, processes, n):
@@ -127,7 +128,8 @@ STOPS = ['starting', 'compiling', 'evaluating', 'saving', 'any', 'the end']
 
 @pytest.mark.parametrize(
     ('moments', 'number'),
-    [pytest.param(STOPS, signal.SIGTERM, marks=pytest.mark.slow), pytest.param(STOPS[:3], signal.SIGINT, marks=pytest.mark.slow)]
+    [pytest.param(['starting', 'evaluating', 'saving'], signal.SIGTERM, marks=pytest.mark.slow),
+     pytest.param(['compiling'], signal.SIGINT, marks=pytest.mark.slow)]
     + [pytest.param([moment] * 3, n, marks=pytest.mark.soak) for moment in STOPS for n in (signal.SIGTERM, signal.SIGINT)],
 )
 def test_stopped_at_any_moment(place, moments, number):
@@ -174,10 +176,10 @@ def test_a_second_ctrl_c_does_not_wait(place):
 
 
 @pytest.mark.slow
-def test_two_processes_are_stopped_while_they_start_and_evaluate(place):
-    """A SIGTERM to one is meant for both, and both save the same step."""
+def test_two_processes_stop_at_the_same_step_and_go_on(place):
+    """A SIGTERM to one is meant for both: while they start, in an evaluation, and in the steps after one."""
     workdir = place.parent / 'stopped_both'
-    for words in ('Compiling', 'validation: '):
+    for words in ('Compiling', 'validation: ', ': validation'):
         started = start(place, workdir, processes=2, devices=2)
         assert until(started[0], words)
         started[1].send_signal(signal.SIGTERM)
@@ -321,12 +323,9 @@ def test_bad_updates_are_left_out_counted_and_capped(place):
 def test_a_disk_that_fills_up(place):
     """What is there stays, the run says so; with room again it goes on as if nothing had been."""
     workdir = place.parent / 'full'
-    (process,) = start(place, workdir)
-    assert until(process, 'step 9: validation')
-    process.send_signal(signal.SIGTERM)
-    end([process], 75)
-    before = max(int(p.name) for p in (workdir / 'checkpoints').iterdir())
-    assert before < STEPS
+    shutil.copytree(straight(place), workdir)
+    (workdir / 'summary.json').unlink()
+    shutil.rmtree(workdir / 'checkpoints' / str(STEPS))
     full = 'File too large'
     for kilobytes, what in [(1, f'metrics.jsonl: {full}'), (60, f'checkpoints: .*{full}.*; earlier checkpoints are')]:
         small = 'bash', '-c', f'ulimit -f {kilobytes}; exec "$@"', 'bash'
@@ -401,8 +400,7 @@ def test_fifty_steps_twice(place):
     Compiled as a user's run is: conftest.py turns most of the compiler's optimizations off for the other tests.
     """
     crc = lambda workdir: [r['batch_crc'] for r in records(workdir) if r['split'] == 'train']
-    for name, more in [('a', ()), ('b', ()), ('c', ('--config.data.threads=1', '--config.data.prefetch=1'))]:
+    for name, more in [('a', ()), ('b', ('--config.data.threads=1', '--config.data.prefetch=1'))]:
         run(place, place.parent / f'fifty_{name}', '--config.train.steps=50', *more, JAX_DISABLE_MOST_OPTIMIZATIONS='0')
-    for name in 'bc':
-        assert_same_run(place.parent / f'fifty_{name}', place.parent / 'fifty_a', 50)
+    assert_same_run(place.parent / 'fifty_b', place.parent / 'fifty_a', 50)
     assert len(set(crc(place.parent / 'fifty_a'))) == 50

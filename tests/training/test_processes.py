@@ -1,18 +1,17 @@
 """Training in several real processes is training in one: the same losses, one set of files, checkpoints for any number."""
 
+import functools
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
 from tests.helpers import ROOT, records
-from tests.processes import end, error, run, saved, start, write_config
+from tests.processes import run, saved, write_config
 
 
 def losses(workdir, split='train'):
@@ -36,63 +35,52 @@ def place(config):
     return config.parent, config
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('processes', [2, 4])
-def test_several_processes_train_as_one(place, processes):
+@pytest.fixture(scope='module')
+def outputs(place):
+    """n → [(stdout, stderr)] of n processes, whose run lies beside `one`."""
     tmp, config = place
-    outputs = run(config, tmp / f'{processes}', processes=processes, devices=4)
+    return functools.cache(lambda n: run(config, tmp / f'{n}', processes=n, devices=4))
+
+
+def assert_as_one(tmp, name):
+    """The losses, batches and last state are those of the run in one process."""
     for split in ('train', 'validation', 'test'):
-        np.testing.assert_allclose(losses(tmp / f'{processes}', split), losses(tmp / 'one', split), rtol=2e-5)
+        np.testing.assert_allclose(losses(tmp / name, split), losses(tmp / 'one', split), rtol=2e-5)
     crc = lambda workdir: [r['batch_crc'] for r in records(workdir) if r['split'] == 'train']
-    assert crc(tmp / f'{processes}') == crc(tmp / 'one') and len(crc(tmp / 'one')) == 8
-    (ours, our_place), (theirs, their_place) = saved(tmp / f'{processes}', 8), saved(tmp / 'one', 8)
+    assert crc(tmp / name) == crc(tmp / 'one') and len(crc(tmp / 'one')) == 8
+    (ours, our_place), (theirs, their_place) = saved(tmp / name, 8), saved(tmp / 'one', 8)
     assert our_place == their_place
     for path in ours:
         np.testing.assert_allclose(ours[path], theirs[path], atol=1e-4, err_msg=path)
-    assert sum('test bits per byte' in out for out, _ in outputs) == 1  # one of them speaks
+
+
+@pytest.mark.parametrize('processes', [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.soak)])
+def test_several_processes_train_as_one(place, outputs, processes):
+    tmp, _ = place
+    said = outputs(processes)
+    assert_as_one(tmp, f'{processes}')
+    assert sum('test bits per byte' in out for out, _ in said) == 1  # one of them speaks
     assert {p.name for p in (tmp / f'{processes}').iterdir()} == {p.name for p in (tmp / 'one').iterdir()}
 
 
-@pytest.mark.slow
-def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_four(place):
+@pytest.mark.parametrize('processes', [pytest.param(1, marks=pytest.mark.soak), pytest.param(4, marks=pytest.mark.slow)])
+def test_a_checkpoint_of_two_processes_goes_on_in_any_number(place, outputs, processes):
     tmp, config = place
-    run(config, tmp / 'half', processes=2, devices=4)
-    for processes in (1, 4):
-        workdir = tmp / f'half_then_{processes}'
-        shutil.copytree(tmp / 'half', workdir)
-        shutil.rmtree(workdir / 'checkpoints' / '8')
-        outputs = run(config, workdir, processes=processes, devices=4)
-        assert 'Resuming from step 4' in ''.join(out for out, _ in outputs)
-        np.testing.assert_allclose(losses(workdir), losses(tmp / 'one'), rtol=2e-5)
-        crc = lambda workdir: [r['batch_crc'] for r in records(workdir) if r['split'] == 'train']
-        assert crc(workdir) == crc(tmp / 'one')
+    outputs(2)
+    workdir = tmp / f'2_then_{processes}'
+    shutil.copytree(tmp / '2', workdir)
+    shutil.rmtree(workdir / 'checkpoints' / '8')
+    said = run(config, workdir, processes=processes, devices=4)
+    assert 'Resuming from step 4' in ''.join(out for out, _ in said)
+    assert_as_one(tmp, workdir.name)
 
 
 @pytest.mark.slow
 def test_a_row_may_lie_in_two_processes(place):
     tmp, config = place
-    run(config, tmp / 'context', '--config.mesh.fsdp=1', '--config.mesh.context=4', processes=2, devices=4)
+    mesh = '--config.mesh.fsdp=1', '--config.mesh.context=4'
+    run(config, tmp / 'context', '--config.sample.tokens=0', *mesh, processes=2, devices=4)
     np.testing.assert_allclose(losses(tmp / 'context'), losses(tmp / 'one'), rtol=2e-5)
-
-
-@pytest.mark.slow
-def test_two_processes_stop_at_the_same_step_and_go_on(place):
-    """One of them is told; the losses are those of a run that nobody stopped."""
-    tmp, config = place
-    workdir = tmp / 'stopped'
-    longer = '--config.train.steps=120', '--config.train.save_every=120', '--config.train.eval_every=0'
-    started = start(config, workdir, *longer, processes=2, devices=4)
-    deadline = time.monotonic() + 120
-    while not ((workdir / 'metrics.jsonl').exists() and len(losses(workdir)) > 20):
-        assert time.monotonic() < deadline and started[0].poll() is None
-        time.sleep(0.05)
-    started[1].send_signal(signal.SIGTERM)
-    ends = [error(err) for _, err in end(started, 75)]
-    steps = {re.search(r'stopped at step (\d+) of 120', line)[1] for line in ends}
-    assert len(steps) == 1 and sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == sorted(steps)
-    assert any(f'Resuming from step {min(steps)}' in out for out, _ in run(config, workdir, *longer, processes=2, devices=4))
-    run(config, tmp / 'straight', *longer, processes=2, devices=4)
-    np.testing.assert_allclose(losses(workdir), losses(tmp / 'straight'), rtol=2e-5)
 
 
 @pytest.mark.slow
@@ -102,12 +90,14 @@ def test_a_restart_finds_what_was_compiled(place, monkeypatch):
     monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     monkeypatch.setenv('JAX_ENABLE_COMPILATION_CACHE', 'true')
     monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
-    programs = []
+    hits = []
     for _ in range(2):
-        run(config, workdir, '--config.train.cache=on', '--config.mesh.fsdp=1')
-        programs.append({p.name for p in (workdir / 'xla_cache').glob('*train_step*')})
+        cached = '--config.sample.tokens=0', '--config.train.cache=on', '--config.mesh.fsdp=1'
+        ((_, said),) = run(config, workdir, *cached, JAX_LOG_COMPILES='1')
+        hits.append(bool(re.search(r"compilation cache hit for 'jit_\w*train_step'", said)))
+        assert len(list((workdir / 'xla_cache').glob('*train_step*'))) == 1
         shutil.rmtree(workdir / 'checkpoints' / '8')
-    assert len(programs[0]) == 1 and programs[0] == programs[1]
+    assert hits == [False, True]
 
 
 def test_a_job_that_is_told_wrong(config):
