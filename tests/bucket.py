@@ -29,8 +29,8 @@ def started(monkeypatch):
     server.start()
     url = f'http://localhost:{port}'
     for name, value in [
-        ('STORAGE_EMULATOR_HOST', url), ('TENSORSTORE_GCS_HTTP_URL', url), ('FSSPEC_GCS_TOKEN', 'anon'), ('FSSPEC_GS_TOKEN', 'anon'),
-        ('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false'), ('GCE_METADATA_HOST', 'localhost:1'),
+        ('STORAGE_EMULATOR_HOST', url), ('TENSORSTORE_GCS_HTTP_URL', url), ('GCE_METADATA_HOST', 'localhost:1'),
+        ('FSSPEC_GCS_TOKEN', 'anon'), ('FSSPEC_GS_TOKEN', 'anon'), ('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false'),
     ]:  # fmt: skip
         monkeypatch.setenv(name, value)
     try:
