@@ -12,10 +12,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 AOT = ['jax[tpu]']  # libtpu, in the version that this jax wants: it compiles for TPUs that are not there
+BEAM = ['apache-beam>=2.77']
 EVAL = ['lm-eval>=0.4.9']
+HF = ['datasets>=2.20']
 SLURM = ['submitit>=1.5.2']
 TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'beartype>=0.21', 'ruff>=0.6', 'selenium>=4.20']
-TEST += [*AOT, *EVAL, *SLURM]
+TEST += [*AOT, *EVAL, *HF, *SLURM]
 
 
 CPU = pathlib.Path('spark/kernels/cpu')
@@ -98,6 +100,8 @@ setup(
         'grain>=0.2.16',  # older versions restore a window shuffle wrongly
         'array_record>=0.8',
         'tensorflow-datasets>=4.9.10',  # older versions fail with the newest protobuf
+        'pyarrow>=16',
+        'fsspec>=2023.5',
         'importlib_resources>=6',  # tensorflow-datasets imports it without declaring it
         'ml_collections>=1.1',
         'absl-py>=2.1',
@@ -119,7 +123,9 @@ setup(
         'tpu': ['jax[tpu]'],
         'gcs': ['gcsfs', 'google-cloud-storage'],
         'aot': AOT,
+        'beam': BEAM,
         'eval': EVAL,
+        'hf': HF,
         'slurm': SLURM,
         'parity': ['torch>=2.6', 'safetensors'],
     },

@@ -6,10 +6,12 @@ DIR may be in a bucket (gs://…, s3://…). Train on it with --config.data.sour
 command again: finished parts stay. Exit codes: 0 done, 2 wrong flags, 4 data unreadable.
 """
 
+import pathlib
 import sys
 import time
 
 from absl import flags
+from etils import epath
 
 from spark import errors
 from spark.config import DataConfig
@@ -43,7 +45,10 @@ def main() -> None:
         case 'local':
             launcher = launchers.local(WORKERS.value)
         case 'slurm':
-            launcher = launchers.slurm(f'{OUT.value}-slurm', WORKERS.value or 16, dict(map(launchers.parameter, SLURM.value)))
+            out = epath.Path(OUT.value).expanduser()
+            beside = pathlib.Path(out.name if '://' in OUT.value else out).absolute()  # of a bucket: in the working directory
+            folder = beside.with_name(f'{beside.name}-slurm')
+            launcher = launchers.slurm(folder, WORKERS.value or 16, dict(map(launchers.parameter, SLURM.value)))
         case 'beam':
             launcher = launchers.beam(BEAM.value)
     cfg = DataConfig(

@@ -115,9 +115,20 @@ def _batches(found):
 
 def _spread(lengths, total):
     """The bytes of documents, spread evenly over their targets, so that sums over whole documents are exact."""
-    place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    n, size = np.repeat(lengths, lengths), np.repeat(total, lengths)
-    return (place + 1) * size // n - place * size // n
+    groups = max(1, min(len(lengths), int(lengths.sum()) >> 15))  # of documents, which fit into a cache
+    spread = map(_spread_group, np.array_split(lengths, groups), np.array_split(total, groups))
+    return np.concatenate(list(spread))
+
+
+def _spread_group(lengths, total):
+    starts = np.cumsum(lengths) - lengths
+    so_far = np.arange(1, lengths.sum() + 1)
+    so_far -= np.repeat(starts, lengths)
+    so_far *= np.repeat(total, lengths)
+    so_far //= np.repeat(lengths, lengths)
+    result = np.diff(so_far, prepend=0)
+    result[starts] = so_far[starts]
+    return result
 
 
 _load = functools.cache(tokenizer.load)  # once per process

@@ -267,10 +267,10 @@ def test_hugging_face_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
     found = [f'example {i}' for i in range(30)]
     whole = datasets.Dataset.from_dict({'body': [*found, ''], 'n': list(range(31))})
-    whole.save_to_disk(tmp_path / 'saved')
+    whole.save_to_disk(str(tmp_path / 'saved'))
     assert [(d.text, d.why) for d in read(f'hf:{tmp_path}/saved', field='body')] == [*((t, '') for t in found), ('', 'is empty')]
     two = datasets.DatasetDict({'train': whole.select(range(20)), 'test': whole.select(range(20, 30))})
-    two.save_to_disk(tmp_path / 'dict')
+    two.save_to_disk(str(tmp_path / 'dict'))
     files = documents.open_part(f'hf:{tmp_path}/dict', 'body')
     assert [file.split for file in files] == ['train', 'test']
     assert [len(list(piece.documents())) for piece in documents.pieces(files)] == [20, 10]

@@ -156,7 +156,7 @@ def test_special_tokens_by_name(files):
         (sp, ('<bos>', ''), "defines no piece '<bos>'; name one of its control pieces, or 'none'"),
         (sp, ('x', ''), r'data\.bos = .*text can spell it'),
         (qwen, ('<bos>', ''), 'has no such token; name one of its special tokens'),
-        (qwen, ('', 'return'), r"data\.eos = 'return': text can spell it"),
+        (qwen, ('', 'x'), r"data\.eos = 'x': text can spell it"),
         ('bytes', ('<s>', ''), "want '' or 'none'"),
     ]:
         with pytest.raises(ConfigError, match=message):
