@@ -1,0 +1,90 @@
+"""A token store gives back what was written, and says what is wrong with it."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from spark.data import store
+from spark.errors import DataError
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """(directory, tokens, bytes): a store of one split in several files of several chunks."""
+    monkeypatch.setattr(store, 'SHARD', 256)
+    monkeypatch.setattr(store, 'CHUNK', 64)
+    rng = np.random.default_rng(0)
+    tokens, sizes = rng.integers(1, 300, 1000).astype(np.uint16), rng.integers(1, 9, 1000).astype(np.uint32)
+    for name, x in [('tokens', tokens), ('bytes', sizes)]:
+        array = store.create(epath.Path(tmp_path) / 'train' / name, 1000, x.dtype)
+        for first in range(0, 1000, 256):
+            array[first : first + 256 if first < 768 else 1000].write(x[first : first + 256]).result()
+    manifest = {'version': store.VERSION, 'splits': {'train': {'documents': 5, 'tokens': 1000, 'bytes': int(sizes.sum())}},
+                'mark': 256, 'eos': 257, 'digest': 'd', 'checksums': store.file_checksums(epath.Path(tmp_path))}  # fmt: skip
+    (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
+    return tmp_path, tokens, sizes
+
+
+@pytest.mark.parametrize('part', [(0, 1000), (0, 1), (250, 260), (63, 65), (999, 1000)])
+def test_any_part_can_be_read(written, part):
+    directory, *arrays = written
+    found = store.Store(directory)
+    found.verify()
+    for future, whole in zip(found.splits['train'].read(*part), arrays, strict=True):
+        np.testing.assert_array_equal(future.result(), whole[slice(*part)])
+    assert (found.mark, found.eos, found.digest) == (256, 257, 'd')
+    assert found.arrays('train')[0].dtype.numpy_dtype == np.uint16
+    assert sorted(p.name for p in (directory / 'train' / 'tokens' / 'c').iterdir()) == ['0', '1', '2', '3']
+
+
+def test_ids_are_as_narrow_as_the_vocabulary_allows():
+    assert [store.narrowest(n) for n in (2, 256, 257, 65536, 65537, 262144)] == [*['u1'] * 2, *['u2'] * 2, *['u4'] * 2]
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    [
+        (lambda d: (d / 'manifest.json').unlink(), 'is no token store'),
+        (lambda d: (d / 'manifest.json').write_text('junk'), r'manifest\.json: is damaged: JSONDecodeError'),
+        (lambda d: (d / 'manifest.json').write_text('{"version": 1}'), r"manifest\.json: is damaged: KeyError: 'splits'"),
+        (lambda d: (d / 'manifest.json').write_text('{"version": 99}'), 'has version 99, want 1'),
+    ],
+)
+def test_what_is_no_store(written, damage, message):
+    damage(written[0])
+    with pytest.raises(DataError, match=message):
+        store.Store(written[0])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_damage_is_found_before_and_while_reading(written):
+    """Chunks carry checksums: in a bucket, or where reading all takes too long, they find what `verify` does not look for."""
+    directory, *_ = written
+    flip(directory / 'train' / 'tokens' / 'c' / '1')
+    with pytest.raises(DataError, match=rf'{directory}: the token store is damaged: train/tokens/c/1 differs from what was'):
+        store.Store(directory).verify()
+    tokens, sizes = store.Store(directory).splits['train'].read(256, 512)
+    sizes.result()
+    with pytest.raises(ValueError, match='CRC-32C|corrupt|DATA_LOSS'):
+        tokens.result()
+    (directory / 'train' / 'bytes' / 'zarr.json').unlink()
+    with pytest.raises(DataError, match=r'train/bytes/zarr\.json is missing'):
+        store.Store(directory).verify()
+    with pytest.raises(DataError, match=rf'{directory}: the token store is damaged'):
+        store.Store(directory).arrays('train')
+
+
+def test_an_array_of_another_length(written):
+    directory, *_ = written
+    manifest = json.loads((directory / 'manifest.json').read_text())
+    manifest['splits']['train']['tokens'] = 999
+    (directory / 'manifest.json').write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r'has .1000.* tokens, want 999'):
+        store.Store(directory).arrays('train')
