@@ -21,7 +21,7 @@ SOURCE = flags.DEFINE_string('source', None, 'What to tokenize, as data.source; 
 TOKENIZER = flags.DEFINE_string('tokenizer', 'bytes', 'bytes, sentencepiece:FILE or hf:FILE, as data.tokenizer.')
 BOS = flags.DEFINE_string('bos', '', "The token at the start of documents; empty: the tokenizer's own; 'none': not used.")
 EOS = flags.DEFINE_string('eos', '', "The token at the end of documents; empty: the tokenizer's own; 'none': not used.")
-OUT = flags.DEFINE_string('out', None, 'The directory or bucket of the store: a new one, or an unfinished one of the same source.')
+OUT = flags.DEFINE_string('out', None, 'The directory or bucket of the store: new, or an unfinished one of the same source.')
 HOLDOUT = flags.DEFINE_float('holdout', 0.05, 'Share of the documents for validation, and as much for test; 0: all for training.',
                              0.0, 0.49)  # fmt: skip
 FIELD = flags.DEFINE_string('text_field', 'text', 'The text, in records that have several fields.')
@@ -41,6 +41,8 @@ def main() -> None:
 
     if len(documents.parse(SOURCE.value)) > 1 or len(documents.parse(SOURCE.value)[0].weights) > 1:
         raise errors.ConfigError(f'--source={SOURCE.value}: is a mixture: prepare each part, and mix them in data.source')
+    if SOURCE.value.startswith('tokens:'):
+        raise errors.ConfigError(f'--source={SOURCE.value}: is a token store already')
     match LAUNCHER.value:
         case 'local':
             launcher = launchers.local(WORKERS.value)

@@ -181,7 +181,9 @@ def _refuse_another(directory, description):
             if found['key'] != description['key']:
                 keys = [key for key in description if key not in ('key', 'tokenizer')]
                 other = next(key for key in keys if found[key] != description[key])
-                raise ConfigError(f'{directory}: holds another store, of which `{other}` differs; choose another directory')
+                raise ConfigError(
+                    f'{directory}: holds another store, of which `{other}` differs; remove it, or choose another directory'
+                )
             return
     if there - {'plan.json', 'plan.json.tmp', 'parts'}:
         raise ConfigError(f'{directory}: is not empty, and holds no token store; choose another directory')

@@ -72,7 +72,7 @@ def test_damage_is_found_before_and_while_reading(written):
         store.Store(directory).verify()
     tokens, sizes = store.Store(directory).splits['train'].read(256, 512)
     sizes.result()
-    with pytest.raises(ValueError, match='CRC-32C|corrupt|DATA_LOSS'):
+    with pytest.raises(ValueError, match=r'CRC-32C|corrupt|DATA_LOSS'):
         tokens.result()
     (directory / 'train' / 'bytes' / 'zarr.json').unlink()
     with pytest.raises(DataError, match=r'train/bytes/zarr\.json is missing'):
