@@ -14,10 +14,11 @@ from setuptools.errors import CompileError
 AOT = ['jax[tpu]']  # libtpu, in the version that this jax wants: it compiles for TPUs that are not there
 BEAM = ['apache-beam>=2.77']
 EVAL = ['lm-eval>=0.4.9']
+GCS = ['gcsfs>=2024.2']
 HF = ['datasets>=2.20']
 SLURM = ['submitit>=1.5.2']
 TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'beartype>=0.21', 'ruff>=0.6', 'selenium>=4.20']
-TEST += [*AOT, *EVAL, *HF, *SLURM]
+TEST += ['gcp-storage-emulator>=2024.8', *AOT, *EVAL, *GCS, *HF, *SLURM]
 
 
 CPU = pathlib.Path('spark/kernels/cpu')
@@ -121,7 +122,7 @@ setup(
         'test': TEST,
         'cuda': ['jax[cuda12]'],
         'tpu': ['jax[tpu]'],
-        'gcs': ['gcsfs', 'google-cloud-storage'],
+        'gcs': GCS,
         'aot': AOT,
         'beam': BEAM,
         'eval': EVAL,

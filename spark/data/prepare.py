@@ -175,6 +175,8 @@ def describe(cfg: DataConfig, part: str) -> tuple[list[documents.File], dict]:
 def _refuse_another(directory, description):
     """Raises a ConfigError if there is something in `directory`, but not the beginning of this store."""
     there = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    if 'manifest.json' not in there and not any((directory / 'parts').glob('*.json')):
+        there.discard('plan.json')  # nothing was made by it
     for name in {'manifest.json', 'plan.json'} & there:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             found = json.loads((directory / name).read_text())
@@ -319,8 +321,7 @@ def cached(cfg: DataConfig, part: str) -> store.Store:
                 f'data.tokenizer = {cfg.tokenizer!r}: {directory} was prepared with another one, or with other special tokens: '
                 f'{found.manifest["tokenizer"]!r}, mark {found.mark}, EOS {found.eos}'
             )
-        if '://' not in directory:
-            found.verify()
+        found.verify()
         return found
     _, description = describe(cfg, part)
     directory = epath.Path(documents.cache_dir(cfg.cache_dir)) / 'stores' / description['key'][:16]

@@ -55,7 +55,7 @@ class Store:
             self.mark, self.eos, self.digest = (self.manifest[name] for name in ('mark', 'eos', 'digest'))
         except OSError as e:
             raise DataError(f'{self.directory}: is no token store; want a directory that scripts/prepare.py finished') from e
-        except (KeyError, TypeError, ValueError) as e:
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise DataError(f'{path}: is damaged: {type(e).__name__}: {e}; prepare it again') from e
         self._arrays = {}
 
@@ -66,8 +66,8 @@ class Store:
             for name in ('tokens', 'bytes'):
                 path = self.directory / split / name
                 try:
-                    array = ts.open({'driver': 'zarr3', 'kvstore': kvstore(path), 'recheck_cached_data': 'open'}, context=CONTEXT,
-                                    read=True).result()  # fmt: skip
+                    # A file that is missing must not read as zeros.
+                    array = _opened(path, recheck_cached_data='open', fill_missing_data_reads=False)
                 except Exception as e:
                     raise self.damaged(e) from e
                 if array.shape != (self.splits[split].tokens,):
@@ -78,6 +78,8 @@ class Store:
 
     def verify(self) -> None:
         """Compares the files with what was written: their sizes and, unless that would take long, their checksums."""
+        if '://' in str(self.directory):  # where each read compares the checksum of a chunk, as everywhere
+            return
         sums = self.manifest.get('checksums', {})
         found = file_checksums(self.directory)
         if wrong := [name for name in sums if found.get(name) != sums[name]]:
@@ -107,12 +109,16 @@ def create(path: epath.Path, n: int, dtype: Any) -> ts.TensorStore:
         'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': [SHARD]}},
         'codecs': [{'name': 'sharding_indexed', 'configuration': index}],
     }
-    return ts.open({'driver': 'zarr3', 'kvstore': kvstore(path), 'metadata': metadata}, create=True, open=True).result()
+    return _opened(path, metadata=metadata, create=True, open=True, store_data_equal_to_fill_value=True)
 
 
 def open_array(path: epath.Path) -> ts.TensorStore:
     """An array that is there, to write."""
-    return ts.open({'driver': 'zarr3', 'kvstore': kvstore(path)}).result()
+    return _opened(path, store_data_equal_to_fill_value=True)
+
+
+def _opened(path, **options):
+    return ts.open({'driver': 'zarr3', 'kvstore': kvstore(path), **options}, context=CONTEXT).result()
 
 
 def file_checksums(directory: epath.Path, limit: int = 256 << 20) -> dict[str, list[int]]:

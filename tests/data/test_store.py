@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from spark.data import store
+from spark.config import DataConfig
+from spark.data import prepare, store
 from spark.errors import DataError
 
 
@@ -88,3 +89,16 @@ def test_an_array_of_another_length(written):
     (directory / 'manifest.json').write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r'has .1000.* tokens, want 999'):
         store.Store(directory).arrays('train')
+
+
+def test_a_file_that_is_missing_is_no_text_of_zeros(tmp_path):
+    """Nor is a text of zeros a file that is missing."""
+    (tmp_path / 'nul.txt').write_bytes(bytes(60_000))
+    cfg = DataConfig(source=f'text:{tmp_path}/nul.txt', holdout=0.0, seq_len=8, batch_size=1)
+    found = prepare.prepare(cfg, cfg.source, tmp_path / 'store')
+    split = found.splits['train']
+    tokens, sizes = (x.result() for x in split.read(0, split.tokens))
+    assert tokens[0] == 256 and not tokens[1:].any() and sizes.sum() == 60_000
+    (tmp_path / 'store' / 'train' / 'tokens' / 'c' / '0').unlink()
+    with pytest.raises(ValueError, match='missing'):
+        store.Store(tmp_path / 'store').splits['train'].read(0, 8)[0].result()
