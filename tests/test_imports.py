@@ -15,7 +15,7 @@ ALLOWED = {
     'ops': set(),
     'kernels': {'ops'},
     'nn': {'ops', 'kernels', 'config', 'errors'},
-    'data': {'config', 'errors'},
+    'data': {'config', 'errors', 'runtime'},
     'checkpoints': {'config', 'errors'},
     'training': {'nn', 'ops', 'data', 'checkpoints', *LEAVES},
     'inference': {'nn', 'ops', 'kernels', 'data', 'checkpoints', *LEAVES},

@@ -91,7 +91,7 @@ class Worker:
         vocab_size = _load(*self.tokenizer).vocab_size
         tokens, sizes = np.empty(last - first, store.narrowest(vocab_size)), np.empty(last - first, np.uint32)
         for name, start in parts:
-            with np.load(io.BytesIO(self.path(name).read_bytes())) as part:
+            with np.load(io.BytesIO(self.path(name).read_bytes()), allow_pickle=False) as part:
                 ids, lengths, total = (part[f'{split}/{x}'] for x in ('tokens', 'lengths', 'bytes'))
             a, b = max(first, start), min(last, start + len(ids))
             tokens[a - first : b - first] = ids[a - start : b - start]

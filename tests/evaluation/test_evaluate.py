@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from spark.data.documents import split_of
 from spark.errors import CheckpointError, ConfigError, DataError
 from spark.evaluation import evaluate, plots
 from tests.helpers import BOTH
@@ -18,9 +19,15 @@ def evaluated(run):
     return model, *evaluate.evaluate(model, 'test')
 
 
+def documents_of(workdir, split):
+    """How many documents of the run's corpus are in a split."""
+    holdout = json.loads((workdir / 'config.json').read_text())['data']['holdout']
+    return [split_of(path.read_text(), holdout) for path in workdir.parent.glob('*.txt')].count(split)
+
+
 @BOTH
 def test_the_loss_is_that_of_training(run, evaluated):
-    _, summary = run
+    workdir, summary = run
     _, report, sums = evaluated
     for name in ('loss', 'perplexity', 'bits_per_byte', 'attended'):
         assert report[name] == pytest.approx(summary['test'][name], rel=1e-5)
@@ -28,7 +35,7 @@ def test_the_loss_is_that_of_training(run, evaluated):
     assert report['tokens'] % 256, 'a partial batch is wanted here'
     assert ('active' in report) == ('active' in summary['test']) == ('dead' in report['layers'][0])
     assert report.get('active', 0) == pytest.approx(summary['test'].get('active', 0), rel=1e-5)
-    assert report['documents'] == 2  # round(0.05 · 30)
+    assert report['documents'] == documents_of(workdir, 'test')
 
 
 def test_an_older_step_another_split_and_other_text(run, evaluated, tmp_path):
@@ -38,7 +45,7 @@ def test_an_older_step_another_split_and_other_text(run, evaluated, tmp_path):
     assert older['step'] == 5 and older['loss'] > newest['loss']
     assert older['tokens'] == newest['tokens']
     validation, _ = evaluate.evaluate(evaluate.load(workdir), 'train')
-    assert validation['documents'] == 26
+    assert validation['documents'] == documents_of(workdir, 'train')
     (tmp_path / 'other.txt').write_text('spark sparse ' * 20)
     other, _ = evaluate.evaluate(evaluate.load(workdir, source=f'text:{tmp_path}/other.txt'), 'test')
     assert other['documents'] == 1 and other['bytes'] == 260 and other['tokens'] == 261
