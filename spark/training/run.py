@@ -23,7 +23,10 @@ CACHE_DIR = 'JAX_COMPILATION_CACHE_DIR'
 
 
 def train(cfg: config.ExperimentConfig, workdir: epath.PathLike) -> tuple[dict, Trainer, TrainState]:
-    """Trains to cfg.train.steps, from the newest checkpoint in `workdir` if there is one; (summary, trainer, final state)."""
+    """Trains to cfg.train.steps, from the newest checkpoint in `workdir` if there is one; (summary, trainer, final state).
+
+    Raises a SparkError with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
+    """
     # XLA's errors are translated before anything is closed, since closing may wait for processes that have died.
     with contextlib.ExitStack() as stack, _translated_errors():
         run = Run(cfg, epath.Path(workdir), stack)
@@ -186,8 +189,7 @@ class Run:
         if self.trainer.guarded:
             return self.state.params, ''  # the update was skipped
         self.checkpoints.wait()
-        step = max(self.checkpoints.steps(), default=0)
-        if step:
+        if step := max(self.checkpoints.steps(), default=0):
             params = self.checkpoints.restore_params(step, self.trainer.abstract_state.params)
         else:
             params = initial_state(self.trainer).params
@@ -245,8 +247,7 @@ def claim_directory(workdir: epath.Path, cfg: config.ExperimentConfig) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            others = sorted(p.name for p in workdir.iterdir() if p.name != 'config.json.tmp')
-            if others:
+            if others := sorted(p.name for p in workdir.iterdir() if p.name != 'config.json.tmp'):
                 raise ConfigError(f'--workdir={workdir} holds {others[0]!r} but no config.json: choose another directory')
             write_text(path, cfg.model_dump_json(indent=2) + '\n')
     except OSError as e:
