@@ -21,8 +21,7 @@ OUT = flags.DEFINE_string('out', None, 'The file to write.')
 
 
 def main() -> None:
-    out = pathlib.Path(OUT.value)
-    if out.exists():
+    if (out := pathlib.Path(OUT.value)).exists():
         raise errors.ConfigError(f'--out={out} exists; choose another name or remove it')
     cfg = config.DataConfig(seq_len=1, batch_size=1)
     parts = [documents for _, documents in sources.open_source(SOURCE.value, 'train', cfg)]
