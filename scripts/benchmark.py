@@ -21,48 +21,29 @@ JSON: a list of rows {name, backend, ours_ms, baseline_ms, speedup = baseline / 
 
 import pathlib
 
-if __name__ == '__main__':
-    from spark.runtime import use_huge_pages
-
-    use_huge_pages()
-
 from absl import flags
 
-from spark import config, errors
-from spark.benchmarks import data, decoding, lookups, timing, training
-from spark.runtime import write_json
+from spark import errors
+from spark.runtime import use_huge_pages, write_json
 
 REPEATS = flags.DEFINE_integer('repeats', None, "Interleaved repeats of each side; default the benchmark's own.", lower_bound=1)
 TOPOLOGY = flags.DEFINE_string('topology', None, 'With ffn: estimate cycles on this TPU slice, such as v5e:2x2.')
 JSON = flags.DEFINE_string('json', None, 'Also write the rows to this file.')
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
-BENCHMARKS = {  # name: (function, the shipped config that it measures, its variants)
-    'topk': (lookups.topk, None, ()),
-    'ffn': (lookups.ffn, None, ()),
-    'attention': (lookups.attention, None, ()),
-    'data': (data.data, 'tiny.py', ('spark',)),
-    'train_step': (training.train_step, 'tiny.py', ('spark', 'dense')),
-    'faults': (training.faults, 'tiny.py', ('spark',)),
-    'compile': (training.compile_time, 'gemma2_2b.py', ('spark',)),
-    'ffn_decode': (decoding.ffn_decode, 'gemma2_2b.py', ('spark', 'dense')),
-    'decode': (decoding.decode, 'gemma2_2b.py', ('spark', 'dense')),
-    'prefill': (decoding.prefill, 'gemma2_2b.py', ('spark', 'dense')),
-}
 
 
 def main(name: str) -> None:
-    if name not in BENCHMARKS:
-        raise errors.ConfigError(f'benchmark {name}: want one of {", ".join(BENCHMARKS)}')
-    if TOPOLOGY.value and name != 'ffn':
-        raise errors.ConfigError(f'--topology={TOPOLOGY.value}: only ffn has an estimate')
-    function, file, variants = BENCHMARKS[name]
-    cfgs = [config.validate(config.from_file(CONFIGS / file, variant)) for variant in variants]
-    repeats = {'repeats': REPEATS.value} if REPEATS.value else {}
-    rows = lookups.ffn_cycles(TOPOLOGY.value) if TOPOLOGY.value else function(*cfgs, **repeats)
-    print(timing.table(rows))
+    from spark.benchmarks.run import run
+    from spark.benchmarks.timing import table
+
+    rows = run(name, CONFIGS, REPEATS.value, TOPOLOGY.value)
+    print(table(rows))
     if JSON.value:
         write_json(JSON.value, rows)
 
 
 if __name__ == '__main__':
-    errors.run(main, arguments=['NAME'])
+    use_huge_pages()
+    from spark.benchmarks.run import BENCHMARKS  # late, so that JAX starts once
+
+    errors.run(main, arguments=['|'.join(BENCHMARKS)])

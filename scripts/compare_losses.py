@@ -26,8 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def git(*words: str) -> None:
     """Runs git in this repository; a ConfigError if it fails."""
-    done = subprocess.run(['git', '-C', str(ROOT), *words], capture_output=True, text=True)
-    if done.returncode:
+    if (done := subprocess.run(['git', '-C', str(ROOT), *words], capture_output=True, text=True)).returncode:
         raise errors.ConfigError(f'git {" ".join(words)}: {done.stderr.strip()}')
 
 

@@ -22,7 +22,7 @@ HLO = flags.DEFINE_string('hlo', None, 'Also write the compiled program to this 
 JSON = flags.DEFINE_string('json', None, 'Also write the report to this file.')
 
 
-def main():
+def main() -> None:
     cfg = config.validate(CONFIG.value)
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
     from spark.compiling import aot

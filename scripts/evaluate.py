@@ -31,7 +31,7 @@ FEWSHOT = flags.DEFINE_integer('fewshot', None, 'Examples in the context; defaul
 JSON = flags.DEFINE_string('json', None, 'Also write the report to this file.')
 
 
-def main():
+def main() -> None:
     workdir = run_directory(WORKDIR.value)
     draws = PLOTS.value or NEURONS.value is not None
     if SPLIT.value == 'none' and (draws or not TASKS.value):
@@ -54,8 +54,7 @@ def main():
         manager = tasks.load(TASKS.value, TASK_PATH.value)
     report = {'workdir': str(workdir), 'step': model.step}
     if SPLIT.value != 'none':
-        found, sums = evaluate.evaluate(model, SPLIT.value)
-        found['flops'] = evaluate.flops_report(model.cfg.model, CONTEXT.value or model.cfg.data.seq_len, found['layers'])
+        found, sums = evaluate.evaluate(model, SPLIT.value, CONTEXT.value)
         print(tables.tables(found))
         report |= found
     if draws:

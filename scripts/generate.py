@@ -37,9 +37,7 @@ OVERFLOW = flags.DEFINE_enum('overflow', None, ['masked', 'drop'],
 JSON = flags.DEFINE_string('json', None, 'Also write texts and speeds to this file.')
 
 
-def main():
-    if not WORKDIR.value:
-        raise errors.ConfigError('--workdir is missing; see --help')
+def main() -> None:
     prompts = [*PROMPT.value, *(lines(PROMPTS.value) if PROMPTS.value else [])]
     if not prompts:
         raise errors.ConfigError('--prompt or --prompts is missing; see --help')
@@ -88,4 +86,4 @@ def lines(path):
 
 if __name__ == '__main__':
     use_huge_pages()
-    errors.run(main)
+    errors.run(main, required=[WORKDIR])

@@ -30,7 +30,7 @@ JSON = flags.DEFINE_string('json', None, 'Also write the rows to this file.')
 TRAIN = pathlib.Path(__file__).with_name('train.py')
 
 
-def main():
+def main() -> None:
     base, out = config.validate(CONFIG.value), pathlib.Path(OUT.value)
     from spark.data import launchers
     from spark.sweeps import execute, grid, results

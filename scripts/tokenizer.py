@@ -23,8 +23,7 @@ OUT = flags.DEFINE_string('out', None, 'The file to write.')
 
 
 def main() -> None:
-    out = pathlib.Path(OUT.value)
-    if out.exists():
+    if (out := pathlib.Path(OUT.value)).exists():
         raise errors.ConfigError(f'--out={out} exists; choose another name or remove it')
     texts = sample(documents.texts(SOURCE.value, 'train', config.DataConfig(seq_len=1, batch_size=1)), MAX_DOCUMENTS.value)
     model = tokenizer.train_sentencepiece(texts, VOCAB_SIZE.value)

@@ -107,8 +107,10 @@ def _parse_flags(required, arguments):
         raise ConfigError(_flag_error(e)) from e
     if unexpected := given[len(arguments) :]:
         raise ConfigError(f'unexpected argument {unexpected[0]!r}: flags look like --name=value; see --help')
-    if missing := [*arguments[len(given) :], *(f'--{flag.name}' for flag in required if not flag.value)]:
-        raise ConfigError(f'{missing[0]} is missing; see --help')
+    if len(given) < len(arguments):
+        raise ConfigError(f'want {" ".join(arguments)}; see --help')
+    if missing := [flag.name for flag in required if not flag.value]:
+        raise ConfigError(f'--{missing[0]} is missing; see --help')
     return given
 
 

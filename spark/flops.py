@@ -24,8 +24,8 @@ def flops_per_token(
 ) -> dict[str, float]:
     """FLOPs per token by part, summed over the layers.
 
-    In both 'ffn' and 'attention', K2 and V are the rest of the key and the values, of kept entries. All entries are scored by
-    'ffn.predictor' (in a kind without a predictor, all of K1 or K) and 'attention.scores'.
+    K2 and V are the rest of the key, and the values, of kept entries. 'ffn.predictor' (without a predictor, all of K1 or K) and
+    'attention.scores' score all entries, 'attention.projections' are q, k, v and output, and 'head' is the output head.
 
     Args:
       cfg: with vocab_size filled in.
@@ -68,8 +68,9 @@ def flops_per_token(
 def model_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """FLOPs of forward and backward per trained token; `mfu` in metrics.jsonl and compile.py both use it.
 
-    All parts are counted as in phase 'training', over one document of seq_len tokens. The tied embedding counts once, as the
-    output head. Rematerialisation does not count.
+    Counted are matmuls, as in phase 'training': all entries of a lookup, but in attention only the keys that causality and the
+    window leave, the mean over one document of seq_len tokens. The tied embedding counts once, as the output head.
+    Rematerialisation does not count.
     """
     return sum(flops_per_token(cfg, seq_len, 'training').values())
 

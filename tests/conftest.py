@@ -10,12 +10,13 @@ from _pytest.mark.expression import Expression
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-if importlib.metadata.version('jaxlib').startswith('0.10.'):  # later ones have no others
-    # Without its emitters of fusions, XLA compiles small programs in half the time.
+# Programs are small and run a few times: compiling them takes most of the time. It takes half as long without LLVM's
+# optimization, and half of that without XLA's emitters of fusions, which later versions cannot do without.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment compiles as for a user, with both.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+if os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] == '1' and importlib.metadata.version('jaxlib').startswith('0.10.'):
     os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{tempfile.gettempdir()}/spark-test-xla-cache-{os.getuid()}')
-# Programs are small and run a few times: compiling them takes most of the time, and LLVM without optimization half as long.
-os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def test_losses_of_two_revisions_are_compared(place):
         done = subprocess.run(command, env=environment(tmp), capture_output=True, text=True, timeout=300)
         assert done.returncode == code and words in done.stdout.splitlines()[-1], done
     done = subprocess.run(script('compare_losses.py', 'HEAD'), env=environment(tmp), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and 'NEW_REV is missing' in done.stderr
+    assert done.returncode == 2 and 'want OLD_REV NEW_REV' in done.stderr
 
 
 def test_train_a_tokenizer(place, forks):
@@ -272,8 +273,23 @@ def test_generate_by_other_kernels(place, forks):
     assert done.returncode == 0 and 'overflows of the capacity' in done.stdout, done.stderr
     assert len(texts) == 1
     assert [reports[name]['kernels'] for name in ('masked', 'none')] == ['masked', 'gather']
+    for report in reports.values():
+        assert report['attention_kernels'] == report['ffn_kernels'] == report['kernels']
     assert reports['int8']['dtype'] == 'int8' and reports['int8']['gb_per_step'] < reports['auto']['gb_per_step'] / 2
     assert 0 < reports['auto']['active'] < 96 and reports['auto']['attended'] > 0
+
+
+@pytest.mark.skipif(not cpu.available(), reason='no compiler at install')
+def test_generate_names_the_half_that_other_kernels_compute(place, forks):
+    tmp, _ = place
+    shutil.copytree(tmp / 'whole', tmp / 'exact')
+    cfg = json.loads((tmp / 'exact' / 'config.json').read_text())
+    cfg['model']['ffn']['topk'] = 'exact'  # the CPU kernel has the statistical one
+    (tmp / 'exact' / 'config.json').write_text(json.dumps(cfg))
+    done = forks.script('generate.py', f'--workdir={tmp}/exact', '--prompt=spark', '--n=4', f'--json={tmp}/exact.json')
+    assert done.returncode == 0 and 'float32, kernels cpu (FFN by gather), ' in done.stdout, done
+    report = json.loads((tmp / 'exact.json').read_text())
+    assert [report[name] for name in ('kernels', 'attention_kernels', 'ffn_kernels')] == ['cpu', 'cpu', 'gather']
 
 
 def test_whoever_reads_may_stop():

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from spark.benchmarks.timing import interleaved, row
+from spark.benchmarks.timing import Rows, interleaved, row
 from spark.config import ExperimentConfig, ModelConfig
 from spark.inference import layout, model
 from spark.kernels import cpu
@@ -87,7 +87,7 @@ class Decoder:
         return model.bytes_per_step(self.serving, self.weights, self.cache, self.activity(), 1, head)
 
 
-def ffn_decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 15, layers: int = 8):
+def ffn_decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 15, layers: int = 8) -> Rows:
     """The FFN alone, time per layer, bfloat16, at batch 1, 4 and 16; and dense matrix-vector products against reading.
 
     One program runs several layers in a row, so that weights do not stay in the cache and dispatch does not count.
@@ -136,7 +136,7 @@ def _matvecs(matrices, width, repeats):
     return row(f'ffn_decode: {len(matrices)} dense matvecs against reading as much', ms['matvec'], ms['read'], **rates)
 
 
-def decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 9, contexts: Sequence[int] = (512, 8192)):
+def decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 9, contexts: Sequence[int] = (512, 8192)) -> Rows:
     """Whole models token by token, batch 1: Spark against dense with and without the output head, int8 against bfloat16."""
     rows, memory_before = [], memory('VmRSS')
     sides = {'spark': Decoder(spark.model), 'dense': Decoder(dense.model)}
@@ -172,7 +172,7 @@ def _compare(title, sides, repeats, head=True):
     return row(f'decode: {title}', ms[ours], ms[baseline], **details)
 
 
-def prefill(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 1, length: int = 4096, chunk: int = 64):
+def prefill(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 1, length: int = 4096, chunk: int = 64) -> Rows:
     """A prompt in chunks, batch 1, bfloat16; the two models take turns chunk by chunk."""
     sides = {'spark': Decoder(spark.model), 'dense': Decoder(dense.model)}
     totals = {name: [] for name in sides}
@@ -202,7 +202,7 @@ def memory(field: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
-def reset_peak():
+def reset_peak() -> None:
     """Makes `memory('VmHWM')` start anew, where the system allows it."""
     with contextlib.suppress(OSError):
         pathlib.Path('/proc/self/clear_refs').write_text('5')

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+Rows = list[dict]  # of `row`
+
 
 def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median milliseconds of each function, including the wait for the device; they are called in turn, after a warm-up."""
@@ -29,7 +31,7 @@ def row(name: str, ours: float, baseline: float, **details) -> dict:
     return {'name': name, 'backend': backend, 'ours_ms': ours, 'baseline_ms': baseline, 'speedup': baseline / ours} | details
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: Rows) -> str:
     """The rows in Markdown, with the details of the first below."""
     lines = [f'Backend: {rows[0]["backend"]}', '', '| benchmark | ours, ms | baseline, ms | speed-up |', '|---|---|---|---|']
     lines += [f'| {r["name"]} | {r["ours_ms"]:.1f} | {r["baseline_ms"]:.1f} | {r["speedup"]:.2f}× |' for r in rows]

@@ -10,7 +10,7 @@ from unittest import mock
 import jax
 
 from spark import config
-from spark.benchmarks.timing import interleaved, row
+from spark.benchmarks.timing import Rows, interleaved, row
 from spark.checkpoints.manager import Checkpoints
 from spark.data import rows
 from spark.data.tokenizer import tokenizer_for
@@ -36,7 +36,7 @@ class _Steps:
         return sums
 
 
-def train_step(spark: config.ExperimentConfig, dense: config.ExperimentConfig, repeats: int = 11) -> list[dict]:
+def train_step(spark: config.ExperimentConfig, dense: config.ExperimentConfig, repeats: int = 11) -> Rows:
     """A training step, Spark against dense. Fails if a step after the first compiles anything."""
     steps = {'spark': _Steps(spark), 'dense': _Steps(dense)}
     ms = interleaved(steps, repeats)
@@ -48,7 +48,7 @@ def train_step(spark: config.ExperimentConfig, dense: config.ExperimentConfig, r
     return [row('train_step: Spark against dense', ms['spark'], ms['dense'], **details)]
 
 
-def faults(cfg: config.ExperimentConfig, repeats: int = 11) -> list[dict]:
+def faults(cfg: config.ExperimentConfig, repeats: int = 11) -> Rows:
     """Ten steps with a checkpoint, written to its end, against ten without; one step with and without watchdog and guard."""
     step = _Steps(cfg)
     with mock.patch.object(training_step, 'judge', lambda cfg, guard, *_: (True, guard)):
@@ -85,7 +85,7 @@ def faults(cfg: config.ExperimentConfig, repeats: int = 11) -> list[dict]:
     ]
 
 
-def compile_time(cfg: config.ExperimentConfig, repeats: int = 5) -> list[dict]:
+def compile_time(cfg: config.ExperimentConfig, repeats: int = 5) -> Rows:
     """Lowering and compiling the train step without a cache: 26 layers against 4, at widths far below those of `cfg`."""
     jax.config.update('jax_enable_compilation_cache', False)
 

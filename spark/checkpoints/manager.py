@@ -175,8 +175,7 @@ class Checkpoints:
     def _verify(self, step, tree, saved):
         """Raises a DamagedError that names the first array whose checksum is not the saved one."""
         found = checksums(tree)
-        wrong = [name for name in found if found[name] != saved.get(name)]
-        if wrong:
+        if wrong := [name for name in found if found[name] != saved.get(name)]:
             name, more = wrong[0], f' ({len(wrong)} arrays differ)' if len(wrong) > 1 else ''
             raise DamagedError(
                 f'{self.directory}/{step}: {name} has checksum {found[name]:08x}, saved was {saved.get(name, 0):08x}{more}'

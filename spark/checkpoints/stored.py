@@ -34,8 +34,7 @@ class StoredArray:
     def __getitem__(self, index: int | slice) -> np.ndarray:
         rows = np.atleast_1d(np.arange(self.shape[0])[index])
         first, result = int(rows[0]), np.empty((len(rows), *self.shape[1:]), self.dtype)
-        new = self._unread[rows].all()
-        if new:
+        if new := self._unread[rows].all():
             self._unread[rows] = False
         blocks = list(self._blocks(first, first + len(rows)))
         read = lambda block: self._checked(lambda: self._store[block].read())

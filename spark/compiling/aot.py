@@ -27,7 +27,7 @@ class TooBig(ConfigError):
 
 
 def devices(topology: str, slices: int = 1) -> list[jax.Device]:
-    """The devices of one or more slices such as 'v5e:16x16'; this machine need not have them."""
+    """The devices of slices such as 'v5e:16x16', which need not be here; a ConfigError if libtpu is not, or knows none."""
     # libtpu must not look for chips or a cloud: there are none, and several processes may compile at once.
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
@@ -107,7 +107,7 @@ def memory(compiled: jax.stages.Compiled, device: jax.Device) -> dict:
     return {'arguments': m.argument_size_in_bytes, 'temporaries': m.temp_size_in_bytes, 'peak': peak, 'hbm': chip and chip.memory}
 
 
-def check_fit(usage: dict):
+def check_fit(usage: dict) -> None:
     """Raises TooBig if the peak, of `memory`, is above what the device has."""
     if usage['hbm'] and usage['peak'] > usage['hbm']:
         raise TooBig(usage['peak'] / 2**30, usage['hbm'] / 2**30)

@@ -31,12 +31,10 @@ def collectives(text: str, mesh: jax.sharding.Mesh, slices: int = 1) -> list[dic
     found = {}  # by channel, since a collective that is overlapped with a loop appears a second time inside the loop
     for name, times in _times(computations, entry).items():
         for line in computations[name]:
-            sent = re.search(r' send\(.*_xla_host_transfer_rendezvous="([a-z-]+)', line)
-            if sent:
+            if sent := re.search(r' send\(.*_xla_host_transfer_rendezvous="([a-z-]+)', line):
                 found[line] = times, times * _sizes(line.partition(' send(')[0])[0], sent[1], 'data, between slices'
                 continue
-            match = re.match(rf'\s*(?:ROOT )?%(\S+) = (.*?) ({"|".join(COLLECTIVES)})(-start)?\(', line)
-            if not match:
+            if not (match := re.match(rf'\s*(?:ROOT )?%(\S+) = (.*?) ({"|".join(COLLECTIVES)})(-start)?\(', line)):
                 continue
             shapes = _sizes(match[2])
             # The result of a …-start also contains its operands and buffers.
@@ -78,8 +76,7 @@ class _Operation(NamedTuple):
 
 
 def _operation(line):
-    match = re.match(r'\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)', line)
-    if not match:
+    if not (match := re.match(r'\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)', line)):
         return None
     # Without the types whose layout has S(…): those arrays are in the core.
     types = ' '.join(re.findall(r'\w+\[[\d,]*\](?:\{[^S}]*\})?(?!\{)', match[2]))
@@ -143,8 +140,7 @@ def _computations(text):
     """{name: its lines} of the computations of a program, and the name of its entry."""
     computations, entry, lines = {}, None, None
     for line in text.splitlines():
-        header = re.match(r'(ENTRY )?%?([\w.-]+) \(.*\{$', line)
-        if header:
+        if header := re.match(r'(ENTRY )?%?([\w.-]+) \(.*\{$', line):
             lines = computations[header[2]] = []
             entry = header[2] if header[1] else entry
         elif line == '}':  # the metadata of a kernel may have lines that only start with it
@@ -172,8 +168,7 @@ def _times(computations, entry, through=(*_CONTROL_FLOW, 'calls', 'to_apply')):
 
 def _trips(computations, line):
     """How often the body of a while loop runs, if it counts from 0 to a constant; 1 for any other loop."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-    if known:
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     condition, body = (computations.get(re.search(rf'{part}=%([\w.-]+)', line)[1], []) for part in ('condition', 'body'))
     limits = [int(m[1]) for c in condition if (m := re.search(r'constant\((\d+)\)', c))]

@@ -1,5 +1,4 @@
 """The typed, validated, frozen view of the ml_collections ConfigDicts that `configs/*.py` build. `schema.py` has every field."""
-# ruff: noqa: F401
 
 from spark.config.convert import check_flags, differences, field_type, fields, from_file, load, nearest, template, validate
 from spark.config.devices import check_devices
@@ -16,3 +15,9 @@ from spark.config.schema import (
     ServeConfig,
     TrainConfig,
 )
+
+__all__ = [
+    'ATTENTION_KINDS', 'FFN_KINDS', 'RESUMABLE', 'AttentionConfig', 'DataConfig', 'ExperimentConfig', 'FFNConfig', 'Kind',
+    'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'ServeConfig', 'TrainConfig', 'check_devices', 'check_flags', 'differences',
+    'field_type', 'fields', 'from_file', 'load', 'matched_d_ff', 'nearest', 'template', 'validate',
+]  # fmt: skip

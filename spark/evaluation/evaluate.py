@@ -54,10 +54,10 @@ def load(workdir: pathlib.Path | epath.Path, step: int | None = None, source: st
     return Model(cfg, step, tokenizer, trainer, params)
 
 
-def evaluate(model: Model, split: str) -> tuple[dict, dict]:
+def evaluate(model: Model, split: str, context: int | None = None) -> tuple[dict, dict]:
     """Evaluates all tokens of a split once: (a report for JSON, the sums of `sparsity.observe` for plots).
 
-    `without_ends` leaves out the end of each document, as evaluation harnesses do.
+    `without_ends` leaves out the end of each document, as evaluation harnesses do. FLOPs are at a context, default data.seq_len.
     """
     cfg, trainer = model.cfg, model.trainer
     dataset = rows.EvalBatches(cfg.data, split, trainer.local_rows)
@@ -71,7 +71,7 @@ def evaluate(model: Model, split: str) -> tuple[dict, dict]:
     for name in ('active', 'attended'):
         if f'{name}_mean' in layers[0]:
             report[name] = float(np.mean([layer[f'{name}_mean'] for layer in layers]))
-    return report | {'layers': layers}, sums
+    return report | {'layers': layers, 'flops': flops_report(cfg.model, context or cfg.data.seq_len, layers)}, sums
 
 
 def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable) -> dict | None:
@@ -144,9 +144,7 @@ def _fit_mesh(cfg, devices):
     for mesh, batch_size, count in [(cfg.mesh, rows, n), (for_all, whole, n), (for_one, rows, 1)]:
         data = cfg.data.model_copy(update={'batch_size': batch_size})
         fitted = cfg.model_copy(update={'mesh': mesh, 'data': data})
-        try:
+        with contextlib.suppress(ConfigError):
             config.check_devices(fitted, count)
-        except ConfigError:
-            continue
-        return fitted, devices[:count]
+            return fitted, devices[:count]
     raise ConfigError(f'mesh: {n} devices fit neither the run nor its evaluation')

@@ -141,8 +141,7 @@ def write(model: Model, split: str, layer: int, path: pathlib.Path, picture: pat
     page = pathlib.Path(__file__).with_name('neurons.html').read_text('utf-8')
     # Escaped so that no text can end the script element.
     page = page.replace('"DATA"', data.replace('<', '\\u003c'))
-    image = f'data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}' if picture else ''
-    page = page.replace('PICTURE', image)
+    page = page.replace('PICTURE', f'data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}' if picture else '')
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, 'utf-8')
     return path

@@ -88,8 +88,7 @@ def report(cfg: ModelConfig, sums: dict) -> list[dict]:
 
 def kolmogorov_smirnov(histogram: np.ndarray) -> float:
     """max |F(z) − Φ(z)| over the inner EDGES, where F is the distribution of a histogram over EDGES; NaN if it is empty."""
-    total = histogram.sum()
-    if not total:
+    if not (total := histogram.sum()):
         return float('nan')
     return float(np.max(np.abs(np.cumsum(histogram)[:-1] / total - ndtr(EDGES[1:-1]))))
 

@@ -46,9 +46,17 @@ class HarnessModel(TemplateLM):
             return serving, jax.jit(lambda params: layout.from_params(serving, params))(self._model.params)
 
     # What the harness asks for.
-    eot_token_id = property(lambda self: self._model.tokenizer.eos)
-    prefix_token_id = property(lambda self: self._model.tokenizer.bos)
-    tokenizer_name = property(lambda self: self._model.cfg.data.tokenizer)
+    @property
+    def eot_token_id(self) -> int:
+        return self._model.tokenizer.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._model.tokenizer.bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._model.cfg.data.tokenizer
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         del add_special_tokens, kwargs  # BOS is added to each row
@@ -138,7 +146,10 @@ class HarnessModel(TemplateLM):
 
 
 def load(names: Sequence[str], path: str | None = None) -> TaskManager:
-    """The harness's task manager, once the data of these tasks can be read; `path` holds more task files, which may run code."""
+    """The harness's task manager, once the data of these tasks can be read; `path` holds more task files, which may run code.
+
+    Raises a ConfigError if there is no such task or directory, and a DataError if a task or its data cannot be read.
+    """
     for library in ('lm_eval', 'datasets', 'huggingface_hub'):  # they log every retry of a download
         logging.getLogger(library).setLevel(logging.CRITICAL)
     if path is not None and not pathlib.Path(path).is_dir():

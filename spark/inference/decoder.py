@@ -23,9 +23,9 @@ def generate(
     serving: Serving, weights: dict, prompt_BxL: Tokens, key: Key[Array, ''], *, n: int, sampling: Sampling = GREEDY,
     lengths_B: Int[Array, ' B'] | None = None,
 ) -> Int[Array, 'B n']:  # fmt: skip
-    """The n ≥ 1 tokens that follow each prompt, in one compiled program.
+    """The n ≥ 1 tokens that follow each prompt, in one compiled program; `key` is not used at temperature 0.
 
-    Prompts include BOS. Those of fewer than L tokens, by `lengths_B`, are padded on the left, with any token.
+    Prompts include BOS. Those of fewer than L tokens, by `lengths_B` (None: all have L), are padded on the left, with any token.
     """
     B, L = prompt_BxL.shape
     first_B = jnp.zeros(B, jnp.int32) if lengths_B is None else L - lengths_B

@@ -1,8 +1,7 @@
 """Loading a trained model to generate with: its parameters go straight from the checkpoint into the layout for decoding."""
 
-import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,7 @@ from spark.nn.transformer import abstract_params
 from spark.runtime import freed_at_once
 
 
-@dataclasses.dataclass(frozen=True)
-class Served:
+class Served(NamedTuple):
     """A trained model, laid out for generation on the devices of `mesh`."""
 
     cfg: config.ExperimentConfig
@@ -35,9 +33,8 @@ def load(workdir: epath.Path | pathlib.Path, step: int | None = None, dtype: str
 
     The dtype of the weights is one of `layout.DTYPES`, or 'auto': float32 on CPUs, else bfloat16.
 
-    Raises:
-      ConfigError: there is no run, its kernels are not available, or its model has parameters that generation does not use.
-      CheckpointError: there is no such checkpoint, or it cannot be read.
+    Raises a ConfigError if there is no run, its kernels are not available, or its model has parameters that generation does not
+    use, and a CheckpointError if there is no such checkpoint, or it cannot be read.
     """
     cfg = config.load(workdir / 'config.json')
     tokenizer, cfg = tokenizer_for(cfg.model_copy(update={'serve': cfg.serve.model_copy(update=serve or {})}))

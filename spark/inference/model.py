@@ -222,13 +222,14 @@ def bytes_per_step(serving: Serving, weights: dict, cache: Cache, means: dict, b
     activate neurons independently. `means` has the mean of each of a step's counts.
     """
     nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
-    sparse, total = serving.kernels != 'masked', nbytes(weights['embedding']) if head else 0
-    active = union(means['active'] / serving.cfg.ffn.d_ff, batch) if sparse and 'active' in means else 1
+    reads_all = {half: computed_by(serving, half) == 'masked' for half in ('attention', 'ffn')}
+    total = nbytes(weights['embedding']) if head else 0
+    active = 1 if reads_all['ffn'] or 'active' not in means else union(means['active'] / serving.cfg.ffn.d_ff, batch)
     for w, table in zip(weights['layers'], cache.layers, strict=True):
         records = nbytes(w.get('records', ()))
         total += nbytes(w) - records * (1 - active)
         S = table['keys'].shape[2]
         filled = jnp.minimum(S, cache.length) / S
-        attended = means['attended'] / S if sparse and serving.cfg.attention.k else filled
+        attended = filled if reads_all['attention'] or not serving.cfg.attention.k else means['attended'] / S
         total += nbytes(table['keys']) * filled + nbytes(table['records']) * jnp.minimum(attended, filled)
     return float(total)

@@ -102,8 +102,7 @@ def attention(
     """
     L = q.shape[3]
     spec = spec._replace(block=min(spec.block, L))
-    padding = -L % spec.block
-    if padding:  # queries that see only themselves
+    if padding := -L % spec.block:  # queries that see only themselves
         pad = lambda x, axis: jnp.pad(x, [(0, padding if a == axis else 0) for a in range(x.ndim)])
         padding_starts = jnp.broadcast_to(jnp.arange(L, L + padding, dtype=jnp.int32), (len(starts_BxL), padding))
         q, k, v, starts_BxL = pad(q, 3), pad(k, 2), pad(v, 2), jnp.concatenate([starts_BxL, padding_starts], axis=1)

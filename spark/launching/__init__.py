@@ -40,7 +40,7 @@ def launch(via: str, job: Job, root: pathlib.Path, dry_run: bool = False) -> Non
     for words, script in ENGINES[via].commands(job, root):
         print(shlex.join(words), flush=True)
         if dry_run:
-            print(script)
+            print(f'\n{script}' if script else '', end='')
             continue
         if script:
             pathlib.Path(words[-1]).write_text(script)

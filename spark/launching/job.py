@@ -53,8 +53,7 @@ def git_revision(root: pathlib.Path, allow_changes: bool = False) -> str:
     head = git('rev-parse', 'HEAD')
     if head.returncode:
         raise ConfigError(f'{root}: not a git repository; only a committed revision can be launched')
-    changed = git('status', '--porcelain').stdout.splitlines()
-    if changed and not allow_changes:
+    if not allow_changes and (changed := git('status', '--porcelain').stdout.splitlines()):
         raise ConfigError(f'{changed[0][3:]} differs from the revision {head.stdout[:12]} that would run: commit it first')
     return head.stdout.strip()
 

@@ -122,7 +122,7 @@ def attend(
     cfg: AttentionConfig, q: Heads, k: KeyHeads, v: KeyHeads, rotations: Rotations,
     look_up: Callable[[Queries, Keys, Keys], Queries],
 ) -> Float[Array, 'B L Hd']:  # fmt: skip
-    """Attention between the projections: rotary embedding, scale, the lookup of each group of heads, and heads side by side."""
+    """Attention between the projections, heads side by side; in `look_up`, G heads share each of the N key-value heads."""
     (B, L, H, d), N = q.shape, cfg.n_kv_heads
     q, k = rotate(cfg, q, rotations, scale=True), rotate(cfg, k, rotations)
     q_BxNxGxLxd = q.reshape(B, L, N, H // N, d).transpose(0, 2, 3, 1, 4)

@@ -60,8 +60,8 @@ def execute(command: list[str], out: pathlib.Path, name: str, tick: Callable[[],
     return code
 
 
-def run_locally(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path):
-    """Trains the runs that are not finished, one after another; `commands` is {run name: its command}."""
+def run_locally(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path) -> None:
+    """Trains unfinished runs, by {run name: command}, one by one. Raises Preempted after a signal, with the run's state saved."""
     steps = {run.name: run.cfg.train.steps for run in runs}
     done = sum(steps[run.name] for run in runs if is_finished(out, run))
     with tqdm(total=sum(steps.values()), initial=done, desc='sweep', unit='step') as bar:

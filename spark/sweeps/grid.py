@@ -131,7 +131,7 @@ def _file_name(value):
     return re.sub(r'[^A-Za-z0-9.+-]+', '_', text).strip('._') or '_'
 
 
-def prepare_directory(out: pathlib.Path, base: config.ExperimentConfig, axes: dict[str, list], runs: list[Run]):
+def prepare_directory(out: pathlib.Path, base: config.ExperimentConfig, axes: dict[str, list], runs: list[Run]) -> None:
     """Creates the directory of a sweep, or checks that an existing one is of the same sweep: axes may only get more values."""
     path = out / 'sweep.json'
     if path.exists():
@@ -152,8 +152,7 @@ def prepare_directory(out: pathlib.Path, base: config.ExperimentConfig, axes: di
     try:
         (out / 'logs').mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            others = sorted(p.name for p in out.iterdir() if p.name not in ('logs', '.lock'))
-            if others:
+            if others := sorted(p.name for p in out.iterdir() if p.name not in ('logs', '.lock')):
                 raise ConfigError(f'--out={out} holds {others[0]!r} but no sweep.json: choose another directory')
         write_json(path, {'config': json.loads(base.model_dump_json()), 'axes': axes})
     except OSError as e:

@@ -1,10 +1,10 @@
 """The results of a sweep: a row per run, means over seeds, tables and plots."""
 
 import csv
-import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,14 +14,13 @@ from spark.errors import Preempted
 from spark.sweeps import execute, grid, plots
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """The status of a run, its values on the axes, and the results if it is finished."""
+class Row(NamedTuple):
+    """The status of a run, its values on the axes, and its results, empty if it is not finished."""
 
     run: str
     axes: dict
     status: str
-    result: dict = dataclasses.field(default_factory=dict)
+    result: dict
 
 
 def collect(out: pathlib.Path, axes: dict[str, list], runs: Iterable[grid.Run] = ()) -> list[Row]:
@@ -64,8 +63,7 @@ def average(rows: list[Row], axes: dict[str, list]) -> list[dict]:
         losses = {row.axes.get('seed'): row.result['test_loss'] for row in group}
         point = {'axes': dict(key), 'seeds': len(group), 'losses': losses}
         for name in group[0].result:
-            values = [row.result[name] for row in group if row.result.get(name) is not None]
-            if values:
+            if values := [row.result[name] for row in group if row.result.get(name) is not None]:
                 point[name] = (*_mean_and_std(values), min(values), max(values))
         points.append(point)
     common = set.intersection(*(set(p['losses']) for p in points)) if points else ()
@@ -126,14 +124,13 @@ def _row(out, name, cfg, axes):
         return Row(name, values, 'done', _result(cfg, json.loads(summary.read_text())))
     end = json.loads(exit_record.read_text()) if exit_record.exists() else {}
     if end.get('exit_code') not in (None, 0, Preempted.exit_code):
-        return Row(name, values, f'failed, exit code {end["exit_code"]}: {end["message"]}')
+        return Row(name, values, f'failed, exit code {end["exit_code"]}: {end["message"]}', {})
     step, _ = execute.latest_metrics(summary.parent)
-    return Row(name, values, f'unfinished, at step {step}' if step or summary.parent.exists() else 'not started')
+    return Row(name, values, f'unfinished, at step {step}' if step or summary.parent.exists() else 'not started', {})
 
 
 def _result(cfg, summary):
-    model, test = tokenizer_for(cfg)[1].model, summary['test']
-    context = cfg.data.seq_len
+    model, test, context = tokenizer_for(cfg)[1].model, summary['test'], cfg.data.seq_len
     active = np.array(test['active_by_layer']) * model.ffn.d_ff if 'active_by_layer' in test else None
     body = lambda cfg, **measured: flops.group(flops.flops_per_token(cfg, context, 'prefill', **measured))['body']
     measured = body(model, active=active, attended=test['attended_by_layer'])
@@ -147,6 +144,5 @@ def _result(cfg, summary):
         'mflops': measured / 1e6,
         'mflops_configured': body(model) / 1e6,
         'flops_ratio': body(flops.dense_twin(model)) / measured,
-        'train_seconds': summary['train_seconds'],
-        'tokens_per_second': summary['tokens_per_second'],
+        **{name: summary[name] for name in ('train_seconds', 'tokens_per_second')},
     }

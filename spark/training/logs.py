@@ -98,8 +98,7 @@ class Log:
         """Waits for the pushed step. Raises a NotFiniteError if its update was one bad update too many."""
         if self._pending is None:
             return
-        step, sums, batch, due = self._pending
-        self._pending = None
+        (step, sums, batch, due), self._pending = self._pending, None
         in_a_row = int(jax.device_get(sums['in_a_row']))
         if not (due or in_a_row):
             return

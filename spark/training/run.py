@@ -231,8 +231,7 @@ class Run:
         if self.trainer.guarded:
             return self.state.params, ''  # the update was skipped
         self.checkpoints.wait()
-        step = max(self.checkpoints.steps(), default=0)
-        if step:
+        if step := max(self.checkpoints.steps(), default=0):
             params = self.checkpoints.restore_params(step, self.trainer.abstract_state.params)
         else:
             params = initial_state(self.trainer).params
@@ -290,8 +289,7 @@ def claim_directory(workdir: epath.Path, cfg: config.ExperimentConfig) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            others = sorted(p.name for p in workdir.iterdir() if p.name != 'config.json.tmp')
-            if others:
+            if others := sorted(p.name for p in workdir.iterdir() if p.name != 'config.json.tmp'):
                 raise ConfigError(f'--workdir={workdir} holds {others[0]!r} but no config.json: choose another directory')
             write_text(path, cfg.model_dump_json(indent=2) + '\n')
     except OSError as e:

@@ -52,14 +52,12 @@ def _slices(devices, n):
 
 
 def spec(logical: Sequence[str | None] | PartitionSpec) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes (None: not split); a ValueError if they are not mapped one to one."""
-    unknown = [name for name in logical if name is not None and name not in LOGICAL_AXES]
-    if unknown:
+    """The PartitionSpec of logical axes (None: not split); a ValueError if one is unknown or two map to the same mesh axis."""
+    if unknown := [name for name in logical if name is not None and name not in LOGICAL_AXES]:
         raise ValueError(f'logical axes {tuple(logical)}: {unknown[0]!r} is not in LOGICAL_AXES')
     mesh_axes = [None if name is None else LOGICAL_AXES[name] for name in logical]
     used = [a for axes in mesh_axes if axes for a in ((axes,) if isinstance(axes, str) else axes)]
-    twice = {a for a in used if used.count(a) > 1}
-    if twice:
+    if twice := {a for a in used if used.count(a) > 1}:
         raise ValueError(f'logical axes {tuple(logical)}: two of them map to the mesh axis {min(twice)!r}')
     return PartitionSpec(*mesh_axes)
 

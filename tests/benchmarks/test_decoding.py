@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from spark.benchmarks import decoding
+from spark.config import FFN_KINDS, Kind
+from spark.inference.model import bytes_per_step
 from spark.kernels import cpu
 from tests.helpers import small
 
@@ -39,3 +41,14 @@ def test_bytes_of_a_step(cfgs):
     everything = sum(x.nbytes for x in jax.tree.leaves(spark.weights))
     records = sum(w['records'].values.nbytes for w in spark.weights['layers'])
     assert everything - records < spark.bytes() < everything - 0.7 * records
+
+
+def test_a_half_that_is_masked_reads_all_records(monkeypatch):
+    """Whatever the kernels of the other half: here an FFN without a top-k, so that nothing gathers its active entries."""
+    monkeypatch.setitem(FFN_KINDS, 'spark', Kind('relu', gate='identity', predictor=True, zeros=True))
+    spark = decoding.Decoder(small('spark', **{'model.n_layers': 2, 'model.ffn.k': 0}).model)
+    spark.begin(16, 40)
+    read = lambda active, attended: bytes_per_step(
+        spark.serving, spark.weights, spark.cache, {'active': active, 'attended': attended}, 1
+    )
+    assert spark.serving.kernels != 'masked' and read(1, 4) == read(96, 4) and read(1, 2) < read(1, 4)

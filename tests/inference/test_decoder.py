@@ -37,7 +37,8 @@ def forward(model, params, tokens):
 
 @pytest.mark.parametrize('kind', ['dense', 'spark'])
 def test_greedy_generation_is_the_argmax_of_the_forward_pass(kind):
-    cfg = two_layers(kind)
+    """Of two groups of layers: each layer is served with its own weights."""
+    cfg = small(kind, **{'model.n_layers': 4})
     model, params, serve = served(cfg)
     prompt = random_rows(cfg, length=9)[0]
     tokens = generate(*serve, prompt, jax.random.key(0), n=8)

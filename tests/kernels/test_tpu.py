@@ -23,7 +23,7 @@ DENSE, SPARK = Spec(block=128), Spec(r=8, k=6, block=128)
 @pytest.mark.parametrize('spec', [DENSE, SPARK], ids=['dense', 'spark'])
 @pytest.mark.parametrize(
     ('L', 'window', 'cap', 'segments'),
-    [(256, 0, 0.0, False), (300, 140, 5.0, True), (300, 5, 5.0, False), (40, 0, 5.0, True)],
+    [(256, 0, 0.0, False), (300, 0, 5.0, True), (300, 140, 5.0, True), (300, 5, 5.0, False), (40, 0, 5.0, True)],
 )
 def test_values_and_gradients_are_those_of_ops(spec, L, window, cap, segments):
     q, k, v, c, seen = inputs(B=2, N=1, G=2, L=L, segments=segments, seed=L + window)

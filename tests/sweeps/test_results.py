@@ -16,7 +16,7 @@ def result(loss, mflops, **more):
 def test_seeds_are_averaged_and_the_front_is_what_nothing_beats(tmp_path):
     axes = {'model.ffn.k': [4, 8, 12], 'seed': [0, 1]}
     name = lambda k, seed: (f'k-{k}_seed-{seed}', {'model.ffn.k': k, 'seed': seed})
-    row = lambda k, seed, status='done', **more: results.Row(*name(k, seed), status, **more)
+    row = lambda k, seed, status='done', result=None: results.Row(*name(k, seed), status, result or {})
     rows = [
         row(4, 0, result=result(3.0, 1.0)), row(4, 1, result=result(3.2, 1.0)),
         row(8, 0, result=result(3.3, 2.0)), row(8, 1, 'failed, exit code 3: NotFiniteError: step 5: loss nan'),

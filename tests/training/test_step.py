@@ -67,7 +67,7 @@ def one_device():
 
 MESHES = [
     {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.model': 2},
-    {'mesh.fsdp': 4, 'mesh.model': 2, 'train.accumulate': 2, 'train.loss_pieces': 4},
+    {'mesh.fsdp': 4, 'mesh.model': 2, 'train.accumulate': 2, 'train.loss_pieces': 4, 'model.remat': 'full'},
     {'mesh.data': 8},
     {'mesh.fsdp': 2, 'mesh.model': 2, 'model.attention.impl': 'blockwise', 'model.attention.block': 8},
     {'mesh.data': 2, 'mesh.context': 2, 'mesh.model': 2, 'mesh.slices': 2, 'train.loss_pieces': 4},
