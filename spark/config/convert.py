@@ -1,7 +1,9 @@
 """From config files, flags and run directories to a checked `ExperimentConfig`, and back to text."""
 
+import contextlib
 import difflib
 import importlib.util
+import json
 import pathlib
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -12,6 +14,8 @@ from ml_collections import ConfigDict, config_dict
 
 from spark.config.schema import ExperimentConfig
 from spark.errors import ConfigError
+
+RETIRED = (('data', 'shuffle_rows'),)  # fields that older runs wrote
 
 
 def template(section: type[pydantic.BaseModel] = ExperimentConfig) -> ConfigDict:
@@ -73,7 +77,13 @@ def validate(config: ConfigDict | dict) -> ExperimentConfig:
 def load(path: pathlib.Path | epath.Path) -> ExperimentConfig:
     """The `ExperimentConfig` that a run wrote to config.json."""
     try:
-        return ExperimentConfig.model_validate_json(path.read_text())
+        text = path.read_text()
+        with contextlib.suppress(ValueError, TypeError, AttributeError):  # whatever it is, pydantic tells it better
+            raw = json.loads(text)
+            for section, field in RETIRED:
+                raw.get(section, {}).pop(field, None)
+            text = json.dumps(raw)
+        return ExperimentConfig.model_validate_json(text)
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f'{path}: {getattr(e, "strerror", None) or e}; want the config.json of a run') from None
     except pydantic.ValidationError as e:

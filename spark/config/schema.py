@@ -13,7 +13,9 @@ from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind
 
 # On resume, only these fields and sections may differ from the run's config.json: they do not change what is trained.
 RESUMABLE = (
-    *('mesh', 'sample', 'serve', 'data.threads', 'data.prefetch', 'data.cache_dir', 'data.allow_changed'),
+    *('mesh', 'sample', 'serve', 'data.threads', 'data.prefetch', 'data.cache_dir', 'data.max_bad', 'data.allow_changed'),
+    *('data.source', 'data.eval_source'),  # another path to the same data: the digest of the tokens is compared
+    *('data.batch_size', 'train.accumulate'),  # the place in the data is a number of rows
     *('train.log_every', 'train.save_every', 'train.keep', 'train.keep_every', 'train.stall_seconds', 'train.cache'),
     *('train.profile_step', 'train.profile_steps'),
     *('train.max_skips', 'train.spike'),  # a run that diverged may need other values to continue

@@ -104,18 +104,26 @@ def counts(n: int, weights: Sequence[float]) -> list[int]:
 
 
 class TrainRows:
-    """The training rows of data.source by number, from 0: without end, or for data.epochs passes over each part."""
+    """The training rows of data.source by number, from 0: without end, or for data.epochs passes over each part.
 
-    def __init__(self, cfg: DataConfig, seed: int):
+    `opened` keeps stores that are shared with `EvalBatches`.
+    """
+
+    def __init__(self, cfg: DataConfig, seed: int, opened: dict | None = None):
         self._cfg, phases = cfg, documents.parse(cfg.source)
         names = list(dict.fromkeys(name for phase in phases for name in phase.weights))
-        splits = [_open(cfg, name, 'train', whole=bool(cfg.eval_source)) for name in names]
+        splits = [_open(cfg, name, 'train', {} if opened is None else opened) for name in names]
         self._parts = [Shuffled(split, cfg.seq_len, (seed, i)) for i, split in enumerate(splits)]
         self._phases = [
             (math.inf if phase.until is None else phase.until * cfg.batch_size, [phase.weights.get(name, 0.0) for name in names])
             for phase in phases
         ]
-        self.digest = ' '.join(split.store.digest for split in splits)
+        # Weights count only among several parts.
+        self.digest = ' '.join(split.store.digest for split in splits) + (f' {self._phases}' if len(splits) > 1 else '')
+
+    def changes(self) -> bool:
+        """Does the mixture change at a step?"""
+        return len(self._phases) > 1
 
     def counts(self, n: int) -> list[int]:
         """How many of the first n rows each part gives."""
@@ -150,18 +158,17 @@ class TrainRows:
 class EvalBatches:
     """The batches of a split, 'validation', 'test' or 'train', in order, once; of each only the given rows (None: all).
 
-    The last batch is filled up with padding.
+    The last batch is filled up with padding. `opened` keeps stores that several of these share.
     """
 
-    def __init__(self, cfg: DataConfig, split: str, rows: np.ndarray | None = None):
+    def __init__(self, cfg: DataConfig, split: str, rows: np.ndarray | None = None, opened: dict | None = None):
         self._cfg, self._rows = cfg, np.arange(cfg.batch_size) if rows is None else rows
         held_out = bool(cfg.eval_source) and split != 'train'
         phases = documents.parse(cfg.eval_source if held_out else cfg.source)
         if held_out and len(phases) > 1:
             raise ConfigError(f'data.eval_source = {cfg.eval_source!r}: want no `until`')
         names = list(dict.fromkeys(name for phase in phases for name in phase.weights))
-        whole = bool(cfg.eval_source)
-        self.splits = [_open(cfg, name, split, whole, held_out) for name in names]
+        self.splits = [_open(cfg, name, split, {} if opened is None else opened, held_out) for name in names]
         self._edges = np.cumsum([0, *(-(-part.tokens // cfg.seq_len) for part in self.splits)])
 
     def __len__(self) -> int:
@@ -200,9 +207,11 @@ def _prefetched(cfg, n, batch):
     return iter(grain.MapDataset.range(n).map(batch).to_iter_dataset(options))
 
 
-def _open(cfg, part, split, whole, held_out=False):
-    """A split of a part of a source; `whole`: the part holds nothing out, since data.eval_source is set."""
-    found = prepare.cached(cfg.model_copy(update={'holdout': 0.0}) if whole else cfg, part)
+def _open(cfg, part, split, opened, held_out=False):
+    """A split of a part of a source; it holds nothing out if data.eval_source is set. `opened` collects the stores."""
+    if part not in opened:
+        opened[part] = prepare.cached(cfg.model_copy(update={'holdout': 0.0}) if cfg.eval_source else cfg, part)
+    found = opened[part]
     other = {'validation': ['test'], 'test': ['validation']}.get(split, [])  # many data sets have only one held-out split
     for name in [split, *other, *['train'] * held_out]:
         if name in found.splits:

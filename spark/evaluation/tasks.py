@@ -135,7 +135,7 @@ class HarnessModel(TemplateLM):
                 for name, values in [('tokens', ids[:-1]), ('targets', ids[1:]), ('segments', 1)]:
                     batch[name][row, : len(ids) - 1] = values
             with trainer.context():
-                value, greedy = jax.device_get(self._score(model.params, trainer.put(batch)))
+                value, greedy = jax.device_get(self._score(model.params, trainer.put(batch, self._rows(L))))
             for row, i in enumerate(chosen):
                 ids, n = rows[i]
                 scored = slice(len(ids) - 1 - n, len(ids) - 1)

@@ -57,7 +57,7 @@ def first_not_finite(trainer: Any, params: dict, batch: dict) -> str:
     n, order = trainer.cfg.train.accumulate, []
     probe = jax.jit(lambda params, rows: _probe(trainer, params, rows, order))
     for i in range(n):
-        rows = trainer.put({name: x[i::n] for name, x in batch.items() if isinstance(x, np.ndarray)})
+        rows = trainer.put({name: x[i::n] for name, x in batch.items()}, trainer.cfg.data.batch_size // n)
         of_params, of_modules, of_loss, of_gradients = jax.device_get(probe(params, rows))
         if bad := [path for path, ok in of_params.items() if not ok.all()]:
             return f'the parameter {".".join(bad[0])} itself is not finite'

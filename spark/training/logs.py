@@ -33,10 +33,13 @@ class Clock:
         self._seconds[name] += time.perf_counter() - start
 
     def report(self) -> dict[str, float]:
-        """{'goodput': share of the wall time that was left to training steps, 'seconds_NAME': by name}."""
+        """{'goodput': share of the wall time that was left to training steps, 'seconds_NAME': by name}.
+
+        Waiting for data counts as lost, although the device may still run the step before.
+        """
         wall = time.perf_counter() - self._start
-        lost = sum(s for name, s in self._seconds.items() if name != 'data')  # the device has a step to run meanwhile
-        return {'goodput': 1 - lost / wall} | {f'seconds_{name}': round(s, 2) for name, s in self._seconds.items()}
+        seconds = {f'seconds_{name}': round(s, 2) for name, s in self._seconds.items()}
+        return {'goodput': 1 - sum(self._seconds.values()) / wall, **seconds}
 
 
 class Profiler:

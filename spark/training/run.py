@@ -1,13 +1,16 @@
 """Training, top to bottom: set up, restore or start; then batch, step, log, evaluate, save, stop; report."""
 
 import contextlib
+import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from spark import config
@@ -62,18 +65,23 @@ class Run:
             self.trainer = Trainer(self.cfg)
             # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
             # A source that is not prepared is prepared now, before the watchdog looks on: that may take hours.
-            self.rows = rows.TrainRows(cfg.data, cfg.seed) if batches is None else None
-            open_split = lambda split: rows.EvalBatches(cfg.data, split, self.trainer.local_rows)
+            check_directory(workdir, cfg)
+            opened = {}
+            self.rows = rows.TrainRows(cfg.data, cfg.seed, opened) if batches is None else None
+            open_split = lambda split: rows.EvalBatches(cfg.data, split, self.trainer.local_rows, opened)
             self.held_out = held_out or {split: open_split(split) for split in ('validation', 'test')}
+            if self.held_out.keys() != {'validation', 'test'}:
+                raise ConfigError(f'held_out has {", ".join(self.held_out)}: want validation and test')
+            self.digest = _digest(self.rows, self.held_out)
             self.stop = stack.enter_context(stop_requests())
             self.watchdog = stack.enter_context(Watchdog(cfg.train.stall_seconds))
             self.profiler = Profiler(cfg.train, workdir, stack)
-            claim_directory(workdir, cfg)
             if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
                 jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
             self.checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
             stack.enter_context(self.trainer.context())
             self._restore_or_start()
+            claim_directory(workdir, cfg)  # by a start that worked
             self.batches = self._open_batches(batches)
             if hasattr(self.batches, 'close'):
                 stack.callback(self.batches.close)
@@ -135,8 +143,10 @@ class Run:
                 raise
             except Exception as e:  # raised by a worker
                 raise DataError(f'{source}: cannot be read at step {self.step}: {type(e).__name__}: {e}') from e
+            if missing := [name for name in rows.NAMES if name not in batch]:
+                raise DataError(f'{source}: batch {self.step} has no {missing[0]}; want {", ".join(rows.NAMES)}')
             self.rows_seen += self.cfg.data.batch_size
-            return batch, self.trainer.put(batch)
+            return batch, self.trainer.put({name: np.asarray(batch[name], np.int32) for name in rows.NAMES})
 
     def evaluate(self) -> None:
         """Evaluates the validation split; `evaluated` stays False if interrupted."""
@@ -152,7 +162,7 @@ class Run:
             if self.writer:
                 self.writer.flush()
             self.watchdog.alive('saving', slow=True)
-            place = {'rows': self.rows_seen, 'digest': None if self.rows is None else self.rows.digest}
+            place = {'rows': self.rows_seen, 'digest': self.digest, 'batch_size': self.cfg.data.batch_size}
             self.checkpoints.save(self.step, self.state, {'data': place, 'evaluated': self.evaluated})
             self.saved = self.step
 
@@ -203,8 +213,11 @@ class Run:
                 f'{self.workdir}: was saved by an older version, which kept the state of an iterator as the place in the data; '
                 f'start a new run from its weights with --restore_from={self.workdir}'
             )
-        if self.rows is not None and saved['digest'] != self.rows.digest:
-            source = self.cfg.data.source
+        if self.rows is not None and self.rows.changes() and saved['batch_size'] != self.cfg.data.batch_size:
+            want = f'want the {saved["batch_size"]} that the run had, since data.source changes at steps'
+            raise ConfigError(f'data.batch_size = {self.cfg.data.batch_size}: {want}')
+        if saved['digest'] != self.digest:
+            source = 'batches' if self.rows is None else self.cfg.data.source
             changed = f'{source}: is not what it was until step {self.step}: files were added, removed or changed'
             if not self.cfg.data.allow_changed:
                 raise DataError(f'{changed}; restore them, or go on with what there is by --config.data.allow_changed=True')
@@ -215,7 +228,12 @@ class Run:
         """An iterator over the batches that are not seen yet."""
         if batches is None:
             return self.rows.batches(self.rows_seen, self.trainer.local_rows)
-        return iter(batches(self.step)) if callable(batches) else itertools.islice(batches, self.step, None)
+        if callable(batches):
+            return iter(batches(self.step))
+        iterator = iter(batches)
+        for _ in tqdm(itertools.islice(iterator, self.step), desc='skipping', unit='batch', leave=False, disable=not self.step):
+            pass
+        return iterator
 
     def _evaluate(self, split, limit=0):
         """Evaluates a held-out split and writes its metrics; returns None if interrupted."""
@@ -275,22 +293,49 @@ def _check_nothing_lost(workdir, save_every):
         raise CheckpointError(f'{workdir}/checkpoints: there is none, but metrics.jsonl goes to step {reached}')
 
 
-def claim_directory(workdir: epath.Path, cfg: config.ExperimentConfig) -> None:
-    """Writes config.json to a new run directory, or compares the one that is there: only `config.RESUMABLE` may change."""
-    path = workdir / 'config.json'
-    if path.exists():
-        previous = config.load(path)
+def _digest(train, held_out):
+    """Identifies the data of a run, as far as it comes from token stores; None of batches of one's own.
+
+    Raises a DataError if the processes of a job would train on different data.
+    """
+    found = [] if train is None else [train.digest]
+    found += [split.store.digest for data in held_out.values() if isinstance(data, rows.EvalBatches) for split in data.splits]
+    if not found:
+        return None
+    digest = hashlib.sha256(' '.join(found).encode()).hexdigest()
+    if jax.process_count() > 1:
+        everywhere = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint32))
+        if (everywhere != everywhere[0]).any():
+            raise DataError('data.source: the processes of this job read different data: want the same files on all machines')
+    return digest
+
+
+def check_directory(workdir: epath.Path, cfg: config.ExperimentConfig) -> str:
+    """What differs from the config of the run in a directory: only `config.RESUMABLE` may. Raises a ConfigError otherwise.
+
+    Also if the directory holds files, but no run.
+    """
+    if (workdir / 'config.json').exists():
+        previous = config.load(workdir / 'config.json')
         if different := config.differences(previous, cfg, ignore=config.RESUMABLE):
             raise ConfigError(f'--workdir={workdir} belongs to a run with {different}: choose another directory')
-        if (changed := config.differences(previous, cfg)) and jax.process_index() == 0:
-            print(f'This run had {changed}', flush=True)
-            write_text(path, cfg.model_dump_json(indent=2) + '\n')
-        return
+        return config.differences(previous, cfg)
+    if jax.process_index() == 0 and workdir.exists():
+        # What a start leaves that fails before it has a state is no other run.
+        strangers = [path for path in workdir.iterdir() if not (path.name.endswith('.tmp') or path.name == 'xla_cache')]
+        if others := sorted(p.name for p in strangers if p.name != 'checkpoints' or any(p.iterdir())):
+            raise ConfigError(f'--workdir={workdir} holds {others[0]!r} but no config.json: choose another directory')
+    return ''
+
+
+def claim_directory(workdir: epath.Path, cfg: config.ExperimentConfig) -> None:
+    """Writes config.json: to a new run directory, or where fields that may change did. Raises as `check_directory` does."""
     try:
+        changed, path = check_directory(workdir, cfg), workdir / 'config.json'
         workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            if others := sorted(p.name for p in workdir.iterdir() if p.name != 'config.json.tmp'):
-                raise ConfigError(f'--workdir={workdir} holds {others[0]!r} but no config.json: choose another directory')
+        if jax.process_index() == 0 and (changed or not path.exists()):
+            if changed:
+                print(f'This run had {changed}', flush=True)
             write_text(path, cfg.model_dump_json(indent=2) + '\n')
     except OSError as e:
         raise ConfigError(f'--workdir={workdir}: {e.strerror or e}') from None

@@ -48,9 +48,7 @@ class Trainer:
         )
         self.n_params = sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
         self._batch_sharding = jax.NamedSharding(self.mesh, sharding.spec(('batch', 'length')))
-        # The rows of a batch that the devices of this process hold; nothing else must be read here.
-        held = self._batch_sharding.addressable_devices_indices_map((cfg.data.batch_size, cfg.data.seq_len)).values()
-        self.local_rows = np.unique(np.concatenate([np.arange(cfg.data.batch_size)[rows] for rows, _ in held]))
+        self.local_rows = self._held(cfg.data.batch_size)  # nothing else of a batch must be read in this process
         # Does the step skip bad updates? That makes XLA sum gradients over slices in float32, a quarter more bytes on the slow
         # network. So several slices skip only if train.max_skips asks for it; a run still stops before it saves a bad state.
         self.guarded = cfg.train.max_skips > 0 or cfg.mesh.slices == 1
@@ -80,12 +78,14 @@ class Trainer:
         """The train step, compiled ahead of time."""
         return self.train_step.lower(self.abstract_state, self.abstract_batch()).compile()
 
-    def put(self, batch: dict) -> dict[str, jax.Array]:
-        """A batch of host arrays, of all rows or of `local_rows`, as global arrays; each device gets its part."""
-        size = self.cfg.data.batch_size
+    def put(self, batch: dict, size: int = 0) -> dict[str, jax.Array]:
+        """Host arrays, of all rows or of those that this process holds, as global arrays of `size` rows (0: data.batch_size)."""
+        size = size or self.cfg.data.batch_size
 
         def put(x):
-            held = np.arange(size) if len(x) == size else self.local_rows
+            held = np.arange(size) if len(x) == size else self._held(size)
+            if len(x) != len(held):
+                raise DataError(f'a batch has {len(x)} rows: want {size}, or the {len(held)} that this process holds')
 
             def part(index):
                 rows, columns = index
@@ -96,6 +96,11 @@ class Trainer:
             return jax.make_array_from_callback((size, *x.shape[1:]), self._batch_sharding, part)
 
         return {name: put(x) for name, x in batch.items()}
+
+    def _held(self, size):
+        """The rows of a batch of `size` rows that the devices of this process hold."""
+        index = self._batch_sharding.addressable_devices_indices_map((size, self.cfg.data.seq_len)).values()
+        return np.unique(np.concatenate([np.arange(size)[rows] for rows, _ in index]))
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch, for compiling ahead of time."""

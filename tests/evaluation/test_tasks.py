@@ -58,6 +58,7 @@ def test_loglikelihood_of_any_context(model, adapter, log_probabilities):
     """Empty contexts, trailing spaces, and lengths far beyond those of the training."""
     tokenizer = model.tokenizer
     pairs = [('', 'spark'), ('spark ', 'sparse'), ('top key', ' 漢字'), ('key ' * 30, 'spark')]
+    pairs += [('key', f' {i} spark') for i in range(20)]  # more rows than a training batch has
     found = adapter.loglikelihood(requests('loglikelihood', *pairs))
     for (context, continuation), (value, greedy) in zip(pairs, found, strict=True):
         ids = [tokenizer.bos, *tokenizer.encode(context + continuation)]

@@ -268,6 +268,10 @@ def test_a_run_of_an_older_version_is_told_how_to_go_on(corpus, tmp_path):
     path = tmp_path / 'old' / 'checkpoints' / '5' / 'data' / 'metadata'
     metadata = json.loads(path.read_text())
     metadata['data']['data'] = {'next_index': {'tuple': [3, 4]}}
+    config = json.loads((tmp_path / 'old' / 'config.json').read_text())
+    config['data']['shuffle_rows'] = 16
+    (tmp_path / 'old' / 'config.json').write_text(json.dumps(config))
+    assert load(tmp_path / 'old' / 'config.json').data.batch_size == 8
     path.write_text(json.dumps(metadata | {'crc': json_crc(metadata['data'])}))
     with pytest.raises(CheckpointError, match=r'older version.*--restore_from='):
         train(small(**overrides), tmp_path / 'old')
@@ -293,8 +297,44 @@ def test_batches_of_ones_own(corpus, tmp_path):
         _, _, state = train(cfg, tmp_path / name, batches=batches, held_out=held_out)
         assert_same(jax.device_get(state), jax.device_get(expected))
     assert asked == [5]
-    with pytest.raises(DataError, match='exhausted at step 3'):
-        train(cfg, tmp_path / 'd', batches=own[:3], held_out=held_out)
+    for i, (wrong, message) in enumerate([
+        (own[:3], 'batches: exhausted at step 3'),
+        ([{name: x for name, x in own[0].items() if name != 'bytes'}], 'batches: batch 0 has no bytes; want tokens, targets'),
+        ([{name: x[:6] for name, x in own[0].items()}], 'a batch has 6 rows: want 8'),
+        ([{name: np.repeat(x, 2, 0) for name, x in own[0].items()}], 'a batch has 16 rows: want 8'),
+    ]):  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            train(cfg, tmp_path / f'wrong{i}', batches=wrong, held_out=held_out)
+    with pytest.raises(ConfigError, match='held_out has validation: want validation and test'):
+        train(cfg, tmp_path / 'half', batches=own, held_out={'validation': own[:1]})
+    with pytest.raises(DataError, match='is not what it was until step 5'):
+        shutil.rmtree(tmp_path / 'b' / 'checkpoints' / '10')
+        train(cfg, tmp_path / 'b')
+
+
+def test_batch_size_and_paths_may_change_on_resume(corpus, tmp_path):
+    """The place in the data is a number of rows; files that moved are the same data, and config.json then has their path."""
+    overrides, directory, _, _ = corpus
+    shutil.copytree(directory / 'run', tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '10')
+    moved = {'data.source': write_corpus(tmp_path), 'data.batch_size': 16, 'train.accumulate': 2}
+    with pytest.raises(DataError, match='no file matches'):
+        train(small(**overrides | moved | {'data.source': 'text:/no/where'}), tmp_path / 'run')
+    assert load(tmp_path / 'run' / 'config.json').data.source == overrides['data.source']
+    seen, first = [], rows.TrainRows.batches
+    with mock.patch.object(rows.TrainRows, 'batches', lambda self, n, mine: (seen.append(n), first(self, n, mine))[1]):
+        train(small(**overrides | moved), tmp_path / 'run')
+    assert seen == [40] and load(tmp_path / 'run' / 'config.json').data.source == moved['data.source']
+    metadata = json.loads((tmp_path / 'run' / 'checkpoints' / '10' / 'data' / 'metadata').read_text())
+    assert metadata['data']['data']['rows'] == 40 + 5 * 16
+
+
+def test_a_directory_is_claimed_by_a_start_that_worked(corpus, tmp_path):
+    overrides, directory, _, _ = corpus
+    with pytest.raises(CheckpointError, match='want a run directory'):
+        train(small(**overrides, **{'train.restore_from': str(tmp_path / 'typo')}), tmp_path / 'run')
+    corrected = small(**overrides, **{'train.restore_from': str(directory / 'run'), 'train.steps': 3})
+    assert train(corrected, tmp_path / 'run')[0]['steps'] == 3
 
 
 def test_held_out_text_that_is_missing_is_said_before_the_training(corpus):
