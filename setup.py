@@ -15,6 +15,7 @@ AOT = ['jax[tpu]']  # libtpu, in the version that this jax wants: it compiles fo
 BEAM = ['apache-beam>=2.77']
 EVAL = ['lm-eval>=0.4.9']
 GCS = ['gcsfs>=2024.2']
+S3 = ['s3fs>=2024.2']
 HF = ['datasets>=2.20']
 SLURM = ['submitit>=1.5.2']
 TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'beartype>=0.21', 'ruff>=0.6', 'selenium>=4.20']
@@ -127,6 +128,7 @@ setup(
         'beam': BEAM,
         'eval': EVAL,
         'hf': HF,
+        's3': S3,
         'slurm': SLURM,
         'parity': ['torch>=2.6', 'safetensors'],
     },

@@ -5,7 +5,6 @@
 The shipped spark/data/stdlib_2048.model was made by it.
 """
 
-import os
 import pathlib
 import random
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from spark import config, errors
 from spark.data import documents, tokenizer
+from spark.runtime import write_bytes
 
 SOURCE = flags.DEFINE_string('source', 'stdlib', f'Text to train on: {documents.KINDS}.')
 VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 2048, 'Pieces, with 256 bytes and 3 specials.', lower_bound=300)
@@ -27,12 +27,7 @@ def main() -> None:
         raise errors.ConfigError(f'--out={out} exists; choose another name or remove it')
     texts = sample(documents.texts(SOURCE.value, 'train', config.DataConfig(seq_len=1, batch_size=1)), MAX_DOCUMENTS.value)
     model = tokenizer.train_sentencepiece(texts, VOCAB_SIZE.value)
-    try:
-        scratch = out.with_name(out.name + '.tmp')
-        scratch.write_bytes(model)
-        os.replace(scratch, out)
-    except OSError as e:
-        raise errors.ConfigError(f'--out={out}: {e.strerror or e}') from None
+    write_bytes(out, model)
     print(f'{out}: {VOCAB_SIZE.value} pieces; use it with --config.data.tokenizer=sentencepiece:{out}')
 
 

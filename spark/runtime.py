@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import uuid
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -70,13 +71,19 @@ def write_bytes(path: epath.PathLike, data: bytes, error: type[Exception] = Conf
     """Writes a file atomically, locally or in a bucket (gs://…); raises `error` if it cannot be written."""
     path = epath.Path(path)
     in_bucket = '://' in str(path)  # where a file appears whole or not at all, and moving one is a copy
-    scratch = path if in_bucket else path.with_name(path.name + '.tmp')
+    # Two processes that write the same file do not write into each other's.
+    scratch = path if in_bucket else path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.tmp')
     try:
         scratch.write_bytes(data)
         if not in_bucket:
             scratch.replace(path)
     except OSError as e:
+        if not in_bucket:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
         raise error(f'{path}: {e.strerror or e}') from None
+    except Exception as e:  # clients of buckets raise exceptions of their own
+        raise error(f'{path}: {type(e).__name__}: {e}') from e
 
 
 def write_json(path: epath.PathLike, value: Any, error: type[Exception] = ConfigError) -> None:
@@ -86,9 +93,16 @@ def write_json(path: epath.PathLike, value: Any, error: type[Exception] = Config
 
 def run_directory(flag: str) -> epath.Path:
     """The path that --workdir names: a directory, or gs://BUCKET/…; a ConfigError if support for buckets is not installed."""
-    if flag.startswith('gs://') and not importlib.util.find_spec('gcsfs'):
-        raise ConfigError(f"--workdir={flag}: buckets need pip install 'spark-transformer[gcs]'")
+    check_bucket(f'--workdir={flag}', flag)
     return epath.Path(flag)
+
+
+def check_bucket(name: str, path: epath.PathLike) -> None:
+    """Raises a ConfigError that starts with `name` if `path` is in a bucket and support for its kind is not installed."""
+    scheme = str(path).partition('://')[0]
+    extra, module = {'gs': ('gcs', 'gcsfs'), 's3': ('s3', 's3fs')}.get(scheme, ('', ''))
+    if module and not importlib.util.find_spec(module):
+        raise ConfigError(f"{name}: buckets need pip install 'spark-transformer[{extra}]'")
 
 
 def initialize_distributed() -> None:

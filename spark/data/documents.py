@@ -17,21 +17,25 @@ worker reads at once. Which pieces there are depends on the source alone.
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import hashlib
 import os
 import pathlib
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import filelock
 from fsspec.core import url_to_fs
+from tqdm import tqdm
 
 from spark.config import DataConfig
 from spark.data import readers
-from spark.errors import ConfigError, DataError
+from spark.errors import ConfigError, DataError, SparkError
+from spark.runtime import check_bucket
 
 FILES = ('text', 'jsonl', 'parquet', 'array_record')  # formats that a glob names
 SPLITS = ('train', 'validation', 'test')
@@ -65,8 +69,8 @@ def _weights(source, mixture):
         kind, _, rest = name.partition(':')
         if not (name == 'stdlib' or (kind in (*FILES, 'tfds', 'hf', 'tokens') and rest)):
             raise ConfigError(f'data.source = {source!r}: {name or part!r} is not a source; want {KINDS}')
-        if weight <= 0:
-            raise ConfigError(f'data.source = {source!r}: the weight of {name!r} must be above 0')
+        if not 1e-9 <= weight <= 1e9:
+            raise ConfigError(f'data.source = {source!r}: the weight of {name!r} must be above 0, and between 1e-9 and 1e9')
         if name in weights:
             raise ConfigError(f'data.source = {source!r}: names {name!r} twice')
         weights[name] = weight
@@ -103,9 +107,12 @@ class Piece:
 def pieces(files: Iterable[File]) -> list[Piece]:
     """Files as pieces: long ones are cut, short ones grouped."""
     result, group, last, total = [], [], None, 0
-    for file in files:
+    files = list(files)
+    cuts = readers.ahead(lambda file: readers.cut(file.format, file.path, file.size), files)
+    # The footers of many Parquet files in a bucket take minutes.
+    for file, spans in zip(files, tqdm(cuts, 'Opening files', len(files), unit='file', delay=5), strict=True):
         kind = file.format, file.field, file.split
-        for span, size in readers.cut(file.format, file.path, file.size):
+        for span, size in spans:
             if group and (kind != last or total + size > readers.PIECE):
                 result.append(Piece(tuple(group), *last, total))
                 group, total = [], 0
@@ -121,6 +128,7 @@ def open_part(part: str, field: str = 'text', cache: str = '') -> list[File]:
     Raises a DataError if nothing is there, or if it is of a format that cannot be read.
     """
     kind, _, rest = part.partition(':')
+    check_bucket(part, rest)
     with _named(part):
         if part == 'stdlib':
             return _tfds_files(part, _stdlib_builder(cache), field)
@@ -159,7 +167,9 @@ def _named(part):
     """Turns what filesystems raise into a DataError that names the source."""
     try:
         yield
-    except (OSError, ImportError, ValueError, RuntimeError) as e:
+    except SparkError:
+        raise
+    except Exception as e:  # clients of buckets raise exceptions of their own
         where = getattr(e, 'filename', None)
         raise DataError(f'{part}: {f"{where}: " if where else ""}{getattr(e, "strerror", None) or e}') from e
 
@@ -245,7 +255,14 @@ def _own_splits(part: str, found: dict[str, Any], if_none: str) -> dict[str, str
         return dict.fromkeys(found)
     if not (splits := {name: name for name in found if name in SPLITS}):
         raise DataError(f'{part}: has the splits {", ".join(found)}; want {", ".join(SPLITS)}, or a single one')
+    if others := ', '.join(name for name in found if name not in splits):
+        _note(f'{part}: these splits are not used: {others}')
     return splits
+
+
+@functools.cache
+def _note(text):
+    print(f'Note: {text}', file=sys.stderr, flush=True)
 
 
 def texts(source: str, split: str, cfg: DataConfig) -> Iterator[str]:

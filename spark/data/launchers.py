@@ -1,6 +1,7 @@
 """Where a store is prepared: on the cores of this machine, as SLURM jobs, or by Apache Beam."""
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import pathlib
@@ -77,12 +78,18 @@ def slurm(folder: pathlib.Path, jobs: int, parameters: dict[str, Any]) -> Launch
         except Exception as e:  # submitit raises exceptions of many kinds
             raise ConfigError(f'--launcher=slurm: {type(e).__name__}: {e}') from None
         ids = {job.job_id: group for job, group in zip(submitted, groups, strict=True)}
-        for job in submitit.helpers.as_completed(submitted):
-            if error := job.exception():  # its text contains a traceback
-                lines = str(error).strip().splitlines()
-                why = next((line for line in reversed(lines) if 'Error: ' in line), lines[0])
-                raise DataError(f'SLURM job {job.job_id}: {why}; see {job.paths.stderr}')
-            yield from ids[job.job_id]
+        try:
+            for job in submitit.helpers.as_completed(submitted):
+                if error := job.exception():  # its text contains a traceback
+                    lines = str(error).strip().splitlines()
+                    why = next((line for line in reversed(lines) if 'Error: ' in line), lines[0])
+                    raise DataError(f'SLURM job {job.job_id}: {why}; see {job.paths.stderr}')
+                yield from ids[job.job_id]
+        except BaseException:  # nobody waits for the other jobs
+            for job in submitted:
+                with contextlib.suppress(OSError):
+                    job.cancel(check=False)
+            raise
 
     return launch
 

@@ -11,9 +11,7 @@ the same bytes, and a preparation that was killed goes on where it was.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import io
 import json
 import sys
 
@@ -25,113 +23,11 @@ from tqdm import tqdm
 from spark.config import DataConfig
 from spark.data import documents, launchers, readers, store, tokenizer
 from spark.data.launchers import Launcher
-from spark.errors import ConfigError, DataError, root_cause
-from spark.runtime import write_bytes, write_json
+from spark.data.worker import LISTED, Worker
+from spark.errors import ConfigError, DataError, SparkError, root_cause
+from spark.runtime import check_bucket, write_json
 
-LISTED = 100  # unusable documents that the manifest names
 FEW = 8  # files that are written in this process
-
-
-@dataclasses.dataclass(frozen=True)
-class Worker:
-    """What all workers know."""
-
-    directory: epath.Path
-    tokenizer: tuple[str, str, str]  # of DataConfig: tokenizer, bos, eos
-    holdout: float
-
-    def path(self, name: str) -> epath.Path:
-        """A file of a piece."""
-        return self.directory / 'parts' / name
-
-    def tokenize(self, item: tuple[int, documents.Piece]) -> None:
-        """Writes piece n: in N-K.npz the ids of each split, and the tokens and bytes of its documents; then N.json."""
-        n, piece = item
-        report = {'documents': 0, 'unusable': 0, 'listed': [], 'parts': []}
-        digest = hashlib.blake2b(digest_size=16)
-        for k, batch in enumerate(_batches(piece.documents())):
-            bad = [f'{document.place}: {document.why}' for document in batch if document.why]
-            texts = {split: [] for split in documents.SPLITS}
-            for document in batch:
-                if not document.why:
-                    texts[piece.split or documents.split_of(document.text, self.holdout)].append(document.text)
-            arrays = {f'{split}/{name}': x for split in texts for name, x in self._arrays(texts[split]).items()}
-            for array in arrays.values():
-                digest.update(array.tobytes())
-            buffer = io.BytesIO()
-            np.savez(buffer, **arrays)
-            write_bytes(self.path(f'{n:06}-{k}.npz'), buffer.getvalue(), DataError)
-            total = lambda name, arrays=arrays: int(arrays[name].sum())
-            counts = {s: [len(texts[s]), total(f'{s}/lengths'), total(f'{s}/bytes')] for s in texts}
-            report['parts'].append(counts)
-            report['documents'] += len(batch)
-            report['unusable'] += len(bad)
-            report['listed'] += bad[: LISTED - len(report['listed'])]
-        write_json(self.path(f'{n:06}.json'), {**report, 'digest': digest.hexdigest()}, DataError)
-
-    def _arrays(self, texts):
-        encoder = _load(*self.tokenizer)
-        dtype = store.narrowest(encoder.vocab_size)
-        ids = encoder.start(texts)
-        return {
-            'tokens': np.concatenate(ids, dtype=dtype, casting='unsafe') if ids else np.zeros(0, dtype),
-            'lengths': np.array([len(x) for x in ids], np.int64),
-            'bytes': np.array([len(text.encode()) for text in texts], np.int64),
-        }
-
-    def write(self, item: tuple[str, int, int, list[tuple[str, int]]]) -> None:
-        """Writes the files that hold [first, last) of a split, from [(file of a part, position of its first token)]."""
-        split, first, last, parts = item
-        try:
-            self._write(split, first, last, parts)
-        except Exception as e:  # TensorStore raises a ValueError when the disk is full
-            raise DataError(f'{self.directory}: {root_cause(e)}') from e
-
-    def _write(self, split, first, last, parts):
-        vocab_size = _load(*self.tokenizer).vocab_size
-        tokens, sizes = np.empty(last - first, store.narrowest(vocab_size)), np.empty(last - first, np.uint32)
-        for name, start in parts:
-            with np.load(io.BytesIO(self.path(name).read_bytes()), allow_pickle=False) as part:
-                ids, lengths, total = (part[f'{split}/{x}'] for x in ('tokens', 'lengths', 'bytes'))
-            a, b = max(first, start), min(last, start + len(ids))
-            tokens[a - first : b - first] = ids[a - start : b - start]
-            sizes[a - first : b - first] = _spread(lengths, total)[a - start : b - start]
-        for name, x in [('tokens', tokens), ('bytes', sizes)]:
-            store.open_array(self.directory / split / name)[first:last].write(x).result()
-
-
-def _batches(found):
-    """Documents in groups of about a piece, so that memory does not grow with the size of a packed file."""
-    batch, size = [], 0
-    for document in found:
-        batch.append(document)
-        size += len(document.text)
-        if size >= readers.PIECE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _spread(lengths, total):
-    """The bytes of documents, spread evenly over their targets, so that sums over whole documents are exact."""
-    groups = max(1, min(len(lengths), int(lengths.sum()) >> 15))  # of documents, which fit into a cache
-    spread = map(_spread_group, np.array_split(lengths, groups), np.array_split(total, groups))
-    return np.concatenate(list(spread))
-
-
-def _spread_group(lengths, total):
-    starts = np.cumsum(lengths) - lengths
-    so_far = np.arange(1, lengths.sum() + 1)
-    so_far -= np.repeat(starts, lengths)
-    so_far *= np.repeat(total, lengths)
-    so_far //= np.repeat(lengths, lengths)
-    result = np.diff(so_far, prepend=0)
-    result[starts] = so_far[starts]
-    return result
-
-
-_load = functools.cache(tokenizer.load)  # once per process
 
 
 def prepare(cfg: DataConfig, part: str, out: epath.PathLike, launcher: Launcher | None = None) -> store.Store:
@@ -148,17 +44,31 @@ def prepare(cfg: DataConfig, part: str, out: epath.PathLike, launcher: Launcher 
       ConfigError: `out` holds another store.
     """
     directory = epath.Path(out).expanduser()
+    check_bucket(str(out), directory)
     files, description = describe(cfg, part)
     with _locked(directory):
         _refuse_another(directory, description)
-        if not (directory / 'manifest.json').exists():
-            _finish(cfg, directory, files, description, launcher)
-        if (directory / 'parts').exists():
+        if not _is_finished(directory):
+            try:
+                _finish(cfg, directory, files, description, launcher)
+            except Exception:
+                # Another machine finished it meanwhile, and has deleted the parts.
+                if not _is_finished(directory):
+                    raise
+        with contextlib.suppress(FileNotFoundError):
             (directory / 'parts').rmtree()
-    result = store.Store(directory)
-    bad, good = result.manifest['unusable'], sum(split.documents for split in result.splits.values())
-    _Tally(part, cfg.max_bad, bad, bad + good).check(result.manifest['listed'], finished=True)
-    return result
+    return _allowed(cfg, part, store.Store(directory))
+
+
+def _is_finished(directory):
+    return (directory / 'manifest.json').exists()
+
+
+def _allowed(cfg, part, found):
+    """The store, if no more documents of its source were unusable than cfg.max_bad allows."""
+    bad, good = found.manifest['unusable'], sum(split.documents for split in found.splits.values())
+    _Tally(part, cfg.max_bad, bad, bad + good).check(found.manifest['listed'], finished=True)
+    return found
 
 
 def describe(cfg: DataConfig, part: str) -> tuple[list[documents.File], dict]:
@@ -183,11 +93,13 @@ def _refuse_another(directory, description):
             if found['key'] != description['key']:
                 keys = [key for key in description if key not in ('key', 'tokenizer')]
                 other = next(key for key in keys if found[key] != description[key])
+                files = {tuple(file) for file in found['files']} ^ {tuple(file) for file in description['files']}
+                which = f' ({min(files)[0]})' if other == 'files' and files else ''
                 raise ConfigError(
-                    f'{directory}: holds another store, of which `{other}` differs; remove it, or choose another directory'
+                    f'{directory}: holds another store, of which `{other}` differs{which}; remove it, or choose another directory'
                 )
             return
-    if there - {'plan.json', 'plan.json.tmp', 'parts'}:
+    if any(name not in ('plan.json', 'parts') and not name.endswith('.tmp') for name in there):
         raise ConfigError(f'{directory}: is not empty, and holds no token store; choose another directory')
 
 
@@ -200,10 +112,14 @@ def _finish(cfg, directory, files, description, launcher):
     launcher = launcher or launchers.local(1 if sum(piece.size for piece in pieces) < readers.PIECE else 0)
     reports = _tokenized(worker, pieces, _Tally(description['source'], cfg.max_bad), launcher)
     splits, shards = _create_arrays(directory, reports, store.narrowest(description['vocab_size']))
-    missing = [shard for shard in shards if not _is_written(directory, shard)]
+    written = {split: _written(directory / split) for split in splits}
+    missing = [shard for shard in shards if str(shard[1] // store.SHARD) not in written[shard[0]]]
     few = len(missing) < FEW
-    with _bar(total=len(missing), desc=f'Writing {description["source"]}', unit='file', disable=few) as bar:
-        for _ in (launchers.local(1) if few else launcher)(worker.write, missing):
+    with (
+        _bar(total=len(missing), desc=f'Writing {description["source"]}', unit='file', disable=few) as bar,
+        contextlib.closing((launchers.local(1) if few else launcher)(worker.write, missing)) as done,
+    ):
+        for _ in done:
             bar.update()
     manifest = {**description, 'splits': splits, 'unusable': sum(r['unusable'] for r in reports)}
     manifest['listed'] = [line for r in reports for line in r['listed']][:LISTED]
@@ -215,20 +131,23 @@ def _finish(cfg, directory, files, description, launcher):
 
 def _tokenized(worker, pieces, tally, launcher):
     """The reports of all pieces, after tokenizing those that have none."""
-    reports = {}
-    for path in worker.path('').glob('*.json'):
-        with contextlib.suppress(ValueError):  # it was damaged: tokenized again
-            reports[int(path.stem)] = json.loads(path.read_text())
+    there = [int(path.stem) for path in worker.path('').glob('*.json')]
+    reports = {n: report for n, report in zip(there, readers.ahead(worker.report, there), strict=True) if report}
+    if tally.exceeded(sum(r['unusable'] for r in reports.values()), sum(r['documents'] for r in reports.values())):
+        # That is how it ended. What was unusable may be there now.
+        reports = {n: report for n, report in reports.items() if not report['unusable']}
+    for report in reports.values():
+        tally.add(report)
+    missing = [n for n in range(len(pieces)) if n not in reports]
     done = sum(pieces[n].size for n in reports)
-    with _bar(total=sum(piece.size for piece in pieces), initial=done, desc=f'Tokenizing {tally.part}', unit='B',
-              unit_scale=True) as bar:  # fmt: skip
-        for report in reports.values():
+    with (
+        _bar(total=sum(piece.size for piece in pieces), initial=done, desc=f'Tokenizing {tally.part}', unit='B',
+             unit_scale=True) as bar,
+        contextlib.closing(launcher(worker.tokenize, [(n, pieces[n]) for n in missing])) as new,
+    ):  # fmt: skip
+        for n, report in readers.ahead(lambda i: (missing[i], worker.report(missing[i])), new):
+            reports[n] = report
             tally.add(report)
-        missing = [n for n in range(len(pieces)) if n not in reports]
-        for i in launcher(worker.tokenize, [(n, pieces[n]) for n in missing]):
-            n = missing[i]
-            reports[n] = json.loads(worker.path(f'{n:06}.json').read_text())
-            tally.add(reports[n])
             bar.update(pieces[n].size)
     reports = [reports[n] for n in range(len(pieces))]
     tally.check([line for report in reports for line in report['listed']][:1], finished=True)
@@ -259,24 +178,39 @@ def _bar(*args, **kw):
     return tqdm(*args, **kw, mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True)
 
 
-def _is_written(directory, file):
-    """Files of an array appear whole or not at all."""
-    split, first, _, _ = file
-    return all((directory / split / name / 'c' / str(first // store.SHARD)).exists() for name in ('tokens', 'bytes'))
+def _written(split):
+    """The names of the files that both arrays of a split have; each appears whole or not at all."""
+    names = []
+    for array in ('tokens', 'bytes'):
+        with contextlib.suppress(FileNotFoundError):
+            names.append({path.name for path in (split / array / 'c').iterdir()})
+    return names[0] & names[1] if len(names) == 2 else set()
 
 
 @contextlib.contextmanager
 def _locked(directory):
-    """Processes of one machine prepare a store one after another."""
-    if '://' in str(directory):
-        yield
-        return
+    """Processes of one machine prepare a store one after another. What a filesystem or a bucket raises is a DataError."""
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f'{directory}.lock'):
+        if '://' in str(directory):
             yield
+            return
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(f'{directory}.lock')
+        try:
+            lock.acquire(timeout=1)
+        except filelock.Timeout:
+            print(f'Waiting for another process that prepares {directory}', file=sys.stderr, flush=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
     except OSError as e:
         raise DataError(f'{e.filename or directory}: {e.strerror or e}') from e
+    except Exception as e:
+        if '://' in str(directory) and not isinstance(e, SparkError):  # clients of buckets raise exceptions of their own
+            raise DataError(f'{directory}: {root_cause(e)}') from e
+        raise
 
 
 @dataclasses.dataclass
@@ -292,10 +226,14 @@ class _Tally:
         self.bad, self.seen = self.bad + report['unusable'], self.seen + report['documents']
         self.check(report['listed'], finished=False)
 
+    def exceeded(self, bad, seen):
+        """Are `bad` of `seen` documents too many?"""
+        return bad > (self.allowed * seen if 0 < self.allowed < 1 else self.allowed)
+
     def check(self, listed, finished):
         """Raises a DataError if more documents are unusable than allowed, or if there is no other."""
-        of_all = 0 < self.allowed < 1
-        if self.bad > (self.allowed * self.seen if of_all else self.allowed) and (finished or not of_all):
+        # A share is known at the end.
+        if self.exceeded(self.bad, self.seen) and (finished or not 0 < self.allowed < 1):
             raise DataError(
                 f'{listed[0]}; {self.bad} of {self.seen} documents of {self.part} are unusable, allowed are {self.allowed:g}: '
                 'to leave such documents out, set data.max_bad (--max_bad)'
@@ -325,13 +263,23 @@ def cached(cfg: DataConfig, part: str) -> store.Store:
         return found
     _, description = describe(cfg, part)
     directory = epath.Path(documents.cache_dir(cfg.cache_dir)) / 'stores' / description['key'][:16]
+    with contextlib.suppress(store.DamagedError):  # what is whole can be read where nothing can be written
+        if found := _finished(directory):
+            return _allowed(cfg, part, found)
     with _locked(directory):
-        if (directory / 'manifest.json').exists():
-            try:
-                found = store.Store(directory)
-                found.verify()
-                return found
-            except DataError as e:
-                print(f'Warning: {e}. It is in the cache, and made again', file=sys.stderr, flush=True)
-                directory.rmtree()
+        try:
+            _finished(directory)
+        except store.DamagedError as e:
+            print(f'Warning: {e}. It is in the cache, and made again', file=sys.stderr, flush=True)
+            directory.rmtree()
     return prepare(cfg, part, directory)
+
+
+def _finished(directory):
+    """The store in a directory of the cache, or None. Raises a DamagedError if it is damaged."""
+    with readers.reading(str(directory)):
+        if not _is_finished(directory):
+            return None
+    found = store.Store(directory)
+    found.verify()
+    return found

@@ -1,5 +1,11 @@
-"""Readers of files: each yields the documents of a span, and says why one is unusable."""
+"""Readers of files: each yields the documents of a span, and says why one is unusable.
 
+Unusable is what cannot be decoded. A file that cannot be read, since a disk or a server fails, ends the work instead: it may be
+read later.
+"""
+
+import collections
+import concurrent.futures
 import contextlib
 import functools
 import io
@@ -7,7 +13,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import fsspec
@@ -15,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 from fsspec.core import url_to_fs
 
-from spark.errors import DataError
+from spark.errors import DataError, SparkError
 
 PIECE = 16 << 20  # bytes that a worker reads at once
 DOCUMENT = 64 << 10  # bytes; a longer .txt file becomes several documents. Divides PIECE
@@ -40,17 +46,22 @@ class Span(NamedTuple):
 
 
 def read(format: str, span: Span, field: str) -> Iterator[Document]:
-    """The documents of a span in order, unusable ones included; `field` names the text in records that have several fields."""
+    """The documents of a span in order, unusable ones included; `field` names the text in records that have several fields.
+
+    Raises a DataError if the file cannot be read.
+    """
     empty = span == Span(span.file)
     try:
         for document in READERS[format](span, field):
             empty = False
             yield document
-    except (DataError, MemoryError):
+    except (SparkError, MemoryError):
         raise
     except Exception as e:  # whatever a decoder raises; the rest of the span is lost
+        if getattr(e, 'errno', None):  # it comes from the system
+            raise DataError(f'{span.file}: cannot be read: {e.strerror}') from e
         empty = False
-        yield Document(span.file, why=f'cannot be read: {getattr(e, "strerror", None) or e}')
+        yield Document(span.file, why=f'cannot be read: {e}')
     if empty:
         yield Document(span.file, why='is empty')
 
@@ -79,13 +90,73 @@ def cut(format: str, file: str, size: int) -> list[tuple[Span, int]]:
     return [(Span(file, a, b), size // n) for a, b in itertools.pairwise(edges)]
 
 
+def ahead(function: Callable[[Any], Any], items: Iterable[Any], threads: int = 32) -> Iterator[Any]:
+    """Like map, in threads: what is waiting for a disk or a bucket does not wait for each other."""
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        waiting = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            while waiting and (len(waiting) >= threads or waiting[0].done()):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextlib.contextmanager
+def reading(file: str) -> Iterator[None]:
+    """Turns whatever filesystems and the clients of buckets raise into a DataError that names the file."""
+    try:
+        yield
+    except SparkError:
+        raise
+    except Exception as e:
+        raise DataError(f'{file}: cannot be read: {getattr(e, "strerror", None) or f"{type(e).__name__}: {e}"}') from e
+
+
+class _File(io.RawIOBase):
+    """A file whose errors name it. So they differ from those of what unpacks and decodes it."""
+
+    def __init__(self, file: str):
+        self._name = file
+        with reading(file):
+            self._file = fsspec.open(file, 'rb').open() if '://' in file else open(file, 'rb', buffering=0)
+
+    def readinto(self, buffer) -> int:
+        with reading(self._name):
+            return self._file.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        with reading(self._name):
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, '_file'):
+            self._file.close()
+        super().close()
+
+
 @contextlib.contextmanager
 def open_file(file: str) -> Iterator[io.BufferedReader]:
-    """The bytes of a file, local or remote, unpacked. A file that ends in the middle of its packed data raises an OSError."""
+    """The bytes of a file, local or remote, unpacked.
+
+    Raises a DataError if the file cannot be read; an OSError if it cannot be unpacked, or ends in the middle of its packed data.
+    """
     codec = ZIPPED.get(os.path.splitext(file)[1])
-    with fsspec.open(file, 'rb') if '://' in file else open(file, 'rb') as raw:
-        with io.BufferedReader(pyarrow.CompressedInputStream(raw, codec) if codec else raw, 1 << 20) as f:
+    with io.BufferedReader(_File(file), 1 << 20) as f:
+        if not codec:
             yield f
+            return
+        with io.BufferedReader(pyarrow.CompressedInputStream(f, codec), 1 << 20) as unpacked:
+            yield unpacked
 
 
 @contextlib.contextmanager
@@ -96,8 +167,9 @@ def local_copy(file: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory() as scratch:
         path = os.path.join(scratch, os.path.basename(file))
-        fs, remote = url_to_fs(file)
-        fs.get_file(remote, path)
+        with reading(file):
+            fs, remote = url_to_fs(file)
+            fs.get_file(remote, path)
         yield path
 
 
@@ -172,6 +244,7 @@ def _records(file):
     from grain.sources import ArrayRecordDataSource
 
     with local_copy(file) as path:
+        _File(path).close()  # which tells a file that cannot be read from one that is damaged
         try:
             records = ArrayRecordDataSource([path])
             len(records)  # opens it
@@ -188,6 +261,8 @@ def _read_records(span, field, decode: Callable[[bytes], Any] = bytes):
             try:
                 text = decode(records[i])
             except Exception as e:
+                if getattr(e, 'errno', None):
+                    raise
                 yield Document(place, why=f'cannot be read: {e}')
                 continue
             yield _checked(place, text)
@@ -204,7 +279,8 @@ def _read_tfds(span, field):
 def _tfds_features(directory):
     import tensorflow_datasets as tfds
 
-    return tfds.builder_from_directory(directory).info.features
+    with reading(directory):
+        return tfds.builder_from_directory(directory).info.features
 
 
 def _read_hf(span, field):

@@ -19,11 +19,14 @@ import tensorstore as ts
 from etils import epath
 
 from spark.errors import DataError, root_cause
+from spark.runtime import check_bucket
 
 VERSION = 1
 SHARD, CHUNK = 1 << 24, 1 << 14
 # Holds the indices of the files; one is 16 bytes per chunk.
 CONTEXT = ts.Context({'cache_pool': {'total_bytes_limit': 64 << 20}})
+
+DAMAGE = ('DATA_LOSS', 'NOT_FOUND', 'FAILED_PRECONDITION')  # how TensorStore's errors start, if the files are at fault
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +44,31 @@ class Split:
         return tuple(x[start:stop].read(batch=batch) for x in self.store.arrays(self.name))
 
 
+class DamagedError(DataError):
+    """A token store whose files are missing, or differ from what was written."""
+
+
 class Store:
-    """An open token store. Raises a DataError if it is damaged or is none."""
+    """An open token store. Raises a DamagedError if it is damaged, another DataError if it is none or cannot be read."""
 
     def __init__(self, directory: epath.PathLike):
         self.directory = epath.Path(directory).expanduser()
         path = self.directory / 'manifest.json'
+        check_bucket(str(directory), self.directory)
         try:
-            self.manifest = json.loads(path.read_text())
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise DataError(f'{self.directory}: is no token store; want a directory that scripts/prepare.py finished') from e
+        except Exception as e:  # clients of buckets raise exceptions of their own
+            raise self.damaged(e) from e
+        try:
+            self.manifest = json.loads(data)
             if self.manifest['version'] != VERSION:
                 raise DataError(f'{path}: has version {self.manifest["version"]}, want {VERSION}: prepare it again')
             self.splits = {name: Split(self, name, **counts) for name, counts in self.manifest['splits'].items()}
             self.mark, self.eos, self.digest = (self.manifest[name] for name in ('mark', 'eos', 'digest'))
-        except OSError as e:
-            raise DataError(f'{self.directory}: is no token store; want a directory that scripts/prepare.py finished') from e
         except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise DataError(f'{path}: is damaged: {type(e).__name__}: {e}; prepare it again') from e
+            raise DamagedError(f'{path}: is damaged: {type(e).__name__}: {e}; prepare it again') from e
         self._arrays = {}
 
     def arrays(self, split: str) -> tuple[ts.TensorStore, ts.TensorStore]:
@@ -81,14 +93,22 @@ class Store:
         if '://' in str(self.directory):  # where each read compares the checksum of a chunk, as everywhere
             return
         sums = self.manifest.get('checksums', {})
-        found = file_checksums(self.directory)
+        try:
+            found = file_checksums(self.directory)
+        except OSError as e:
+            raise self.damaged(e) from e
         if wrong := [name for name in sums if found.get(name) != sums[name]]:
             raise self.damaged(f'{wrong[0]} {"differs from what was written" if wrong[0] in found else "is missing"}')
 
     def damaged(self, error: Exception | str) -> DataError:
-        """The error of a store whose files are missing or differ from what was written."""
+        """The error of a store that was not read: a DamagedError if its files are missing or differ from what was written.
+
+        A filesystem that fails or refuses says nothing about the store.
+        """
         why = error if isinstance(error, str) else root_cause(error)
-        return DataError(f'{self.directory}: the token store is damaged: {why}; remove it and prepare it again')
+        if isinstance(error, str) or str(error).startswith(DAMAGE):
+            return DamagedError(f'{self.directory}: the token store is damaged: {why}; remove it and prepare it again')
+        return DataError(f'{self.directory}: the token store cannot be read: {why}')
 
 
 def kvstore(path: epath.PathLike) -> str:
