@@ -5,11 +5,12 @@
     DIR/SPLIT/bytes      zarr3, (tokens,): the bytes of text that the token after each one stands for
 
 The mark is BOS, or EOS if the tokenizer has no BOS. The token after t_n is EOS: the n + 1 inputs of a document have t₁ … t_n EOS
-as targets. Files of 2²⁴ tokens hold compressed chunks of 2¹⁴, each with a checksum.
+as targets. Files of 2²⁴ tokens hold compressed chunks of 2¹³, each with a checksum.
 """
 
 import dataclasses
 import json
+import os
 import pathlib
 import zlib
 from typing import Any
@@ -22,8 +23,8 @@ from spark.errors import DataError, root_cause
 from spark.runtime import check_bucket
 
 VERSION = 1
-SHARD, CHUNK = 1 << 24, 1 << 14
-# Holds the indices of the files; one is 16 bytes per chunk.
+SHARD, CHUNK = 1 << 24, 1 << 13
+# For the indices of the files, 16 bytes per chunk, and the chunks that were read last.
 CONTEXT = ts.Context({'cache_pool': {'total_bytes_limit': 64 << 20}})
 
 DAMAGE = ('DATA_LOSS', 'NOT_FOUND', 'FAILED_PRECONDITION')  # how TensorStore's errors start, if the files are at fault
@@ -111,9 +112,13 @@ class Store:
         return DataError(f'{self.directory}: the token store cannot be read: {why}')
 
 
-def kvstore(path: epath.PathLike) -> str:
-    """The URL of a directory for TensorStore."""
+def kvstore(path: epath.PathLike) -> str | dict[str, str]:
+    """A directory for TensorStore. $AWS_ENDPOINT_URL, another server than Amazon's, holds for s3:// as in other clients."""
     path = str(path)
+    if path.startswith('s3://') and (endpoint := os.environ.get('AWS_ENDPOINT_URL')):
+        bucket, _, key = path.removeprefix('s3://').partition('/')
+        region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION') or 'us-east-1'
+        return {'driver': 's3', 'bucket': bucket, 'path': f'{key}/', 'endpoint': endpoint, 'aws_region': region}
     return f'{path}/' if '://' in path else f'file://{epath.Path(path).absolute()}/'
 
 

@@ -1,5 +1,6 @@
 """Sources give every document, once; what cannot be read is named."""
 
+import errno
 import gzip
 import itertools
 import json
@@ -18,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from spark.config import DataConfig
 from spark.data import documents, readers
 from spark.errors import ConfigError, DataError
+from tests import bucket
 
 quickly = hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=['function_scoped_fixture'])
 
@@ -170,6 +172,40 @@ def test_damaged_packed_files_are_named(tmp_path, suffix, damage):
     assert [document.why.split(':')[0] for document in read(f'text:{tmp_path}/{name}')][-1] == 'cannot be read'
 
 
+class FailingDisk:
+    """A file of which only the first 300 kB can be read."""
+
+    def __init__(self, *args, **kw):
+        self._file = open(*args, **kw)
+
+    def readinto(self, data):
+        if self._file.tell() > 300_000:
+            raise OSError(errno.EIO, 'Input/output error')
+        return self._file.readinto(data)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a.txt.gz', 'a.txt.zst', 'a.jsonl', 'a.parquet', 'a.array_record'])
+def test_a_file_that_cannot_be_read_is_no_unusable_document(tmp_path, monkeypatch, name):
+    """The disk fails, or the file is gone: that ends the work, since the file may be read later."""
+    content = ''.join(f'"{i * i}"\n' for i in range(200_000))
+    if name == 'a.parquet':
+        pyarrow.parquet.write_table(pyarrow.table({'text': content.split()}), tmp_path / name, row_group_size=10_000)
+    else:
+        write(tmp_path / name, content)
+    [piece] = documents.pieces(documents.open_part(f'{"array_record" if name.endswith("record") else "text"}:{tmp_path}/{name}'))
+    if not name.endswith('record'):
+        monkeypatch.setattr(readers, 'open', FailingDisk, raising=False)
+        with pytest.raises(DataError, match=f'{name}: cannot be read: Input/output error'):
+            list(piece.documents())
+        monkeypatch.undo()
+    (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=f'{name}: cannot be read: No such file'):
+        list(piece.documents())
+
+
 def test_packed_files_of_several_parts(tmp_path):
     for suffix in 'gz', 'zst':
         name = f'a.txt.{suffix}'
@@ -235,7 +271,7 @@ def test_the_embedded_corpus_by_every_name(embedded, monkeypatch):
     found = by_split('stdlib', str(cache))
     assert len(found['train']) > 400 and min(map(len, found.values())) > 15 and set(found) == set(documents.SPLITS)
     assert any('class JSONDecoder' in text for text in itertools.chain(*found.values()))
-    # A TFDS data set by its directory, here and in a bucket, and by its name.
+    # A TFDS data set by its directory and by its name.
     [directory] = cache.glob('stdlib_corpus/*/1.0.0')
     assert by_split(f'tfds:{directory}') == found
     import tensorflow_datasets as tfds
@@ -243,6 +279,16 @@ def test_the_embedded_corpus_by_every_name(embedded, monkeypatch):
     monkeypatch.setattr(tfds, 'builder', lambda name: tfds.builder_from_directory(next(cache.glob(f'{name}/*/1.0.0'))))
     assert by_split('tfds:stdlib_corpus') == found
     assert documents.open_part('tfds:stdlib_corpus') == documents.open_part('stdlib', cache=str(cache))
+
+
+def test_a_tfds_data_set_in_a_bucket(embedded, monkeypatch):
+    cache, *_ = embedded
+    [directory] = cache.glob('stdlib_corpus/*/1.0.0')
+    with bucket.started(monkeypatch) as url:
+        fs, _ = fsspec.core.url_to_fs(url)
+        for path in directory.iterdir():
+            fs.put_file(str(path), f'bkt/corpus/1.0.0/{path.name}')
+        assert by_split(f'tfds:{url}/corpus/1.0.0') == by_split(f'tfds:{directory}')
 
 
 def test_tfds_that_cannot_be_used(embedded, tmp_path):
@@ -262,7 +308,7 @@ def test_tfds_that_cannot_be_used(embedded, tmp_path):
         read(f'tfds:{tmp_path}')
 
 
-def test_hugging_face_folders(tmp_path, monkeypatch):
+def test_hugging_face_folders(tmp_path, monkeypatch, capfd):
     datasets = pytest.importorskip('datasets')
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
     found = [f'example {i}' for i in range(30)]
@@ -271,6 +317,9 @@ def test_hugging_face_folders(tmp_path, monkeypatch):
     assert [(d.text, d.why) for d in read(f'hf:{tmp_path}/saved', field='body')] == [*((t, '') for t in found), ('', 'is empty')]
     two = datasets.DatasetDict({'train': whole.select(range(20)), 'test': whole.select(range(20, 30))})
     two.save_to_disk(str(tmp_path / 'dict'))
+    datasets.DatasetDict({**two, 'extra': whole}).save_to_disk(str(tmp_path / 'more'))
+    assert len(documents.open_part(f'hf:{tmp_path}/more', 'body')) == 2
+    assert f'Note: hf:{tmp_path}/more: these splits are not used: extra\n' in capfd.readouterr().err
     files = documents.open_part(f'hf:{tmp_path}/dict', 'body')
     assert [file.split for file in files] == ['train', 'test']
     assert [len(list(piece.documents())) for piece in documents.pieces(files)] == [20, 10]
@@ -299,7 +348,8 @@ def test_source_strings():
     later = {'stdlib': 2.0, 'hf:a:b': 1.0}
     assert documents.parse('stdlib until 10, 2 stdlib + hf:a:b') == [({'stdlib': 1.0}, 10), (later, None)]
     for wrong, message in [('stdlb', "'stdlb' is not a source; want stdlib, text:GLOB"), ('text:', 'is not a source'),
-                           ('0 stdlib', 'must be above 0'), ('', 'is not a source'), ('csv:a', 'is not a source'),
+                           ('0 stdlib', 'must be above 0'), ('1e-10 stdlib', 'between'),
+                           ('1e999 stdlib', 'between'), ('', 'is not a source'), ('csv:a', 'is not a source'),
                            ('stdlib + 2 stdlib', 'twice'), ('stdlib until 9, stdlib until 9, stdlib', 'growing steps'),
                            ('stdlib until 9', 'is not a source')]:  # fmt: skip
         with pytest.raises(ConfigError, match=message):

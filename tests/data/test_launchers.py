@@ -47,7 +47,7 @@ def test_slurm(tmp_path, corpus, monkeypatch):
     """The real submitit, against sbatch and srun that start the job on this machine."""
     submitit = pytest.importorskip('submitit')
     (tmp_path / 'bin').mkdir()
-    for name, text in {**FAKE, 'sbatch': SBATCH}.items():
+    for name, text in {**FAKE, 'sbatch': SBATCH, 'scancel': f'#!/bin/sh\necho $1 >> {tmp_path}/cancelled\n'}.items():
         (tmp_path / 'bin' / name).write_text(text)
         (tmp_path / 'bin' / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv('PATH', f'{tmp_path}/bin:{os.environ["PATH"]}')
@@ -65,6 +65,12 @@ def test_slurm(tmp_path, corpus, monkeypatch):
     assert '#SBATCH --partition=night' in submitted and '#SBATCH --array=0-1' in submitted
     with pytest.raises(DataError, match=r'SLURM job \S+: ZeroDivisionError.*; see .*err'):
         list(slurm(divide_by_zero, [1]))
+    # Whoever stops waiting cancels the jobs.
+    (tmp_path / 'cancelled').unlink(missing_ok=True)
+    waiting = slurm(str, [1, 2])
+    next(waiting)
+    waiting.close()
+    assert len((tmp_path / 'cancelled').read_text().split()) == 2
     with pytest.raises(ConfigError, match=r'--launcher=slurm: '):
         list(launchers.slurm(folder, 2, {'tiem': 5})(len, ['a']))
     assert launchers.parameter('time=120') == ('time', 120) and launchers.parameter('qos=a=b') == ('qos', 'a=b')

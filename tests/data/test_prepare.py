@@ -1,20 +1,29 @@
 """A token store holds what its source says, whoever prepares it, and whatever happens meanwhile."""
 
+import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
+import filelock
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from etils import epath
 
 from spark.config import DataConfig
 from spark.data import documents, launchers, prepare, readers, store, tokenizer
 from spark.errors import ConfigError, DataError
+from spark.runtime import write_bytes
 from tests.helpers import ROOT
 
 SMALL = 'sentencepiece:stdlib_2048.model'
@@ -80,8 +89,6 @@ def test_the_same_bytes_from_any_number_of_workers(tmp_path, corpus, small_piece
     source, _ = corpus
 
     def threads(n):
-        from concurrent.futures import ThreadPoolExecutor, as_completed
-
         def launch(function, items):
             with ThreadPoolExecutor(n) as pool:
                 futures = {pool.submit(function, item): i for i, item in reversed(list(enumerate(items)))}
@@ -140,6 +147,45 @@ def test_unusable_documents(tmp_path, corpus):
         prepare.prepare(config(max_bad=1000.0), f'text:{tmp_path}/data/[be]*.jsonl', tmp_path / 'none', launchers.local(1))
 
 
+def test_what_was_unusable_is_looked_at_again(tmp_path, corpus, monkeypatch):
+    """A report of unusable documents is not final when the run failed by it. A file that cannot be read leaves no report."""
+    source, texts = corpus
+    out, checked = tmp_path / 'out', readers._read_jsonl
+    bad = lambda span, field: iter([readers.Document('here', why='is odd')])
+    monkeypatch.setitem(readers.READERS, 'jsonl', bad)
+    with pytest.raises(DataError, match='here: is odd; 3 of 3'):
+        prepare.prepare(config(), source, out, launchers.local(1))
+    assert list((out / 'parts').glob('*.json'))
+
+    def fails(span, field):
+        yield from itertools.islice(checked(span, field), 3)
+        raise OSError(errno.ESTALE, 'Stale file handle')
+
+    monkeypatch.setitem(readers.READERS, 'jsonl', fails)
+    with pytest.raises(DataError, match=r'0\.jsonl: cannot be read: Stale file handle'):
+        prepare.prepare(config(max_bad=0.9), source, tmp_path / 'other', launchers.local(1))
+    assert not list((tmp_path / 'other' / 'parts').glob('*.json'))
+    monkeypatch.undo()
+    found = [prepare.prepare(config(), source, tmp_path / name, launchers.local(1)) for name in ('out', 'other')]
+    assert [sum(split.documents for split in f.splits.values()) for f in found] == [len(texts)] * 2
+
+
+def test_another_machine_finishes_the_store_meanwhile(tmp_path, corpus, small_pieces, monkeypatch):
+    """It deletes the parts, which this one reads."""
+    source, _ = corpus
+    monkeypatch.setattr(prepare, '_locked', contextlib.nullcontext)  # which holds on one machine
+
+    def launch(function, items):
+        for i in launchers.local(1)(function, items):
+            yield i
+            if i == 3:
+                prepare.prepare(config(), source, tmp_path / 'out', launchers.local(1))
+
+    found = prepare.prepare(config(), source, tmp_path / 'out', launch)
+    assert found.digest == prepare.prepare(config(), source, tmp_path / 'whole', launchers.local(1)).digest
+    assert not (tmp_path / 'out' / 'parts').exists()
+
+
 def test_a_store_knows_what_it_was_made_of(tmp_path, corpus):
     source, _ = corpus
     local, out = launchers.local(1), tmp_path / 'out'
@@ -162,7 +208,7 @@ def test_a_store_knows_what_it_was_made_of(tmp_path, corpus):
                    lambda: (tmp_path / 'data' / '0.jsonl').unlink()]:  # fmt: skip
         change()
         os.utime(path, (len(keys), len(keys)))
-        with pytest.raises(ConfigError, match='`files` differs'):
+        with pytest.raises(ConfigError, match=r'`files` differs \(.*/data/(new|0)\.jsonl\)'):
             prepare.prepare(config(), source, out, local)
         keys.add(prepare.describe(config(), source)[1]['key'])
     assert len(keys) == 4
@@ -223,6 +269,69 @@ def test_a_damaged_store(tmp_path, corpus, capfd, damage):
     assert contents(directory) == before
     prepare.cached(cfg, source)
     assert 'Warning' not in capfd.readouterr().err
+
+
+def test_the_cache_is_kept_when_a_disk_fails(tmp_path, corpus, monkeypatch, capfd):
+    """Also where it can only be read. And max_bad holds for it."""
+    source, _ = corpus
+    (tmp_path / 'data' / 'bad.jsonl').write_text('junk\n')
+    cfg = config(cache_dir=str(tmp_path / 'cache'), max_bad=1)
+    digest = prepare.cached(cfg, source).digest
+    before = contents(tmp_path / 'cache')
+    with pytest.raises(DataError, match='1 of 61 documents'):
+        prepare.cached(cfg.model_copy(update={'max_bad': 0.0}), source)
+    path = type(epath.Path(tmp_path))
+    for name in 'manifest.json', '0':
+        with monkeypatch.context() as patch:
+            patch.setattr(path, 'read_bytes', failing_for(name, path.read_bytes))
+            patch.setattr(pathlib.Path, 'read_bytes', failing_for(name, pathlib.Path.read_bytes))
+            with pytest.raises(DataError, match=r'the token store cannot be read: OSError.*Input/output error'):
+                prepare.cached(cfg, source)
+    assert contents(tmp_path / 'cache') == before and 'Warning' not in capfd.readouterr().err
+
+    def read_only(*args, **kw):
+        raise OSError(errno.EROFS, 'Read-only file system')
+
+    monkeypatch.setattr(filelock, 'FileLock', read_only)
+    assert prepare.cached(cfg, source).digest == digest
+
+
+def failing_for(name, read):
+    def fail(path):
+        if path.name == name:
+            raise OSError(errno.EIO, 'Input/output error')
+        return read(path)
+
+    return fail
+
+
+def test_one_waits_for_another(tmp_path, corpus, capfd):
+    source, _ = corpus
+    held = threading.Event()
+
+    def hold():
+        with filelock.FileLock(tmp_path / 'out.lock'):
+            held.set()
+            time.sleep(1.3)
+
+    threading.Thread(target=hold).start()
+    held.wait()
+    prepare.prepare(config(), source, tmp_path / 'out', launchers.local(1))
+    assert f'Waiting for another process that prepares {tmp_path}/out' in capfd.readouterr().err
+
+
+def test_two_writers_of_a_file(tmp_path):
+    """It is one of theirs, whole; and nothing is left behind."""
+    path = tmp_path / 'a.json'
+    contents = [bytes([n]) * 300_000 for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            list(pool.map(lambda data: write_bytes(path, data), contents))
+            assert path.read_bytes() in contents
+    with pytest.raises(ConfigError, match='a directory'):
+        (tmp_path / 'folder' / 'full').mkdir(parents=True)
+        write_bytes(tmp_path / 'folder', b'')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.json', 'folder']
 
 
 def test_a_store_is_used_with_its_tokenizer(tmp_path, corpus):

@@ -82,6 +82,20 @@ def test_damage_is_found_before_and_while_reading(written):
         store.Store(directory).arrays('train')
 
 
+def test_what_a_filesystem_refuses_is_no_damage(written):
+    directory, *_ = written
+    path = directory / 'train' / 'tokens' / 'c' / '1'
+    errors = []
+    for break_ in [lambda: flip(path), path.unlink, lambda: path.symlink_to(path.name)]:
+        break_()
+        found = store.Store(directory)
+        with pytest.raises(ValueError) as e:
+            found.splits['train'].read(256, 512)[0].result()
+        errors.append(found.damaged(e.value))
+    assert [type(e) for e in errors] == [store.DamagedError, store.DamagedError, DataError]
+    assert 'cannot be read: ' in str(errors[2]) and 'symbolic links' in str(errors[2])
+
+
 def test_an_array_of_another_length(written):
     directory, *_ = written
     manifest = json.loads((directory / 'manifest.json').read_text())
