@@ -19,16 +19,18 @@ from spark.data.tokenizer import of_config
 from spark.runtime import write_json
 
 BATCH = 64  # rows
+LARGE = 100_000_000  # tokens; several times what TensorStore's cache holds
 
 
 def data(cfg: ExperimentConfig, repeats: int = 5) -> list[dict]:
     """Milliseconds per million tokens of one process, at two lengths of rows; CPU seconds of one of 1, 8 and 64 processes."""
     result = []
     with tempfile.TemporaryDirectory() as scratch:
-        opened = _open_large(pathlib.Path(scratch))
+        opened = _open_large(pathlib.Path(scratch) / 'empty')
+        source = f'tokens:{_enlarged(rows.TrainRows(cfg.data, cfg.seed)[0].split, pathlib.Path(scratch) / "store")}'
         for seq_len in (2048, 8192):
             size = cfg.data.model_copy(update={'seq_len': seq_len, 'batch_size': BATCH})
-            train = rows.TrainRows(size, cfg.seed)
+            train = rows.TrainRows(size.model_copy(update={'source': source}), cfg.seed)
             array = _plain_file(train, pathlib.Path(scratch) / 'array')
             # name: (what makes an iterator over batches, millions of tokens to read)
             sides = {
@@ -72,6 +74,20 @@ def _tokenizing(cfg) -> Iterator[dict]:
     encoded = grain.MapDataset.source(texts).shuffle(0).repeat().map(encode).to_iter_dataset(grain.ReadOptions(8, 16))
     cut = grain.experimental.ConcatThenSplitIterDataset(encoded, length_struct=dict.fromkeys(('tokens', 'targets'), cfg.seq_len))
     return iter(grain.experimental.ThreadPrefetchIterDataset(cut.batch(cfg.batch_size), prefetch_buffer_size=4))
+
+
+def _enlarged(split, directory) -> pathlib.Path:
+    """A store of the tokens of a split, repeated."""
+    n, (tokens, sizes) = split.tokens, (x.result() for x in split.read(0, split.tokens))
+    times = -(-LARGE // n)
+    for name, x in [('tokens', np.tile(tokens, times)), ('bytes', np.tile(sizes.astype(np.uint8), times))]:
+        array = store.create(directory / 'train' / name, n * times, x.dtype)
+        for first in tqdm(range(0, n * times, store.SHARD), desc=f'writing {name}', leave=False):
+            last = min(first + store.SHARD, n * times)
+            array[first:last].write(x[first:last]).result()
+    counts = {'documents': split.documents * times, 'tokens': n * times, 'bytes': split.bytes * times}
+    write_json(directory / 'manifest.json', {**split.store.manifest, 'splits': {'train': counts}, 'checksums': {}})
+    return directory
 
 
 def _plain_file(train, path) -> np.memmap:

@@ -34,39 +34,47 @@ class Row(NamedTuple):
     n: int
 
 
-def read(rows: Sequence[Row | None], seq_len: int) -> dict[str, np.ndarray]:
+def read(rows: Sequence[Row | None], seq_len: int, mean_bytes: bool = False) -> dict[str, np.ndarray]:
     """A dict of int32 arrays (rows, seq_len): what a model is trained on.
 
     `tokens`, `targets`, `positions` in the document (from 0 at the start of the row), `segments` (1, 2, … by document, 0 for
-    padding), and `bytes` of text per target. A row None is all padding.
+    padding), and `bytes` of text per target; with `mean_bytes` those of the mean token of its split, which are not read. A row
+    None is all padding.
     """
-    ids, sizes = np.zeros((len(rows), seq_len + 1), np.int64), np.zeros((len(rows), seq_len + 1), np.int64)
-    lengths = np.zeros((len(rows), 1), np.int64)
-    marks, ends = np.full((len(rows), 1), -1), np.full((len(rows), 1), -1)
-    reads = []
+    ids, sizes = (np.zeros((len(rows), seq_len + 1), np.int32) for _ in range(2))
+    lengths = np.zeros((len(rows), 1), np.int32)
+    marks, ends = (np.full((len(rows), 1), -1, np.int32) for _ in range(2))
+    reads, names = [], NAMES[:1] if mean_bytes else ('tokens', 'bytes')
     with ts.Batch() as batch:
         for i, row in enumerate(rows):
             if row is None:
                 continue
             lengths[i], marks[i], ends[i] = row.n, row.split.store.mark, row.split.store.eos
+            if mean_bytes:  # exact in sums over a whole split
+                before, after = (end * row.split.bytes // row.split.tokens for end in (row.start, row.start + row.n))
+                sizes[i, : row.n], more = divmod(after - before, row.n)
+                sizes[i, :more] += 1
             place, at = row.start, 0
             while at <= row.n:  # a row that reaches the end of the array goes on at its start
                 n = min(row.split.tokens - place, row.n + 1 - at)
-                reads.append((row.split, i, slice(at, at + n), row.split.read(place, place + n, batch)))
+                reads.append((row.split, i, slice(at, at + n), row.split.read(place, place + n, batch, names)))
                 place, at = 0, at + n
     for split, i, columns, futures in reads:
         try:
-            ids[i, columns], sizes[i, columns] = (future.result() for future in futures)
+            for x, future in zip((ids, sizes), futures, strict=False):
+                x[i, columns] = future.result()
         except Exception as e:
             raise split.store.damaged(e) from e
-    place = np.arange(seq_len)
-    real = place < lengths
-    first = ids[:, :-1] == marks
-    targets = np.where(ids[:, 1:] == marks, ends, ids[:, 1:])
+    place = np.arange(seq_len, dtype=np.int32)
+    is_mark = ids == marks
+    first = is_mark[:, :-1]
+    targets = np.where(is_mark[:, 1:], ends, ids[:, 1:])
     positions = place - np.maximum.accumulate(np.where(first, place, 0), axis=1)
-    segments = np.cumsum(first, axis=1) + 1 - first[:, :1]
-    columns = dict(zip(NAMES, (ids[:, :-1], targets, positions, segments, sizes[:, :-1]), strict=True))
-    return {name: np.where(real, x, 0).astype(np.int32) for name, x in columns.items()}
+    segments = np.cumsum(first, axis=1, dtype=np.int32) + 1 - first[:, :1]
+    batch = dict(zip(NAMES, (ids[:, :-1], targets, positions, segments, sizes[:, :-1]), strict=True))
+    if lengths.min() < seq_len:
+        batch = {name: np.where(place < lengths, x, 0) for name, x in batch.items()}
+    return {name: np.ascontiguousarray(x) for name, x in batch.items()}
 
 
 class Shuffled:
@@ -151,7 +159,7 @@ class TrainRows:
         size = self._cfg.batch_size
         n = (self.total() - first) // size if self._cfg.epochs else 1 << 40
         rows = np.arange(size) if rows is None else rows
-        batch = lambda b: read([self[first + b * size + int(i)] for i in rows], self._cfg.seq_len)
+        batch = lambda b: read([self[first + b * size + int(i)] for i in rows], self._cfg.seq_len, mean_bytes=True)
         return _prefetched(self._cfg, max(n, 0), batch)
 
 
@@ -190,7 +198,7 @@ class EvalBatches:
         for split in self.splits:
             document = np.zeros(0, np.int64)
             for start in range(0, split.tokens, 1 << 20):
-                tokens, _ = split.read(start, min(start + (1 << 20), split.tokens))
+                (tokens,) = split.read(start, min(start + (1 << 20), split.tokens), names=('tokens',))
                 *ended, document = np.split(*_at_marks(np.concatenate([document, tokens.result()]), split.store.mark))
                 yield from map(tokenizer.decode, ended)
             yield tokenizer.decode(document)

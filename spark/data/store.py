@@ -40,9 +40,12 @@ class Split:
     tokens: int
     bytes: int
 
-    def read(self, start: int, stop: int, batch: ts.Batch | None = None) -> tuple[ts.Future, ts.Future]:
+    def read(
+        self, start: int, stop: int, batch: ts.Batch | None = None, names: tuple[str, ...] = ('tokens', 'bytes')
+    ) -> list[ts.Future]:
         """Futures of the tokens and of the bytes in [start, stop)."""
-        return tuple(x[start:stop].read(batch=batch) for x in self.store.arrays(self.name))
+        arrays = self.store.arrays(self.name)
+        return [arrays[name][start:stop].read(batch=batch) for name in names]
 
 
 class DamagedError(DataError):
@@ -72,10 +75,10 @@ class Store:
             raise DamagedError(f'{path}: is damaged: {type(e).__name__}: {e}; prepare it again') from e
         self._arrays = {}
 
-    def arrays(self, split: str) -> tuple[ts.TensorStore, ts.TensorStore]:
+    def arrays(self, split: str) -> dict[str, ts.TensorStore]:
         """The tokens and the bytes of a split."""
         if split not in self._arrays:
-            opened = []
+            opened = {}
             for name in ('tokens', 'bytes'):
                 path = self.directory / split / name
                 try:
@@ -85,8 +88,8 @@ class Store:
                     raise self.damaged(e) from e
                 if array.shape != (self.splits[split].tokens,):
                     raise self.damaged(f'{path} has {array.shape} tokens, want {self.splits[split].tokens}')
-                opened.append(array)
-            self._arrays[split] = tuple(opened)
+                opened[name] = array
+            self._arrays[split] = opened
         return self._arrays[split]
 
     def verify(self) -> None:

@@ -36,7 +36,7 @@ def test_any_part_can_be_read(written, part):
     for future, whole in zip(found.splits['train'].read(*part), arrays, strict=True):
         np.testing.assert_array_equal(future.result(), whole[slice(*part)])
     assert (found.mark, found.eos, found.digest) == (256, 257, 'd')
-    assert found.arrays('train')[0].dtype.numpy_dtype == np.uint16
+    assert found.arrays('train')['tokens'].dtype.numpy_dtype == np.uint16
     assert sorted(p.name for p in (directory / 'train' / 'tokens' / 'c').iterdir()) == ['0', '1', '2', '3']
 
 

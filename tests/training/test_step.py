@@ -10,6 +10,7 @@ import pytest
 from spark.nn.layers import METRICS
 from spark.nn.transformer import activity
 from spark.training import loss, optimizer, sharding
+from spark.training.guard import first_not_finite
 from spark.training.step import Trainer
 from tests.helpers import model_and_params, small
 
@@ -210,3 +211,13 @@ def test_weight_decay_spares_the_norms_and_the_schedule_is_warm_up_and_cosine():
     update = lambda tx: jax.jit(lambda: tx.update(huge, tx.init(params), params)[1])()
     moment = lambda state: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(state) if x.ndim)
     assert moment(update(tx)) < 1 < moment(update(clipped))
+
+
+def test_what_is_not_finite_is_looked_for_in_each_microbatch():
+    cfg = small(**{'model.n_layers': 2, 'model.pattern': ('local',), 'train.accumulate': 2})
+    trainer, batch, seen = Trainer(cfg, jax.devices()[:1]), random_batch(cfg), []
+    with trainer.context(), pytest.MonkeyPatch.context() as patch:
+        put = trainer.put
+        patch.setattr(trainer, 'put', lambda rows, size: (seen.append(rows['tokens']), put(rows, size))[1])
+        assert first_not_finite(trainer, trainer.init_state(0).params, batch).startswith('every module')
+    np.testing.assert_array_equal(np.stack(seen, 1).reshape(batch['tokens'].shape), batch['tokens'])
