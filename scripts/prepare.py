@@ -39,9 +39,10 @@ def main() -> None:
             raise errors.ConfigError(f'--{name} is missing; see --help')
     from spark.data import documents, launchers, prepare
 
-    if len(documents.parse(SOURCE.value)) > 1 or len(documents.parse(SOURCE.value)[0].weights) > 1:
+    (source, *others), *later = (phase.weights for phase in documents.parse(SOURCE.value))
+    if others or later:
         raise errors.ConfigError(f'--source={SOURCE.value}: is a mixture: prepare each part, and mix them in data.source')
-    if SOURCE.value.startswith('tokens:'):
+    if source.startswith('tokens:'):
         raise errors.ConfigError(f'--source={SOURCE.value}: is a token store already')
     match LAUNCHER.value:
         case 'local':
@@ -54,11 +55,11 @@ def main() -> None:
         case 'beam':
             launcher = launchers.beam(BEAM.value)
     cfg = DataConfig(
-        source=SOURCE.value, tokenizer=TOKENIZER.value, bos=BOS.value, eos=EOS.value, holdout=HOLDOUT.value,
+        source=source, tokenizer=TOKENIZER.value, bos=BOS.value, eos=EOS.value, holdout=HOLDOUT.value,
         text_field=FIELD.value, max_bad=MAX_BAD.value, seq_len=1, batch_size=1,
     )  # fmt: skip
     start = time.perf_counter()
-    manifest = prepare.prepare(cfg, SOURCE.value, OUT.value, launcher).manifest
+    manifest = prepare.prepare(cfg, source, OUT.value, launcher).manifest
     seconds = time.perf_counter() - start
     print(table(manifest))
     tokens = sum(split['tokens'] for split in manifest['splits'].values())

@@ -25,6 +25,8 @@ OUT = flags.DEFINE_string('out', None, 'The file to write.')
 def main() -> None:
     if (out := pathlib.Path(OUT.value)).exists():
         raise errors.ConfigError(f'--out={out} exists; choose another name or remove it')
+    if 'tokens:' in {name[:7] for phase in documents.parse(SOURCE.value) for name in phase.weights}:
+        raise errors.ConfigError(f'--source={SOURCE.value}: a token store has no text; name the source that it was made from')
     texts = sample(documents.texts(SOURCE.value, 'train', config.DataConfig(seq_len=1, batch_size=1)), MAX_DOCUMENTS.value)
     model = tokenizer.train_sentencepiece(texts, VOCAB_SIZE.value)
     write_bytes(out, model)

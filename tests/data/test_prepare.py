@@ -350,8 +350,8 @@ def test_a_store_is_used_with_its_tokenizer(tmp_path, corpus):
 # ---- Other processes.
 
 
-def script(*words, **kw):
-    command = [sys.executable, str(ROOT / 'scripts' / 'prepare.py'), *map(str, words)]
+def script(*words, name='prepare.py', **kw):
+    command = [sys.executable, str(ROOT / 'scripts' / name), *map(str, words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 
@@ -412,7 +412,9 @@ def test_the_script(tmp_path, corpus):
         ([f'--source=stdlib + {source}', f'--out={tmp_path}/b'], 2, 'is a mixture'),
         ([f'--source=tokens:{tmp_path}/out', f'--out={tmp_path}/b'], 2, 'is a token store already'),
         ([f'--source=text:{tmp_path}/*.none', f'--out={tmp_path}/b'], 4, 'no file matches'),
+        ([f'--source=2 text:{tmp_path}/*.none', f'--out={tmp_path}/b'], 4, f'DataError: text:{tmp_path}/*.none: no file matches'),
+        ([f'--source=tokens:{tmp_path}/out', f'--out={tmp_path}/b'], 2, 'a token store has no text'),
     ]:
-        process = script(*words)
+        process = script(*words, name='tokenizer.py' if 'no text' in said else 'prepare.py')
         _, err = process.communicate(timeout=200)
         assert process.returncode == code and said in err and err.count('\n') == 1, err
