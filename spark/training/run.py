@@ -78,6 +78,7 @@ class Run:
             self.profiler = Profiler(cfg.train, workdir, stack)
             if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
                 jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
+            _make_directory(workdir)
             self.checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
             stack.enter_context(self.trainer.context())
             self._restore_or_start()
@@ -330,13 +331,17 @@ def check_directory(workdir: epath.Path, cfg: config.ExperimentConfig) -> str:
 
 def claim_directory(workdir: epath.Path, cfg: config.ExperimentConfig) -> None:
     """Writes config.json: to a new run directory, or where fields that may change did. Raises as `check_directory` does."""
+    changed, path = check_directory(workdir, cfg), workdir / 'config.json'
+    _make_directory(workdir)
+    if jax.process_index() == 0 and (changed or not path.exists()):
+        if changed:
+            print(f'This run had {changed}', flush=True)
+        write_text(path, cfg.model_dump_json(indent=2) + '\n')
+
+
+def _make_directory(workdir):
     try:
-        changed, path = check_directory(workdir, cfg), workdir / 'config.json'
         workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0 and (changed or not path.exists()):
-            if changed:
-                print(f'This run had {changed}', flush=True)
-            write_text(path, cfg.model_dump_json(indent=2) + '\n')
     except OSError as e:
         raise ConfigError(f'--workdir={workdir}: {e.strerror or e}') from None
 
