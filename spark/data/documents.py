@@ -66,6 +66,8 @@ def _weights(source, mixture):
     for part in mixture.split(' + '):
         weighted = re.fullmatch(r'\s*(?:(\d+(?:\.\d+)?(?:e-?\d+)?)\s+)?(\S.*?)\s*', part)
         weight, name = (float(weighted[1] or 1), weighted[2]) if weighted else (1.0, '')
+        if re.search(r'\suntil\s', name):
+            raise ConfigError(f'data.source = {source!r}: want MIXTURE until STEP, MIXTURE; the last MIXTURE has no `until`')
         kind, _, rest = name.partition(':')
         if not (name == 'stdlib' or (kind in (*FILES, 'tfds', 'hf', 'tokens') and rest)):
             raise ConfigError(f'data.source = {source!r}: {name or part!r} is not a source; want {KINDS}')

@@ -57,7 +57,9 @@ def prepare(cfg: DataConfig, part: str, out: epath.PathLike, launcher: Launcher 
                     raise
         with contextlib.suppress(FileNotFoundError):
             (directory / 'parts').rmtree()
-    return _allowed(cfg, part, store.Store(directory))
+    result = store.Store(directory)
+    result.verify()
+    return _allowed(cfg, part, result)
 
 
 def _is_finished(directory):
@@ -85,7 +87,7 @@ def describe(cfg: DataConfig, part: str) -> tuple[list[documents.File], dict]:
 def _refuse_another(directory, description):
     """Raises a ConfigError if there is something in `directory`, but not the beginning of this store."""
     there = {path.name for path in directory.iterdir()} if directory.exists() else set()
-    if 'manifest.json' not in there and not any((directory / 'parts').glob('*.json')):
+    if 'manifest.json' not in there and not any((directory / 'parts').glob('*')):
         there.discard('plan.json')  # nothing was made by it
     for name in {'manifest.json', 'plan.json'} & there:
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -257,7 +259,7 @@ def cached(cfg: DataConfig, part: str) -> store.Store:
         if found.manifest['tokenizer_hash'] != tokenizer.of_config(cfg).fingerprint:
             raise ConfigError(
                 f'data.tokenizer = {cfg.tokenizer!r}: {directory} was prepared with another one, or with other special tokens: '
-                f'{found.manifest["tokenizer"]!r}, mark {found.mark}, EOS {found.eos}'
+                f'{found.manifest["tokenizer"]!r}, BOS {found.mark}, EOS {found.eos}; set data.tokenizer, .bos and .eos'
             )
         found.verify()
         return found

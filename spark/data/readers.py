@@ -155,7 +155,7 @@ def open_file(file: str) -> Iterator[io.BufferedReader]:
         if not codec:
             yield f
             return
-        with io.BufferedReader(pyarrow.CompressedInputStream(f, codec), 1 << 20) as unpacked:
+        with io.BufferedReader(pyarrow.CompressedInputStream(f, codec), 1 << 12) as unpacked:
             yield unpacked
 
 

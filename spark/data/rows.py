@@ -223,6 +223,8 @@ def _open(cfg, part, split, opened, held_out=False):
     other = {'validation': ['test'], 'test': ['validation']}.get(split, [])  # many data sets have only one held-out split
     for name in [split, *other, *['train'] * held_out]:
         if name in found.splits:
+            if name in other:
+                print(f'{part}: no document is in the split {split!r}; {name!r} is used in its place', flush=True)
             return found.splits[name]
     has = ', '.join(f'{s.documents} in {name}' for name, s in found.splits.items())
     raise DataError(f'{part}: no document is in the split {split!r}, only {has}; raise data.holdout or set data.eval_source')

@@ -219,7 +219,7 @@ class Run:
             raise ConfigError(f'data.batch_size = {self.cfg.data.batch_size}: {want}')
         if saved['digest'] != self.digest:
             source = 'batches' if self.rows is None else self.cfg.data.source
-            changed = f'{source}: is not what it was until step {self.step}: files were added, removed or changed'
+            changed = f'{source}: is not what the run had until step {self.step}: another source, or files that changed'
             if not self.cfg.data.allow_changed:
                 raise DataError(f'{changed}; restore them, or go on with what there is by --config.data.allow_changed=True')
             print(f'Warning: {changed}', flush=True)

@@ -339,7 +339,7 @@ def test_a_store_is_used_with_its_tokenizer(tmp_path, corpus):
     prepare.prepare(config(), source, tmp_path / 'out', launchers.local(1))
     found = f'tokens:{tmp_path}/out'
     for other in {'tokenizer': 'bytes'}, {'bos': 'none'}:
-        with pytest.raises(ConfigError, match=f'out was prepared with another one.*{SMALL}.*mark 1, EOS 2'):
+        with pytest.raises(ConfigError, match=f'out was prepared with another one.*{SMALL}.*BOS 1, EOS 2'):
             prepare.cached(config(**other), found)
     with pytest.raises(DataError, match='is no token store'):
         prepare.cached(config(), f'tokens:{tmp_path}/none')

@@ -253,7 +253,7 @@ def test_other_data_than_before_is_refused_unless_asked_for(corpus, tmp_path):
     _, _, state = train(cfg(), tmp_path / 'run')
     assert_same(jax.device_get(state), expected)
     (tmp_path / '99.txt').write_text('one document more, in a split or another ' * 20)
-    with pytest.raises(DataError, match=r'is not what it was until step 5: files were added.*data\.allow_changed=True'):
+    with pytest.raises(DataError, match=r'is not what the run had until step 5: another source.*data\.allow_changed=True'):
         train(cfg(), tmp_path / 'other')
     _, _, state = train(cfg(**{'data.allow_changed': True}), tmp_path / 'other')
     assert int(state.step) == 10
@@ -307,7 +307,7 @@ def test_batches_of_ones_own(corpus, tmp_path):
             train(cfg, tmp_path / f'wrong{i}', batches=wrong, held_out=held_out)
     with pytest.raises(ConfigError, match='held_out has validation: want validation and test'):
         train(cfg, tmp_path / 'half', batches=own, held_out={'validation': own[:1]})
-    with pytest.raises(DataError, match='is not what it was until step 5'):
+    with pytest.raises(DataError, match='is not what the run had until step 5'):
         shutil.rmtree(tmp_path / 'b' / 'checkpoints' / '10')
         train(cfg, tmp_path / 'b')
 
