@@ -177,7 +177,7 @@ def _create_arrays(directory, reports, dtype):
 
 
 def _bar(*args, **kw):
-    return tqdm(*args, **kw, mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True)
+    return tqdm(*args, **kw, mininterval=0.1 if sys.stderr.isatty() else 10)
 
 
 def _written(split):
