@@ -176,8 +176,9 @@ def _create_arrays(directory, reports, dtype):
     return splits, shards
 
 
-def _bar(*args, **kw):
-    return tqdm(*args, **kw, mininterval=0.1 if sys.stderr.isatty() else 10)
+def _bar(*args, desc, **kw):
+    short = desc if len(desc) <= 40 else f'{desc[:20]}…{desc[-19:]}'  # the bar itself must fit into a line
+    return tqdm(*args, desc=short, **kw, mininterval=0.1 if sys.stderr.isatty() else 10)
 
 
 def _written(split):
