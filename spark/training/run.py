@@ -18,8 +18,8 @@ from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints, open_checkpoint
 from spark.data import documents, rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, StalledError, exit_now
-from spark.runtime import stop_requests, write_text
-from spark.training import trackers
+from spark.runtime import stop_requests
+from spark.training import directory, trackers
 from spark.training.logs import Clock, Log, Profiler
 from spark.training.step import Trainer, TrainState, evaluate
 from spark.training.watchdog import Watchdog
@@ -65,7 +65,7 @@ class Run:
             self.trainer = Trainer(self.cfg)
             # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
             # A source that is not prepared is prepared now, before the watchdog looks on: that may take hours.
-            check_directory(workdir, cfg)
+            directory.check(workdir, cfg)
             opened = {}
             self.rows = rows.TrainRows(cfg.data, cfg.seed, opened) if batches is None else None
             open_split = lambda split: rows.EvalBatches(cfg.data, split, self.trainer.local_rows, opened)
@@ -78,11 +78,11 @@ class Run:
             self.profiler = Profiler(cfg.train, workdir, stack)
             if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
                 jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
-            _make_directory(workdir)
+            directory.make(workdir)
             self.checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
             stack.enter_context(self.trainer.context())
             self._restore_or_start()
-            claim_directory(workdir, cfg)  # by a start that worked
+            directory.claim(workdir, cfg)  # by a start that worked
             self.batches = self._open_batches(batches)
             if hasattr(self.batches, 'close'):
                 stack.callback(self.batches.close)
@@ -309,41 +309,6 @@ def _digest(train, held_out):
         if (everywhere != everywhere[0]).any():
             raise DataError('data.source: the processes of this job read different data: want the same files on all machines')
     return digest
-
-
-def check_directory(workdir: epath.Path, cfg: config.ExperimentConfig) -> str:
-    """What differs from the config of the run in a directory: only `config.RESUMABLE` may. Raises a ConfigError otherwise.
-
-    Also if the directory holds files, but no run.
-    """
-    if (workdir / 'config.json').exists():
-        previous = config.load(workdir / 'config.json')
-        if different := config.differences(previous, cfg, ignore=config.RESUMABLE):
-            raise ConfigError(f'--workdir={workdir} belongs to a run with {different}: choose another directory')
-        return config.differences(previous, cfg)
-    if jax.process_index() == 0 and workdir.exists():
-        # What a start leaves that fails before it has a state is no other run.
-        strangers = [path for path in workdir.iterdir() if not (path.name.endswith('.tmp') or path.name == 'xla_cache')]
-        if others := sorted(p.name for p in strangers if p.name != 'checkpoints' or any(p.iterdir())):
-            raise ConfigError(f'--workdir={workdir} holds {others[0]!r} but no config.json: choose another directory')
-    return ''
-
-
-def claim_directory(workdir: epath.Path, cfg: config.ExperimentConfig) -> None:
-    """Writes config.json: to a new run directory, or where fields that may change did. Raises as `check_directory` does."""
-    changed, path = check_directory(workdir, cfg), workdir / 'config.json'
-    _make_directory(workdir)
-    if jax.process_index() == 0 and (changed or not path.exists()):
-        if changed:
-            print(f'This run had {changed}', flush=True)
-        write_text(path, cfg.model_dump_json(indent=2) + '\n')
-
-
-def _make_directory(workdir):
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f'--workdir={workdir}: {e.strerror or e}') from None
 
 
 @contextlib.contextmanager

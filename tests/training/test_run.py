@@ -21,7 +21,8 @@ from spark.errors import CheckpointError, ConfigError, DataError
 from spark.training import run as train_module
 from spark.training import step as step_module
 from spark.training import trackers
-from spark.training.run import claim_directory, train
+from spark.training.directory import claim
+from spark.training.run import train
 from spark.training.step import Trainer
 from spark.training.trackers import MetricsWriter
 from tests.helpers import records, small, write_corpus
@@ -175,10 +176,10 @@ def test_metrics_in_a_bucket(monkeypatch):
     monkeypatch.setattr(fsspec, 'filesystem', lambda name, **_: Bucket())
     monkeypatch.setattr(trackers.tensorboardX, 'SummaryWriter', lambda *_, **__: mock.Mock())
     workdir = epath.Path('gs://bucket/run')
-    claim_directory(workdir, small())
-    claim_directory(workdir, small())
+    claim(workdir, small())
+    claim(workdir, small())
     with pytest.raises(ConfigError, match='belongs to a run with seed = 0, now 1'):
-        claim_directory(workdir, small(seed=1))
+        claim(workdir, small(seed=1))
     for start, steps in [(0, (1, 2, 3)), (2, (3, 4))]:
         writer = MetricsWriter(workdir, start)
         for step in steps:
