@@ -34,9 +34,6 @@ JSON = flags.DEFINE_string('json', None, 'Also write what was prepared to this f
 
 
 def main() -> None:
-    for name, flag in [('source', SOURCE), ('out', OUT)]:
-        if not flag.value:
-            raise errors.ConfigError(f'--{name} is missing; see --help')
     from spark.data import documents, launchers, prepare
 
     (source, *others), *later = (phase.weights for phase in documents.parse(SOURCE.value))
@@ -80,4 +77,4 @@ def table(manifest: dict) -> str:
 
 
 if __name__ == '__main__':
-    errors.run(main)
+    errors.run(main, required=[SOURCE, OUT])
