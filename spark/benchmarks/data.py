@@ -80,7 +80,7 @@ def _enlarged(split, directory) -> pathlib.Path:
     """A store of the tokens of a split, repeated."""
     n, (tokens, sizes) = split.tokens, (x.result() for x in split.read(0, split.tokens))
     times = -(-LARGE // n)
-    for name, x in [('tokens', np.tile(tokens, times)), ('bytes', np.tile(sizes.astype(np.uint8), times))]:
+    for name, x in [('tokens', np.tile(tokens, times)), ('bytes', np.tile(sizes, times))]:
         array = store.create(directory / 'train' / name, n * times, x.dtype)
         for first in tqdm(range(0, n * times, store.SHARD), desc=f'writing {name}', leave=False):
             last = min(first + store.SHARD, n * times)

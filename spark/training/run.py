@@ -63,9 +63,9 @@ class Run:
             self.tokenizer, self.cfg = tokenizer_for(cfg)
             config.check_devices(self.cfg, jax.device_count())
             self.trainer = Trainer(self.cfg)
+            directory.check(workdir, cfg)
             # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
             # A source that is not prepared is prepared now, before the watchdog looks on: that may take hours.
-            directory.check(workdir, cfg)
             opened = {}
             self.rows = rows.TrainRows(cfg.data, cfg.seed, opened) if batches is None else None
             open_split = lambda split: rows.EvalBatches(cfg.data, split, self.trainer.local_rows, opened)
@@ -107,9 +107,9 @@ class Run:
         while self.step < cfg.steps and not self.stop_requested():
             self.checkpoints.check()
             self.profiler.before(self.step + 1)
-            batch, rows = self.next_batch()
+            batch, on_devices = self.next_batch()
             with jax.transfer_guard('disallow'):  # nothing waits for the device by accident
-                self.state, sums = self.train_step(self.state, rows)
+                self.state, sums = self.train_step(self.state, on_devices)
             self.step += 1
             self.log.flush()  # the step before, while this one runs
             last = self.step == cfg.steps
