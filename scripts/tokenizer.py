@@ -10,10 +10,10 @@ import random
 from collections.abc import Iterable
 
 from absl import flags
-from tqdm import tqdm
 
 from spark import config, errors
 from spark.data import documents, tokenizer
+from spark.progress import tqdm
 from spark.runtime import write_bytes
 
 SOURCE = flags.DEFINE_string('source', 'stdlib', f'Text to train on: {documents.KINDS}.')

@@ -1,6 +1,8 @@
 """Train a model; after any interruption, run the same command again to resume.
 
     python scripts/train.py --config=configs/tiny.py[:VARIANT] --workdir=DIR [--config.x.y=value …] [--json=FILE]
+    python scripts/train.py … --workdir=DIR --extend --config.train.steps=N        # a run of DIR that goes on to step N
+    python scripts/train.py … --workdir=NEW --branch_from=DIR/checkpoints/STEP …   # another run that goes on from there
 
 Leaves DIR/config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json. Exit codes: 0 done, 2 bad config,
 3 loss not finite, 4 data unreadable or exhausted, 5 checkpoint unusable or not to be written, 75 preempted (state saved; run
@@ -10,6 +12,7 @@ again), 124 stalled.
 import atexit
 import os
 import signal
+import sys
 
 for _number in (signal.SIGINT, signal.SIGTERM):
     # Until train() sets its own handlers there is nothing to save.
@@ -25,13 +28,18 @@ from spark.runtime import initialize_distributed, run_directory, use_huge_pages,
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with an optional variant: PATH[:VARIANT].')
 RESTORE = flags.DEFINE_string('restore_from', None, 'A run, or a checkpoints/STEP of one, whose weights a new run starts from.')
+BRANCH = flags.DEFINE_string(
+    'branch_from', None, 'A run, or a checkpoints/STEP of one, that a new run goes on from, with optimizer and place in the data.'
+)
+EXTEND = flags.DEFINE_bool('extend', False, 'Go on with other train.steps or learning rates than the run in --workdir had.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory, or gs://…: a new one, or that of a run to resume.')
 JSON = flags.DEFINE_string('json', None, 'Also write the summary to this file.')
 
 
 def main() -> None:
-    if RESTORE.value is not None:
-        CONFIG.value.train.restore_from = RESTORE.value
+    for field, flag in [('restore_from', RESTORE), ('branch_from', BRANCH)]:
+        if flag.value is not None:
+            CONFIG.value.train[field] = flag.value
     cfg = config.validate(CONFIG.value)
 
     # Imported here, so that a wrong config is reported before JAX starts.
@@ -42,18 +50,26 @@ def main() -> None:
     from spark.training.run import train
 
     workdir = run_directory(WORKDIR.value)
-    summary, trainer, state = train(cfg, workdir)
+    summary, trainer, state = train(cfg, workdir, extend=EXTEND.value)
+    write_summary(workdir, summary | {'sample': None})  # whatever becomes of the sample, the run is done
     try:
-        summary['sample'] = continuation(trainer, state)
-    except errors.ConfigError as e:  # a model that generation does not know has been trained all the same
-        summary['sample'] = None
-        print(f'No sample: {e}', flush=True)
-    summary['revision'] = os.environ.get('SPARK_REVISION')  # set by scripts/launch.py
+        sample = continuation(trainer, state)
+    except Exception as e:  # such as a model that generation does not know, or memory that is short
+        sample = None
+        errors.show_traceback(e)
+        print(f'Warning: no sample: {" ".join(errors.root_cause(e).split())}', file=sys.stderr, flush=True)
+    write_summary(workdir, summary | {'sample': sample})
     if jax.process_index() == 0:
-        write_json(workdir / 'summary.json', summary)
-        if JSON.value:
-            write_json(JSON.value, summary)
-        print(table(cfg, summary))
+        print(table(cfg, summary | {'sample': sample}))
+
+
+def write_summary(workdir, summary) -> None:
+    """Writes summary.json, and the file of --json."""
+    import jax
+
+    if jax.process_index() == 0:
+        for path in filter(None, (workdir / 'summary.json', JSON.value)):
+            write_json(path, summary)
 
 
 def continuation(trainer, state) -> str | None:

@@ -1,13 +1,18 @@
 """What can go wrong for a user, each with its exit code; and `run`, which turns an error into one line and that code."""
 
+import contextlib
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from absl import flags
+
+# What XLA's collectives and JAX's coordination say when another process is gone.
+PEER_LOST = r'^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)\b|gloo|nccl|connection (closed|reset|refused)|by peer|heartbeat'
 
 
 class SparkError(Exception):
@@ -50,6 +55,10 @@ class StalledError(SparkError):
     exit_code = 124
 
 
+class ProgramError(SparkError):
+    """XLA cannot compile or run a program: a fault of a kernel, a compiler or a device."""
+
+
 class Preempted(SparkError):
     """The process was asked to stop. Its state is saved, and the same command resumes from there."""
 
@@ -87,6 +96,8 @@ def run(
 
 def _silence_libraries():
     """Drops the tracebacks that libraries print for an exception which `run` then reports in one line."""
+    if _tracebacks():
+        return
 
     def without_traceback(record):
         record.exc_info = None
@@ -122,15 +133,56 @@ def _flag_error(error):
     return f'{head}{":".join(places[-1])}: {frames.strip().splitlines()[-1]}' if places else head + traceback + frames
 
 
+@contextlib.contextmanager
+def translated_xla_errors() -> Iterator[None]:
+    """Turns errors of XLA into errors that tell a user what to do. In a job of several processes they end this one at once."""
+    import jax  # not needed to report a wrong flag
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        message = str(e).splitlines()[0]
+        if 'RESOURCE_EXHAUSTED' in message:
+            raise ConfigError(
+                f'out of memory: {message}; to use less memory, raise train.accumulate, train.loss_pieces or mesh.fsdp, or set '
+                'model.remat; scripts/compile.py shows how much a config takes'
+            ) from e
+        error = ProgramError(f'{root_cause(e)}; SPARK_TRACEBACK=1 shows where')
+        if jax.process_count() == 1:
+            raise error from e
+        if re.search(PEER_LOST, message, re.IGNORECASE):
+            why = 'a collective failed, as when another process has ended'
+            error = StalledError(f'{why}: {message}; the last checkpoint is as it was')
+        error.__cause__ = e
+        exit_now(error)
+
+
 def exit_now(error: SparkError) -> NoReturn:
     """Reports an error and ends the process at once, without waiting for other threads or for other processes of the job."""
-    print(file=sys.stderr)  # ends the line of a progress bar
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # ends the line of a progress bar
     _print_error(error)
     sys.stdout.flush()
     os._exit(error.exit_code)
 
 
+def show_traceback(error: BaseException) -> None:
+    """Prints where an error came from, with its causes, if SPARK_TRACEBACK=1 asks for it."""
+    if not _tracebacks():
+        return
+    cause = error
+    while cause:
+        cause.__suppress_context__ = cause.__cause__ is not None
+        cause = cause.__cause__ or cause.__context__
+    traceback.print_exception(error)
+
+
+def _tracebacks():
+    return os.environ.get('SPARK_TRACEBACK', '') not in ('', '0')
+
+
 def _print_error(error):
+    show_traceback(error)
     print(' '.join(f'{type(error).__name__}: {error}'.split()), file=sys.stderr, flush=True)
 
 

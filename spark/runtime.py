@@ -6,7 +6,9 @@ import importlib.util
 import itertools
 import json
 import os
+import pathlib
 import signal
+import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator
@@ -89,6 +91,17 @@ def write_bytes(path: epath.PathLike, data: bytes, error: type[Exception] = Conf
 def write_json(path: epath.PathLike, value: Any, error: type[Exception] = ConfigError) -> None:
     """Writes a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + '\n', error)
+
+
+def revision() -> dict[str, str | bool | None]:
+    """{'revision': the commit that runs, 'dirty': do files differ from it?}; both are None where that is not known."""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    git = lambda *words: subprocess.run(['git', '-C', root, *words], capture_output=True, text=True, check=True).stdout.strip()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if (root / '.git').exists():
+            return {'revision': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain'))}
+    launched = os.environ.get('SPARK_REVISION')  # the commit that scripts/launch.py has copied to this machine
+    return {'revision': launched, 'dirty': False if launched else None}
 
 
 def run_directory(flag: str) -> epath.Path:

@@ -4,19 +4,20 @@ import ast
 
 from tests.helpers import ROOT
 
-LEAVES = {'errors', 'runtime', 'config', 'flops', 'devices'}  # what anyone may import
+LEAVES = {'errors', 'runtime', 'progress', 'config', 'flops', 'devices'}  # what anyone may import
 RUNS = {'ops', 'kernels', 'nn', 'data', 'checkpoints', 'training', 'inference'}
 ALLOWED = {
     'errors': set(),
     'runtime': {'errors'},
+    'progress': set(),
     'config': {'errors'},
     'flops': {'config'},
     'devices': set(),
     'ops': set(),
     'kernels': {'ops'},
     'nn': {'ops', 'kernels', 'config', 'errors'},
-    'data': {'config', 'errors', 'runtime'},
-    'checkpoints': {'config', 'errors'},
+    'data': {'config', 'errors', 'runtime', 'progress'},
+    'checkpoints': {'config', 'errors', 'progress'},
     'training': {'nn', 'ops', 'data', 'checkpoints', *LEAVES},
     'inference': {'nn', 'ops', 'kernels', 'data', 'checkpoints', *LEAVES},
     'evaluation': RUNS | LEAVES,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -70,6 +71,42 @@ def test_a_run_prints_its_table_and_a_continuation(place):
     summary = json.loads((tmp / 'whole' / 'summary.json').read_text())
     assert summary['steps'] == STEPS and summary['sample'].startswith('spark')
     assert json.loads((tmp / 'whole' / 'config.json').read_text())['model']['d_model'] == 32
+
+
+def test_a_log_file_of_a_run_has_a_line_per_record(place):
+    _, done = place
+    assert not re.search('[\r\x1b]', done.stderr)
+    steps = [int(n) for n in re.findall(rf'^train: (\d+) of {STEPS} \[.*loss=', done.stderr, re.MULTILINE)]
+    assert steps == list(range(1, STEPS + 1)), done.stderr
+
+
+def test_a_sample_that_fails_costs_nothing_but_a_line(place, tmp_path):
+    """The summary is there before the sample begins, and stays."""
+    tmp, _ = place
+    shutil.copytree(tmp / 'whole', tmp_path / 'run')
+    code = """
+import pathlib, runpy, sys
+from spark.inference import decoder
+def generate(*args):
+    assert pathlib.Path(sys.argv[2].partition('=')[2], 'summary.json').exists()
+    raise OSError(28, 'no space\\nat all')
+decoder.generate = lambda *args, **more: generate()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+    summary = tmp_path / 'run' / 'summary.json'
+    for name, tracebacks in (('summary.json', '0'), ('again.json', '1')):
+        summary.unlink(missing_ok=True)
+        args = [*command(tmp, 'whole')[1:3], f'--workdir={tmp_path}/run', f'--json={tmp_path}/{name}']
+        words = [sys.executable, '-c', code, *args]
+        env = environment(tmp) | {'GLIBC_TUNABLES': '', 'SPARK_TRACEBACK': tracebacks}
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and '| test loss' in done.stdout, done.stderr
+        assert 'Warning: no sample: OSError: [Errno 28] no space at all' in done.stderr.splitlines()
+        assert ('Traceback' in done.stderr) == (tracebacks == '1')
+        written = json.loads(summary.read_text())
+        assert written == json.loads((tmp_path / name).read_text())
+        assert written['sample'] is None and written['steps'] == STEPS
 
 
 def test_kill_between_two_saves_and_run_again(place):

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
-from tqdm import tqdm
 
 from spark.benchmarks.timing import row
 from spark.config import ExperimentConfig
 from spark.data import documents, rows, store
 from spark.data.tokenizer import of_config
+from spark.progress import tqdm
 from spark.runtime import write_json
 
 BATCH = 64  # rows

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from spark.benchmarks.timing import Rows, interleaved, row
 from spark.config import ExperimentConfig, ModelConfig
@@ -22,6 +21,7 @@ from spark.inference import layout, model
 from spark.kernels import cpu
 from spark.nn.block import rms_norm
 from spark.nn.transformer import abstract_params
+from spark.progress import tqdm
 
 
 def bandwidth(repeats: int = 9) -> float:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
-from tqdm import tqdm
+
+from spark.progress import tqdm
 
 Rows = list[dict]  # of `row`
 

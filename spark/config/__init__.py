@@ -5,6 +5,7 @@ from spark.config.devices import check_devices
 from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind, matched_d_ff
 from spark.config.schema import (
     RESUMABLE,
+    SCHEDULE,
     AttentionConfig,
     DataConfig,
     ExperimentConfig,
@@ -17,7 +18,7 @@ from spark.config.schema import (
 )
 
 __all__ = [
-    'ATTENTION_KINDS', 'FFN_KINDS', 'RESUMABLE', 'AttentionConfig', 'DataConfig', 'ExperimentConfig', 'FFNConfig', 'Kind',
-    'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'ServeConfig', 'TrainConfig', 'check_devices', 'check_flags', 'differences',
-    'field_type', 'fields', 'from_file', 'load', 'matched_d_ff', 'nearest', 'template', 'validate',
+    'ATTENTION_KINDS', 'FFN_KINDS', 'RESUMABLE', 'SCHEDULE', 'AttentionConfig', 'DataConfig', 'ExperimentConfig', 'FFNConfig',
+    'Kind', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'ServeConfig', 'TrainConfig', 'check_devices', 'check_flags',
+    'differences', 'field_type', 'fields', 'from_file', 'load', 'matched_d_ff', 'nearest', 'template', 'validate',
 ]  # fmt: skip

@@ -13,13 +13,17 @@ from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind
 
 # On resume, only these fields and sections may differ from the run's config.json: they do not change what is trained.
 RESUMABLE = (
+    *('model.remat', 'model.attention.impl', 'model.attention.block', 'train.loss_pieces'),  # how the same is computed
     *('mesh', 'sample', 'serve', 'data.threads', 'data.prefetch', 'data.cache_dir', 'data.max_bad', 'data.allow_changed'),
-    *('data.source', 'data.eval_source'),  # another path to the same data: the digest of the tokens is compared
+    *('data.source', 'data.eval_source', 'data.tokenizer'),  # another path to the same data: the digest of the tokens is compared
     *('data.batch_size', 'train.accumulate'),  # the place in the data is a number of rows
     *('train.log_every', 'train.save_every', 'train.keep', 'train.keep_every', 'train.stall_seconds', 'train.cache'),
-    *('train.profile_step', 'train.profile_steps'),
+    *('train.eval_every', 'train.eval_batches', 'train.activity', 'train.profile_step', 'train.profile_steps'),
     *('train.max_skips', 'train.spike'),  # a run that diverged may need other values to continue
 )
+# How long to train, and the learning rate by step: these may also differ with --extend, and in a branch. The optimizer's state
+# does not depend on them.
+SCHEDULE = ('train.steps', 'optimizer.lr', 'optimizer.final_lr', 'optimizer.warmup_steps', 'optimizer.decay_steps')
 
 
 class _Section(pydantic.BaseModel):
@@ -163,11 +167,12 @@ class MeshConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    """AdamW, linear warm-up, cosine decay."""
+    """AdamW, linear warm-up, cosine or linear decay."""
 
     lr: float = Field(gt=0)  # peak learning rate
     final_lr: float = Field(0.1, ge=0, le=1)  # learning rate at the last step, as a share of the peak
     warmup_steps: int = Field(0, ge=0)
+    decay_steps: int = Field(0, ge=0)  # lr until these last steps, then a line to lr · final_lr; 0: a cosine to there
     b1: float = Field(0.9, ge=0, lt=1)
     b2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
@@ -194,6 +199,7 @@ class TrainConfig(_Section):
     # restoring may take ten times as long, and a step 20 times its usual duration. 0: no watchdog.
     stall_seconds: float = Field(300.0, ge=0)
     restore_from: str = ''  # a run directory, or its checkpoints/STEP, whose parameters to start from; all else starts anew
+    branch_from: str = ''  # the same, to go on from, with its optimizer, step and place in the data
     activity: bool = True  # log active neurons and attended keys with the loss
     profile_step: int = Field(0, ge=0)  # first step of a profiler trace into workdir/profile; 0: none
     profile_steps: int = Field(3, gt=0)  # length of that trace, and of a trace that SIGUSR1 starts
@@ -202,6 +208,7 @@ class TrainConfig(_Section):
 
     def _rules(self):
         yield self.spike == 0 or self.spike > 1, 'spike', 'more than 1, or 0 to accept any gradient norm'
+        yield not (self.branch_from and self.restore_from), 'restore_from', "'': train.branch_from restores the parameters, too"
         yield self.max_skips > 0 or not self.spike, 'max_skips', 'at least 1: train.spike skips updates'
 
 
@@ -239,4 +246,7 @@ class ExperimentConfig(_Section):
         batch, vocab, t = self.data.batch_size, self.model.vocab_size, self.train
         yield batch % t.accumulate == 0, 'train.accumulate', f'a divisor of data.batch_size = {batch}'
         yield vocab % t.loss_pieces == 0, 'train.loss_pieces', f'a divisor of model.vocab_size = {vocab}'
-        yield self.optimizer.warmup_steps < t.steps, 'optimizer.warmup_steps', f'less than train.steps = {t.steps}'
+        o = self.optimizer
+        yield o.warmup_steps < t.steps, 'optimizer.warmup_steps', f'less than train.steps = {t.steps}'
+        most = t.steps - o.warmup_steps
+        yield o.decay_steps <= most, 'optimizer.decay_steps', f'at most train.steps − optimizer.warmup_steps = {most}'

@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 
 import filelock
 from fsspec.core import url_to_fs
-from tqdm import tqdm
 
 from spark.config import DataConfig
 from spark.data import readers
 from spark.errors import ConfigError, DataError, SparkError
+from spark.progress import tqdm
 from spark.runtime import check_bucket
 
 FILES = ('text', 'jsonl', 'parquet', 'array_record')  # formats that a glob names

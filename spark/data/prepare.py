@@ -18,13 +18,13 @@ import sys
 import filelock
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from spark.config import DataConfig
 from spark.data import documents, launchers, readers, store, tokenizer
 from spark.data.launchers import Launcher
 from spark.data.worker import LISTED, Worker
 from spark.errors import ConfigError, DataError, SparkError, root_cause
+from spark.progress import tqdm
 from spark.runtime import check_bucket, write_json
 
 FEW = 8  # files that are written in this process
@@ -178,7 +178,7 @@ def _create_arrays(directory, reports, dtype):
 
 def _bar(*args, desc, **kw):
     short = desc if len(desc) <= 40 else f'{desc[:20]}…{desc[-19:]}'  # the bar itself must fit into a line
-    return tqdm(*args, desc=short, **kw, mininterval=0.1 if sys.stderr.isatty() else 10)
+    return tqdm(*args, desc=short, **kw)
 
 
 def _written(split):

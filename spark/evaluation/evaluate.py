@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from spark import config, flops
 from spark.checkpoints.manager import open_checkpoint
@@ -19,6 +18,7 @@ from spark.data import rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import ConfigError
 from spark.evaluation import sparsity
+from spark.progress import tqdm
 from spark.training.loss import cross_entropy, losses
 from spark.training.step import Trainer
 

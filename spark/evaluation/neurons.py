@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from spark.config import ModelConfig
 from spark.data import rows
@@ -20,6 +19,7 @@ from spark.evaluation.evaluate import Model
 from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, sow
 from spark.nn.transformer import Transformer, by_layer
+from spark.progress import tqdm
 
 CONTEXTS = 5  # per neuron, each from another row of text
 AROUND = 16  # tokens shown before and after the strongest activation

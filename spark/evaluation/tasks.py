@@ -13,12 +13,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
-from tqdm import tqdm
 
 from spark.config import nearest
 from spark.errors import ConfigError, DataError
 from spark.evaluation.evaluate import Model
 from spark.inference import decoder, layout, sampling, text
+from spark.progress import tqdm
 from spark.training.loss import cross_entropy
 
 SHORTEST = 32  # lengths are padded to this or a larger power of two, so that few shapes are compiled

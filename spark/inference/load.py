@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from spark import config
 from spark.checkpoints.manager import open_checkpoint
 from spark.data.tokenizer import tokenizer_for
 from spark.inference.layout import Serving, from_params, serving_for
 from spark.nn.transformer import abstract_params
+from spark.progress import tqdm
 from spark.runtime import freed_at_once
 
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from spark.inference.decoder import Stream
 from spark.inference.load import Served
 from spark.inference.model import bytes_per_step, computed_by
 from spark.inference.sampling import GREEDY, Sampling
+from spark.progress import tqdm
 
 
 def continue_prompts(

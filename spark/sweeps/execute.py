@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 
 import filelock
-from tqdm import tqdm
 
 from spark import config
 from spark.errors import ConfigError, Preempted
+from spark.progress import tqdm
 from spark.runtime import received_signals
 from spark.sweeps.grid import Run
+from spark.training.trackers import metric_files
 
 
 def train_command(
@@ -115,7 +116,7 @@ def submit(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path, p
 
 def latest_metrics(workdir: pathlib.Path) -> tuple[int, float | None]:
     """(step, loss) of the last complete line of training metrics in a run directory; (0, None) if there is none."""
-    with contextlib.suppress(OSError, ValueError, KeyError), (workdir / 'metrics.jsonl').open('rb') as f:
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError), metric_files(workdir)[-1].open('rb') as f:
         f.seek(max(f.seek(0, os.SEEK_END) - 20_000, 0))
         for line in reversed(f.read().split(b'\n')[:-1]):
             record = json.loads(line)

@@ -8,15 +8,18 @@ from spark.errors import ConfigError
 from spark.runtime import write_text
 
 
-def check(workdir: epath.Path, cfg: config.ExperimentConfig) -> str:
-    """What differs from the config of the run in a directory: only `config.RESUMABLE` may. Raises a ConfigError otherwise.
+def check(workdir: epath.Path, cfg: config.ExperimentConfig, extend: bool = False) -> str:
+    """What differs from the config of the run in a directory: only `config.RESUMABLE` may, and `config.SCHEDULE` to extend it.
 
-    Also if the directory holds files, but no run.
+    Raises a ConfigError otherwise, and if the directory holds files, but no run.
     """
     if (workdir / 'config.json').exists():
         previous = config.load(workdir / 'config.json')
-        if different := config.differences(previous, cfg, ignore=config.RESUMABLE):
-            raise ConfigError(f'--workdir={workdir} belongs to a run with {different}: choose another directory')
+        differences = lambda *ignore: config.differences(previous, cfg, ignore=ignore)
+        beyond_schedule = differences(*config.RESUMABLE, *config.SCHEDULE)
+        if different := beyond_schedule if extend else differences(*config.RESUMABLE):
+            hint = '' if beyond_schedule else 'add --extend to go on so, or '
+            raise ConfigError(f'--workdir={workdir} belongs to a run with {different}: {hint}choose another directory')
         return config.differences(previous, cfg)
     if jax.process_index() == 0 and workdir.exists():
         # What a start leaves that fails before it has a state is no other run.
@@ -26,9 +29,9 @@ def check(workdir: epath.Path, cfg: config.ExperimentConfig) -> str:
     return ''
 
 
-def claim(workdir: epath.Path, cfg: config.ExperimentConfig) -> None:
+def claim(workdir: epath.Path, cfg: config.ExperimentConfig, extend: bool = False) -> None:
     """Writes config.json: to a new run directory, or where fields that may change did. Raises as `check` does."""
-    changed, path = check(workdir, cfg), workdir / 'config.json'
+    changed, path = check(workdir, cfg, extend), workdir / 'config.json'
     make(workdir)
     if jax.process_index() == 0 and (changed or not path.exists()):
         if changed:

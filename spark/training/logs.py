@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from spark import config, devices, flops
-from spark.errors import NotFiniteError
+from spark.errors import NotFiniteError, show_traceback
+from spark.progress import tqdm
 from spark.runtime import received_signals
-from spark.training import guard, loss, optimizer
+from spark.training import guard, loss
 from spark.training.step import Trainer, TrainState
 from spark.training.trackers import MetricsWriter
+
+SLOW_DATA = 0.05  # a larger share of the time that is spent waiting for data is shown with the progress
 
 
 class Clock:
@@ -23,14 +25,14 @@ class Clock:
 
     def __init__(self):
         self._start = time.perf_counter()
-        self._seconds = dict.fromkeys(('start', 'compile', 'data', 'evaluate', 'checkpoint'), 0.0)
+        self.seconds = dict.fromkeys(('start', 'compile', 'data', 'evaluate', 'checkpoint'), 0.0)
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
         """Adds the time inside to 'start', 'compile', 'data', 'evaluate' or 'checkpoint'."""
         start = time.perf_counter()
         yield
-        self._seconds[name] += time.perf_counter() - start
+        self.seconds[name] += time.perf_counter() - start
 
     def report(self) -> dict[str, float]:
         """{'goodput': share of the wall time that was left to training steps, 'seconds_NAME': by name}.
@@ -38,8 +40,8 @@ class Clock:
         Waiting for data counts as lost, although the device may still run the step before.
         """
         wall = time.perf_counter() - self._start
-        seconds = {f'seconds_{name}': round(s, 2) for name, s in self._seconds.items()}
-        return {'goodput': 1 - sum(self._seconds.values()) / wall, **seconds}
+        seconds = {f'seconds_{name}': round(s, 2) for name, s in self.seconds.items()}
+        return {'goodput': 1 - sum(self.seconds.values()) / wall, **seconds}
 
 
 class Profiler:
@@ -77,13 +79,12 @@ class Log:
     ):  # fmt: skip
         self._trainer, self._writer, self._bar, self._clock = trainer, writer, bar, clock
         self._params_before, self._pending = params_before, None
-        self._logged_step, self._logged_time = step, time.perf_counter()
+        self._logged_step, self._logged_time, self._logged_data = step, time.perf_counter(), clock.seconds['data']
         self.seconds, self.tokens, self.last_loss = 0.0, 0, None
         cfg = trainer.cfg
         chip = devices.chip(trainer.mesh.devices.flat[0])
         per_token = flops.model_flops_per_token(cfg.model, cfg.data.seq_len)
         self._utilisation_per_speed = per_token / (chip.flops * trainer.mesh.size) if chip else None
-        self._schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
 
     def push(self, step: int, sums: dict, batch: dict, due: bool) -> None:
         """Takes the sums of a step over a batch of host arrays. The next `flush` checks them, and writes them if `due`."""
@@ -108,7 +109,7 @@ class Log:
         sums = jax.device_get(sums)
         metrics = loss.per_token(self._trainer.cfg.model, sums)
         metrics |= {'grad_norm': float(sums['grad_norm']), 'updates_left_out': int(sums['left_out'])}
-        metrics['batch_crc'] = int(sums['batch_crc'])
+        metrics |= {'learning_rate': float(sums['learning_rate']), 'batch_crc': int(sums['batch_crc'])}
         self.last_loss = metrics['loss']
         if in_a_row:
             self._bad_update(step, metrics, batch, in_a_row)
@@ -127,25 +128,30 @@ class Log:
         if np.isfinite([metrics['loss'], metrics['grad_norm']]).all():
             return f'a spike, more than train.spike = {self._trainer.cfg.train.spike} times the mean of gradient norms'
         try:
-            params, about_them = self._params_before()
-            return about_them + guard.first_not_finite(self._trainer, params, batch)
+            with jax.transfer_guard('allow'):
+                params, about_them = self._params_before()
+                return about_them + guard.first_not_finite(self._trainer, params, batch)
         except Exception as e:  # for example when memory is short: step and batch are reported all the same
+            show_traceback(e)
             return f'could not locate the first module that is not finite ({type(e).__name__})'
 
     def _write(self, step, metrics):
         cfg, now = self._trainer.cfg, time.perf_counter()
         tokens = (step - self._logged_step) * cfg.data.batch_size * cfg.data.seq_len
-        speed = tokens / (now - self._logged_time)
-        self.seconds += now - self._logged_time
+        seconds, data = now - self._logged_time, self._clock.seconds['data']
+        speed, waited = tokens / seconds, (data - self._logged_data) / seconds
+        self.seconds += seconds
         self.tokens += tokens
-        self._logged_step, self._logged_time = step, now
-        metrics['learning_rate'] = float(self._schedule(step - 1 - metrics['updates_left_out']))
+        self._logged_step, self._logged_time, self._logged_data = step, now, data
         metrics['tokens_per_second'] = round(speed, 1)
         metrics |= {'tokens_per_second_per_device': round(speed / self._trainer.mesh.size, 1), **self._clock.report()}
         shown = {'loss': f'{metrics["loss"]:.4f}', 'tok/s': f'{speed:,.0f}'}
         if self._utilisation_per_speed:
             metrics['mfu'] = speed * self._utilisation_per_speed
             shown['mfu'] = f'{metrics["mfu"]:.1%}'
+        if waited > SLOW_DATA:
+            shown['data'] = f'{waited:.0%}'
         self._bar.set_postfix(shown, refresh=False)
+        self._bar.line()
         if self._writer:
             self._writer.write(step, 'train', metrics)

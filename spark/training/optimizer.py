@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay (arXiv 1711.05101)."""
+"""AdamW with warm-up and decay (arXiv 1711.05101)."""
 
 from typing import Any
 
@@ -9,9 +9,15 @@ from spark.config import OptimizerConfig
 
 
 def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate by step: a linear warm-up to `lr`, then a cosine to lr · final_lr at `steps`."""
-    start = 0.0 if cfg.warmup_steps else cfg.lr
-    return optax.warmup_cosine_decay_schedule(start, cfg.lr, cfg.warmup_steps, steps, end_value=cfg.lr * cfg.final_lr)
+    """The learning rate by step: a linear warm-up to `lr`, then a cosine to lr · final_lr at `steps`.
+
+    With decay_steps it stays at `lr` instead, and falls linearly in the last steps: such a run can be branched at any step.
+    """
+    start, end = 0.0 if cfg.warmup_steps else cfg.lr, cfg.lr * cfg.final_lr
+    if cfg.decay_steps:
+        rise, fall = (start, cfg.lr, cfg.warmup_steps), (cfg.lr, end, cfg.decay_steps)
+        return optax.join_schedules([optax.linear_schedule(*ends) for ends in (rise, fall)], [steps - cfg.decay_steps])
+    return optax.warmup_cosine_decay_schedule(start, cfg.lr, cfg.warmup_steps, steps, end_value=end)
 
 
 def decayed(params: Any) -> Any:

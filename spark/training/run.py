@@ -3,23 +3,26 @@
 import contextlib
 import hashlib
 import itertools
+import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from spark import config
-from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints, open_checkpoint
+from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints
 from spark.data import documents, rows
 from spark.data.tokenizer import tokenizer_for
-from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, StalledError, exit_now
-from spark.runtime import stop_requests
-from spark.training import directory, trackers
+from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, translated_xla_errors
+from spark.progress import tqdm
+from spark.runtime import revision, stop_requests
+from spark.training import branch, directory, trackers
+from spark.training.branch import initial_state
 from spark.training.logs import Clock, Log, Profiler
 from spark.training.step import Trainer, TrainState, evaluate
 from spark.training.watchdog import Watchdog
@@ -30,7 +33,7 @@ Batches = Iterable[dict] | Callable[[int], Iterable[dict]]
 
 def train(
     cfg: config.ExperimentConfig, workdir: epath.PathLike, batches: Batches | None = None,
-    held_out: dict[str, Iterable[dict]] | None = None,
+    held_out: dict[str, Iterable[dict]] | None = None, extend: bool = False,
 ) -> tuple[dict, Trainer, TrainState]:  # fmt: skip
     """Trains to cfg.train.steps, from the newest checkpoint in `workdir` if there is one; (summary, trainer, final state).
 
@@ -41,12 +44,13 @@ def train(
         process gives all rows, or those of `Trainer.local_rows`. On resume the batches that were seen are skipped; or it is a
         function of their number that returns the others.
       held_out: batches of 'validation' and 'test' in place of those of data.eval_source or data.source, to iterate repeatedly.
+      extend: may the steps and the learning rate (`config.SCHEDULE`) differ from those that the run in `workdir` had?
 
     Raises a SparkError with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
     """
     # XLA's errors are translated before anything is closed, since closing may wait for processes that have died.
-    with contextlib.ExitStack() as stack, _translated_errors():
-        run = Run(cfg, epath.Path(workdir), stack, batches, held_out)
+    with contextlib.ExitStack() as stack, translated_xla_errors():
+        run = Run(cfg, epath.Path(workdir), stack, batches, held_out, extend)
         run.loop()
         return run.report(), run.trainer, run.state
 
@@ -56,14 +60,15 @@ class Run:
 
     def __init__(
         self, cfg: config.ExperimentConfig, workdir: epath.Path, stack: contextlib.ExitStack,
-        batches: Batches | None = None, held_out: dict[str, Iterable[dict]] | None = None,
+        batches: Batches | None = None, held_out: dict[str, Iterable[dict]] | None = None, extend: bool = False,
     ):  # fmt: skip
         self.workdir, self.clock = workdir, Clock()
+        self.about = {'config': cfg.model_dump(mode='json'), **revision()}
         with self.clock.during('start'):
             self.tokenizer, self.cfg = tokenizer_for(cfg)
             config.check_devices(self.cfg, jax.device_count())
             self.trainer = Trainer(self.cfg)
-            directory.check(workdir, cfg)
+            directory.check(workdir, cfg, extend)
             # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
             # A source that is not prepared is prepared now, before the watchdog looks on: that may take hours.
             opened = {}
@@ -81,13 +86,18 @@ class Run:
             directory.make(workdir)
             self.checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
             stack.enter_context(self.trainer.context())
-            self._restore_or_start()
-            directory.claim(workdir, cfg)  # by a start that worked
+            origin = self._restore_or_start(cfg)
+            directory.claim(workdir, cfg, extend)  # by a start that worked
+            if origin:
+                branch.record(workdir, origin, self.step)
+                self._save()  # from here on a branch needs no other run
+                self.checkpoints.wait()
             self.batches = self._open_batches(batches)
             if hasattr(self.batches, 'close'):
                 stack.callback(self.batches.close)
             self.writer = trackers.MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
             if self.writer:
+                self.writer.describe(**{name: f'```\n{json.dumps(value, indent=2)}\n```' for name, value in self.about.items()})
                 stack.callback(self.writer.close)
             stack.callback(self.checkpoints.close)
         if self.step < cfg.train.steps:
@@ -95,7 +105,8 @@ class Run:
             self.watchdog.alive('compiling', slow=True)
             with self.clock.during('compile'):
                 self.train_step = self.trainer.compile_train_step()
-        self.bar = tqdm(total=cfg.train.steps, initial=self.step, desc='train', unit='step', disable=jax.process_index() != 0)
+        options = {'disable': jax.process_index() != 0, 'seconds': math.inf}  # without a terminal, a line for each record
+        self.bar = tqdm(total=cfg.train.steps, initial=self.step, desc='train', unit='step', **options)
         stack.callback(self.bar.close)
         self.log = Log(self.trainer, self.writer, self.bar, self.step, self.clock, self._params_before)
 
@@ -110,8 +121,8 @@ class Run:
             batch, on_devices = self.next_batch()
             with jax.transfer_guard('disallow'):  # nothing waits for the device by accident
                 self.state, sums = self.train_step(self.state, on_devices)
-            self.step += 1
-            self.log.flush()  # the step before, while this one runs
+                self.step += 1
+                self.log.flush()  # the step before, while this one runs
             last = self.step == cfg.steps
             save = self.step % cfg.save_every == 0 or last
             self.evaluated = not (cfg.eval_every and self.step % cfg.eval_every == 0 and not last)
@@ -162,10 +173,13 @@ class Run:
         with self.log.paused('checkpoint'):
             if self.writer:
                 self.writer.flush()
-            self.watchdog.alive('saving', slow=True)
-            place = {'rows': self.rows_seen, 'digest': self.digest, 'batch_size': self.cfg.data.batch_size}
-            self.checkpoints.save(self.step, self.state, {'data': place, 'evaluated': self.evaluated})
-            self.saved = self.step
+            self._save()
+
+    def _save(self):
+        self.watchdog.alive('saving', slow=True)
+        place = {'rows': self.rows_seen, 'digest': self.digest, 'batch_size': self.cfg.data.batch_size}
+        self.checkpoints.save(self.step, self.state, {'data': place, 'evaluated': self.evaluated})
+        self.saved = self.step
 
     def stop_requested(self, activity: str = 'stepping', slow: bool = False) -> bool:
         """Feeds the watchdog; returns True if the run was asked to stop."""
@@ -193,26 +207,36 @@ class Run:
             'train_loss': log.last_loss,
             **reports,
             **self.clock.report(),
+            'origin': json.loads(origin.read_text()) if (origin := self.workdir / branch.ORIGIN).exists() else None,
+            **self.about,
         }
 
-    def _restore_or_start(self):
-        """Sets step, state, evaluated, saved and rows_seen."""
+    def _restore_or_start(self, cfg):
+        """Sets step, state, evaluated, saved and rows_seen; the run directory from which a new branch comes, or None."""
         self.watchdog.alive('restoring', slow=True)
+        origin = None
         if restored := self.checkpoints.restore_newest(self.trainer.abstract_state):
             self.step, self.state, data = restored
-            self.rows_seen = self._place_in_data(data['data'])
+            self.rows_seen = self._place_in_data(data['data'], self.workdir)
             self.evaluated, self.saved = data['evaluated'], self.step
+            if self.step > cfg.train.steps:
+                raise ConfigError(f'train.steps = {cfg.train.steps}: want at least {self.step}, which {self.workdir} has reached')
             print(f'Resuming from step {self.step} in {self.workdir}', flush=True)
         else:
             _check_nothing_lost(self.workdir, self.cfg.train.save_every)
-            self.step, self.state, self.evaluated, self.saved, self.rows_seen = 0, initial_state(self.trainer), True, None, 0
+            if cfg.train.branch_from:
+                self.step, self.state, data, origin = branch.branch(self.trainer, cfg)
+                self.rows_seen, self.evaluated, self.saved = self._place_in_data(data['data'], origin), data['evaluated'], None
+            else:
+                self.step, self.state, self.rows_seen, self.evaluated, self.saved = 0, initial_state(self.trainer), 0, True, None
+        return origin
 
-    def _place_in_data(self, saved):
-        """The number of rows seen. Raises an error if the data are not those that the run had."""
+    def _place_in_data(self, saved, workdir):
+        """The number of rows seen, as the run in `workdir` saved it. Raises an error if the data are not those that it had."""
         if 'rows' not in saved:
             raise CheckpointError(
-                f'{self.workdir}: was saved by an older version, which kept the state of an iterator as the place in the data; '
-                f'start a new run from its weights with --restore_from={self.workdir}'
+                f'{workdir}: was saved by an older version, which kept the state of an iterator as the place in the data; '
+                f'start a new run from its weights with --restore_from={workdir}'
             )
         if self.rows is not None and self.rows.changes() and saved['batch_size'] != self.cfg.data.batch_size:
             want = f'want the {saved["batch_size"]} that the run had, since data.source changes at steps'
@@ -265,26 +289,6 @@ class Run:
         return f'{self.trainer.mesh.size} × {jax.devices()[0].device_kind}'
 
 
-def initial_state(trainer: Trainer) -> TrainState:
-    """The state at step 0: random, or with the weights of train.restore_from, a run directory or a checkpoints/STEP of one."""
-    state, source = trainer.init_state(trainer.cfg.seed), trainer.cfg.train.restore_from
-    if not source:
-        return state
-    path = epath.Path(source)
-    is_step = path.parent.name == 'checkpoints' and path.name.isdigit()
-    workdir, step = (path.parent.parent, int(path.name)) if is_step else (path, None)
-    try:
-        checkpoints, step = open_checkpoint(workdir, step)
-    except CheckpointError as e:
-        raise CheckpointError(
-            f'train.restore_from = {source!r}: want a run directory, or a checkpoints/STEP of one; {e}'
-        ) from None
-    print(f'Starting from the parameters of {workdir}/checkpoints/{step}', flush=True)
-    params = checkpoints.restore_params(step, trainer.abstract_state.params)
-    checkpoints.close()
-    return state.replace(params=params)
-
-
 def _check_nothing_lost(workdir, save_every):
     """Raises a CheckpointError if this run must have had checkpoints: it must not silently start from scratch."""
     if (workdir / DAMAGED_DIR).exists():
@@ -309,21 +313,3 @@ def _digest(train, held_out):
         if (everywhere != everywhere[0]).any():
             raise DataError('data.source: the processes of this job read different data: want the same files on all machines')
     return digest
-
-
-@contextlib.contextmanager
-def _translated_errors() -> Iterator[None]:
-    """Turns errors of XLA into errors that tell a user what to do."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as e:
-        message = str(e).splitlines()[0]
-        if 'RESOURCE_EXHAUSTED' in message:
-            raise ConfigError(
-                f'out of memory: {message}; to use less memory, raise train.accumulate, train.loss_pieces or mesh.fsdp, or set '
-                'model.remat; scripts/compile.py shows how much a config takes'
-            ) from e
-        if jax.process_count() > 1:
-            why = 'a collective failed, as when another process has ended'
-            exit_now(StalledError(f'{why}: {message}; the last checkpoint is as it was'))
-        raise

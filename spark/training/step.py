@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.core import meta
-from tqdm import tqdm
 
 from spark.checkpoints.checksums import checksum
 from spark.config import ExperimentConfig
 from spark.errors import DataError
 from spark.nn.transformer import Transformer, compute_dtype
+from spark.progress import tqdm
 from spark.training import loss, optimizer, sharding
 from spark.training.guard import Guard, judge
 
@@ -40,6 +40,7 @@ class Trainer:
         self.mesh = sharding.make_mesh(cfg, devices)
         platform = self.mesh.devices.flat[0].platform
         self.model = Transformer(cfg.model, compute_dtype(cfg.model, platform), platform)
+        self.schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
         self.tx = optimizer.make_optimizer(cfg.optimizer, cfg.train.steps)
         boxed = jax.eval_shape(self._init, jax.random.key(0))
         self.state_shardings = sharding.shardings(self.mesh, boxed)
@@ -141,6 +142,7 @@ class Trainer:
             new = jax.tree.map(lambda old, new: jnp.where(good, new, old), old, new)
         params, opt_state = new
         sums |= {'grad_norm': norm, 'left_out': guard.left_out, 'in_a_row': guard.in_a_row}
+        sums['learning_rate'] = self.schedule(state.step - state.guard.left_out)
         sums['batch_crc'] = _batch_checksum(batch['tokens'], norm)
         return TrainState(state.step + 1, params, opt_state, guard), sums
 

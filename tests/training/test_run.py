@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from unittest import mock
 
 import jax
@@ -18,14 +19,15 @@ from spark.config import fields, load
 from spark.data import rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError, ConfigError, DataError
+from spark.sweeps.execute import latest_metrics
+from spark.training import logs, optimizer, trackers
 from spark.training import run as train_module
 from spark.training import step as step_module
-from spark.training import trackers
 from spark.training.directory import claim
 from spark.training.run import train
 from spark.training.step import Trainer
-from spark.training.trackers import MetricsWriter
-from tests.helpers import records, small, write_corpus
+from spark.training.trackers import MetricsWriter, last_step, metric_files
+from tests.helpers import ROOT, records, small, write_corpus
 
 
 def assert_same(a, b):
@@ -164,8 +166,9 @@ def test_where_the_time_went(corpus):
     assert 0 < lines[0]['goodput'] < min(0.5, lines[3]['goodput'])
 
 
-def test_metrics_in_a_bucket(monkeypatch):
-    """Through the file system that buckets are reached by, with memory behind it."""
+@pytest.fixture
+def bucket(monkeypatch):
+    """gs://bucket/run, through the file system that buckets are reached by, with memory behind it; [(name, size)] of writes."""
     from etils import epath
     from etils.epath import backend
     from fsspec.implementations.memory import MemoryFileSystem
@@ -175,19 +178,135 @@ def test_metrics_in_a_bucket(monkeypatch):
 
     # In place of etils' own function, which remembers the first file system of a process, be it of this test or of another.
     monkeypatch.setattr(type(backend.fsspec_backend), '_get_filesystem', lambda self, name: Bucket())
-    monkeypatch.setattr(trackers.tensorboardX, 'SummaryWriter', lambda *_, **__: mock.Mock())
-    workdir = epath.Path('gs://bucket/run')
+    writes, write_bytes = [], trackers.write_bytes
+    note = lambda path, data, *more: (writes.append((path.name, len(data))), write_bytes(path, data, *more))
+    monkeypatch.setattr(trackers, 'write_bytes', note)
+    return epath.Path('gs://bucket/run'), writes
+
+
+def test_metrics_in_a_bucket(bucket):
+    """Each record is written a few times at most; a run that resumes drops what came after; nothing is lost between the parts."""
+    workdir, writes = bucket
     claim(workdir, small())
     claim(workdir, small())
     with pytest.raises(ConfigError, match='belongs to a run with seed = 0, now 1'):
         claim(workdir, small(seed=1))
-    for start, steps in [(0, (1, 2, 3)), (2, (3, 4))]:
-        writer = MetricsWriter(workdir, start)
-        for step in steps:
-            writer.write(step, 'train', {'loss': float(step + start)})
-        writer.close()
-    found = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    assert [(r['step'], r['loss']) for r in found] == [(1, 1.0), (2, 2.0), (3, 5.0), (4, 6.0)]
+    with mock.patch.object(trackers, 'PART', 400):
+        for start, steps in [(0, range(1, 61)), (32, range(33, 81))]:
+            writer = MetricsWriter(workdir, start)
+            for step in steps:
+                writer.write(step, 'train', {'loss': float(step + start)})
+                if step % 2 == 0:
+                    writer.flush()
+            writer.close()
+            names = [path.name for path in metric_files(workdir)]
+            assert names[:2] == ['metrics.jsonl', 'metrics.jsonl.00001'] and len(names) > 5
+            assert max(size for name, size in writes if name.startswith('metrics')) < 600
+            assert last_step(workdir) == steps[-1]
+            assert latest_metrics(workdir) == (steps[-1], float(steps[-1] + start))
+    found = [json.loads(line) for path in metric_files(workdir) for line in path.read_text().splitlines()]
+    assert [(r['step'], r['loss']) for r in found] == [(i, i + 32.0 * (i > 32)) for i in range(1, 81)]
+    board = next((workdir / 'tensorboard').iterdir()).read_bytes()
+    assert board[24:].count(b'train/loss') == 60 or b'train/loss' in board
+
+
+def test_a_bucket_that_fails_for_a_while_loses_no_metrics(bucket, monkeypatch, capsys):
+    workdir, _ = bucket
+    writer, write_bytes = MetricsWriter(workdir, 0), trackers.write_bytes
+
+    def failing(path, data, error):
+        raise error(f'{path}: HttpError: 503')
+
+    for tries in (2, 3):
+        monkeypatch.setattr(trackers, 'write_bytes', failing)
+        writer.write(tries, 'train', {'loss': 1.0})
+        for _ in range(2):
+            writer.flush()
+        assert capsys.readouterr().out.count('Warning: gs://bucket/run/metrics.jsonl: HttpError: 503') == 2
+        if tries == 3:
+            with pytest.raises(CheckpointError, match='503'):
+                writer.flush()
+        monkeypatch.setattr(trackers, 'write_bytes', write_bytes)
+        writer.flush()
+    writer.close()
+    assert [r['step'] for r in records(workdir)] == [2, 3]
+
+
+def test_metrics_reach_a_bucket_by_minutes(bucket, monkeypatch):
+    workdir, _ = bucket
+    now = [1000.0]
+    monkeypatch.setattr(trackers, 'time', mock.Mock(monotonic=lambda: now[0]))
+    writer = MetricsWriter(workdir, 0)
+    writer.flush()
+    for step, seconds in [(1, 59), (2, 62), (3, 121)]:
+        now[0] = 1000.0 + seconds
+        writer.write(step, 'train', {'loss': 1.0})
+        assert [r['step'] for r in records(workdir)] == ([] if step == 1 else [1, 2])
+    writer.close()
+
+
+def test_nothing_in_the_loop_waits_for_the_step_that_runs(corpus, monkeypatch):
+    """An operation on the device would queue behind that step. With empty caches, each would have to be compiled first."""
+    overrides, directory, _, _ = corpus
+    looping, compiled, loop, save = [], [], train_module.Run.loop, train_module.Run.save
+
+    def watched(run):
+        jax.clear_caches()
+        looping.append(True)
+        loop(run)
+
+    def unwatched(run):
+        looping.clear()
+        save(run)
+
+    def note(event, seconds, **more):
+        if looping and 'compile' in event:
+            compiled.append(event)
+
+    monkeypatch.setattr(train_module.Run, 'loop', watched)
+    monkeypatch.setattr(train_module.Run, 'save', unwatched)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        train(small(**overrides | {'train.eval_every': 0, 'train.save_every': 10}), directory / 'watched')
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not looping and not compiled
+    cfg = load(directory / 'watched' / 'config.json')
+    rates = [r['learning_rate'] for r in records(directory / 'watched') if r['split'] == 'train']
+    schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
+    np.testing.assert_allclose(rates, [schedule(step) for step in range(10)], rtol=1e-6)
+
+
+def test_an_operation_on_the_device_is_refused_in_the_loop(corpus, monkeypatch):
+    overrides, directory, _, _ = corpus
+    flush = train_module.Log.flush
+    monkeypatch.setattr(train_module.Log, 'flush', lambda log: (jax.numpy.sin(1.0), flush(log)))
+    with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
+        train(small(**overrides), directory / 'waiting')
+
+
+def test_waiting_for_data_is_shown(corpus, monkeypatch):
+    """Where it is more than a twentieth of the time."""
+    overrides, directory, _, _ = corpus
+    shown, seconds = [], iter(np.arange(0.0, 1e6))
+    monkeypatch.setattr(logs, 'time', mock.Mock(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr(tqdm.tqdm, 'set_postfix', lambda self, values, refresh: shown.append(values))
+    train(small(**overrides), directory / 'starved')
+    assert shown and all(0.05 < float(values['data'].rstrip('%')) / 100 < 1 for values in shown)
+    shown.clear()
+    monkeypatch.setattr(logs, 'SLOW_DATA', 1.0)
+    train(small(**overrides), directory / 'fed')
+    assert shown and not any('data' in values for values in shown)
+
+
+def test_tensorboard_and_the_summary_say_what_ran(corpus):
+    _, directory, summary, _ = corpus
+    git = lambda *words: subprocess.run(['git', '-C', ROOT, *words], capture_output=True, text=True).stdout.strip()
+    assert summary['config'] == json.loads((directory / 'run' / 'config.json').read_text())
+    if (ROOT / '.git').exists():
+        assert summary['revision'] == git('rev-parse', 'HEAD') and summary['dirty'] in (True, False)
+    events = b''.join(path.read_bytes() for path in (directory / 'run' / 'tensorboard').iterdir())
+    assert b'"d_model": 32' in events and f'"{summary["revision"]}"'.replace('"None"', 'null').encode() in events
 
 
 def test_a_checkpoint_moves_to_another_mesh(corpus):
