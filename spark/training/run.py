@@ -14,13 +14,15 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from spark import config
-from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints, open_checkpoint
+from spark.checkpoints.manager import Checkpoints
+from spark.checkpoints.period import Period
 from spark.data import documents, rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, StalledError, exit_now
 from spark.runtime import stop_requests
 from spark.training import directory, trackers
 from spark.training.logs import Clock, Log, Profiler
+from spark.training.start import check_nothing_lost, initial_state
 from spark.training.step import Trainer, TrainState, evaluate
 from spark.training.watchdog import Watchdog
 
@@ -79,10 +81,13 @@ class Run:
             if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
                 jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
             directory.make(workdir)
-            self.checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
+            kept = cfg.train.keep, cfg.train.keep_every, cfg.train.keep_every_minutes
+            self.checkpoints = Checkpoints(workdir / 'checkpoints', *kept)
             stack.enter_context(self.trainer.context())
             self._restore_or_start()
             directory.claim(workdir, cfg)  # by a start that worked
+            self.checkpoints.begin(self.step)
+            self.period = Period(cfg.train.save_every_minutes, self.step)
             self.batches = self._open_batches(batches)
             if hasattr(self.batches, 'close'):
                 stack.callback(self.batches.close)
@@ -113,16 +118,17 @@ class Run:
             self.step += 1
             self.log.flush()  # the step before, while this one runs
             last = self.step == cfg.steps
-            save = self.step % cfg.save_every == 0 or last
+            save = last or (cfg.save_every > 0 and self.step % cfg.save_every == 0)
+            save_now = self.period.due(self.step) or save  # when a period ends must not show in the metrics
             self.evaluated = not (cfg.eval_every and self.step % cfg.eval_every == 0 and not last)
             self.log.push(self.step, sums, batch, save or self.step % cfg.log_every == 0)
             self.bar.update()
             self.profiler.after(self.step, self.state)
-            if save or not self.evaluated:
+            if save_now or not self.evaluated:
                 self.log.flush()  # raises before a state after a bad update could be saved
             if not self.evaluated:
                 self.evaluate()
-            if save:
+            if save_now:
                 self.save()
         self.log.flush()
         if self.step < cfg.steps:
@@ -166,6 +172,7 @@ class Run:
             place = {'rows': self.rows_seen, 'digest': self.digest, 'batch_size': self.cfg.data.batch_size}
             self.checkpoints.save(self.step, self.state, {'data': place, 'evaluated': self.evaluated})
             self.saved = self.step
+            self.period.restart(self.step)
 
     def stop_requested(self, activity: str = 'stepping', slow: bool = False) -> bool:
         """Feeds the watchdog; returns True if the run was asked to stop."""
@@ -180,6 +187,7 @@ class Run:
                 reports[split] = self._evaluate(split)
             if reports[split] is None:
                 raise self._preempted()
+        self.checkpoints.finish(self.save)
         # gzip is the yardstick that everyone has. On a large split it would take longer than it is worth.
         test, texts, log = reports['test'], self.held_out['test'], self.log
         small = 0 < test['bytes'] <= 64 << 20 and isinstance(texts, rows.EvalBatches)
@@ -204,7 +212,7 @@ class Run:
             self.evaluated, self.saved = data['evaluated'], self.step
             print(f'Resuming from step {self.step} in {self.workdir}', flush=True)
         else:
-            _check_nothing_lost(self.workdir, self.cfg.train.save_every)
+            check_nothing_lost(self.workdir, self.checkpoints.last_saved(), self.cfg.train.save_every)
             self.step, self.state, self.evaluated, self.saved, self.rows_seen = 0, initial_state(self.trainer), True, None, 0
 
     def _place_in_data(self, saved):
@@ -257,41 +265,13 @@ class Run:
         return params, f'with the parameters of step {step}, '
 
     def _preempted(self):
+        self.checkpoints.finish(self.save)
         return Preempted(
             f'stopped at step {self.step} of {self.cfg.train.steps}, saved in {self.workdir}; run the same command to go on'
         )
 
     def _devices(self):
         return f'{self.trainer.mesh.size} × {jax.devices()[0].device_kind}'
-
-
-def initial_state(trainer: Trainer) -> TrainState:
-    """The state at step 0: random, or with the weights of train.restore_from, a run directory or a checkpoints/STEP of one."""
-    state, source = trainer.init_state(trainer.cfg.seed), trainer.cfg.train.restore_from
-    if not source:
-        return state
-    path = epath.Path(source)
-    is_step = path.parent.name == 'checkpoints' and path.name.isdigit()
-    workdir, step = (path.parent.parent, int(path.name)) if is_step else (path, None)
-    try:
-        checkpoints, step = open_checkpoint(workdir, step)
-    except CheckpointError as e:
-        raise CheckpointError(
-            f'train.restore_from = {source!r}: want a run directory, or a checkpoints/STEP of one; {e}'
-        ) from None
-    print(f'Starting from the parameters of {workdir}/checkpoints/{step}', flush=True)
-    params = checkpoints.restore_params(step, trainer.abstract_state.params)
-    checkpoints.close()
-    return state.replace(params=params)
-
-
-def _check_nothing_lost(workdir, save_every):
-    """Raises a CheckpointError if this run must have had checkpoints: it must not silently start from scratch."""
-    if (workdir / DAMAGED_DIR).exists():
-        raise CheckpointError(f'{workdir}/checkpoints: none is left, and damaged ones lie in {DAMAGED_DIR}/')
-    # When the second save starts, the first one is on disk.
-    if (reached := trackers.last_step(workdir)) > 2 * save_every:
-        raise CheckpointError(f'{workdir}/checkpoints: there is none, but metrics.jsonl goes to step {reached}')
 
 
 def _digest(train, held_out):
