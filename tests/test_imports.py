@@ -17,7 +17,7 @@ ALLOWED = {
     'kernels': {'ops'},
     'nn': {'ops', 'kernels', 'config', 'errors'},
     'data': {'config', 'errors', 'runtime', 'progress'},
-    'checkpoints': {'config', 'errors', 'progress'},
+    'checkpoints': {'config', 'errors', 'runtime', 'progress'},
     'training': {'nn', 'ops', 'data', 'checkpoints', *LEAVES},
     'inference': {'nn', 'ops', 'kernels', 'data', 'checkpoints', *LEAVES},
     'evaluation': RUNS | LEAVES,

@@ -1,6 +1,7 @@
 """Checkpoints: Orbax saves the training state asynchronously, with the position in the data and checksums of every array."""
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from spark.checkpoints.checksums import by_path, checksums, json_crc
+from spark.checkpoints.deletion import Deletion
+from spark.checkpoints.reading import PAUSES, checked, insistently, together
 from spark.checkpoints.stored import StoredArray
-from spark.errors import CheckpointError, DamagedError, root_cause
+from spark.errors import CheckpointError, DamagedError, exit_now, root_cause
+from spark.progress import tqdm
+from spark.runtime import write_json
 
 CHUNK = 16 << 20  # bytes: a larger array is stored in chunks of this size, and no chunk spans two of its stacked layers
 DAMAGED_DIR = 'damaged'  # damaged checkpoints are moved to WORKDIR/damaged
+LAST_SAVED = 'last_saved.json'  # {"step": the newest step whose save was completed, or 0}
+MAX_FAILURES = 3  # saves that fail in a row
 
 
 class _Manager(ocp.CheckpointManager):
@@ -27,50 +33,120 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The checkpoints in WORKDIR/checkpoints: the newest `keep` (None: all), and every multiple of `keep_every` (0: no more)."""
+    """The checkpoints in WORKDIR/checkpoints.
 
-    def __init__(self, directory: epath.PathLike, keep: int | None = None, keep_every: int = 0):
-        self.directory, self._saving = epath.Path(directory), False
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
-        self._manager = _Manager(self.directory.absolute(), options=options)
+    A run that saves calls `begin`. Of its checkpoints it keeps the newest `keep` (None: all), every multiple of `keep_every`
+    (0: no more), and one per `keep_minutes` (0: no more); the others are deleted in the background.
+
+    A save that fails is a warning. Where three have failed in a row, the methods raise a CheckpointError; a job of several
+    processes ends then, since Orbax's threads may wait for one another for long.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int | None = None, keep_every: int = 0, keep_minutes: float = 0.0):
+        self.directory = epath.Path(directory)
+        self._saving, self._outcome, self._failures = None, None, 0
+        self._deletion = Deletion(self._path(), keep, keep_every, keep_minutes)
+        # If a directory cannot be created, Orbax's other threads wait for it for minutes, and the process cannot end. In a job
+        # of several processes the others would wait for ever if it were not created in the background.
+        options = ocp.CheckpointManagerOptions(
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=jax.process_count() > 1),
+            single_host_load_and_broadcast=True,  # all processes see the same steps
+        )
+        self._manager = _Manager(self._path(), options=options)
 
     def steps(self) -> list[int]:
-        """The saved steps, ascending."""
+        """The saved steps, ascending. Those that this object has deleted may be among them."""
         return sorted(self._manager.all_steps())
+
+    def last_saved(self) -> int | None:
+        """The newest step that a run is known to have saved here, 0 if it has saved none; None if nothing is known."""
+        path = self.directory.parent / LAST_SAVED
+        return json.loads(path.read_text())['step'] if path.exists() else None
+
+    def begin(self, step: int) -> None:
+        """Called by a run that has restored this step, or starts at 0, before it saves.
+
+        Deletes what a killed save has left, and the checkpoints that are no longer kept.
+        """
+        if jax.process_index() == 0:
+            self._remember(step)
+            self._deletion.unfinished()
+            self._deletion.old()
 
     def save(self, step: int, state: Any, data: Any) -> None:
         """Starts to save a tree of arrays, and `data`: JSON values. Returns once the arrays are copied.
 
-        Waits for an unfinished save first, and raises its error.
+        Waits for an unfinished save first.
         """
+        self.wait()
         metadata = {'step': step, 'data': data, 'checksums': checksums(state), 'crc': json_crc(data)}
+        chunked = ocp.args.StandardSave(state, save_args=jax.tree.map(_save_args, state))
+        items = ocp.args.Composite(state=chunked, data=ocp.args.JsonSave(metadata))
         try:
-            if self._vanished():
+            if _anywhere(self._vanished()):
                 raise FileNotFoundError
-            chunked = ocp.args.StandardSave(state, save_args=jax.tree.map(_save_args, state))
-            items = ocp.args.Composite(state=chunked, data=ocp.args.JsonSave(metadata))
             self._manager.save(step, args=items, force=True)
+            self._saving = step
+        except jax.errors.JaxRuntimeError:  # of the step that computes the state
+            raise
         except Exception as e:
-            raise self._failure(f'step {step} cannot be saved', e) from e
-        self._saving = True
-
-    def check(self) -> None:
-        """Raises the error of a save that failed in the background, without waiting for one that is under way."""
-        if self._saving and not self._manager.is_saving_in_progress():
-            self._saving = False
+            self._outcome = self._failure(f'step {step} cannot be saved', e)
+            if jax.process_count() > 1 and not isinstance(e, FileNotFoundError):
+                exit_now(self._outcome)  # the others wait for this process in a collective
             self.wait()
 
-    def wait(self) -> None:
-        """Waits for a save under way, and raises its error."""
-        try:
-            self._manager.wait_until_finished()  # unlike Orbax's check_for_errors, this also raises errors of finalizing
-        except Exception as e:
-            raise self._failure('the last save failed', e) from e
+    def check(self) -> None:
+        """Notices that a save has ended in the background; does not wait for one that is under way."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self._join()
+            if jax.process_count() == 1:  # several agree when they come to the next save
+                self.wait()
+
+    def wait(self) -> bool:
+        """Waits for a save under way. Whether the last one succeeded, in all processes."""
+        self._join()
+        if self._outcome is not None:
+            failure, self._outcome = self._outcome or None, None
+            self._failures = self._failures + 1 if _anywhere(failure is not None) else 0
+            if self._failures:
+                failure = failure or CheckpointError(f'{self.directory}: the last save failed in another process')
+                if self._failures == MAX_FAILURES:
+                    if jax.process_count() > 1:
+                        exit_now(failure)
+                    raise failure
+                tqdm.write(f'Warning: {failure}; this was save {self._failures} of {MAX_FAILURES} that may fail in a row')
+        return not self._failures
+
+    def finish(self, save: Callable[[], None]) -> None:
+        """Waits for the last save of a run. If it failed, calls `save` to repeat it, after a pause."""
+        while not self.wait():
+            time.sleep(PAUSES[self._failures])
+            save()
 
     def close(self) -> None:
-        """Waits for a save under way, and ends Orbax's threads."""
-        self.wait()
+        """Waits for a save and a deletion under way, and ends Orbax's threads."""
+        self._join()
+        if self._outcome:
+            tqdm.write(f'Warning: {self._outcome}')
+        self._deletion.join()
         self._manager.close()
+
+    def _join(self):
+        """Waits, in this process, for a save under way. `_outcome` becomes its error, or False if there was none."""
+        if self._saving is None:
+            return
+        step, self._saving = self._saving, None
+        try:
+            self._manager.wait_until_finished()  # unlike Orbax's check_for_errors, this also raises errors of finalizing
+            self._outcome = False
+            if jax.process_index() == 0:
+                self._remember(step)
+                self._deletion.old()
+        except Exception as e:
+            self._outcome = self._failure(f'the save of step {step} failed', e)
+
+    def _remember(self, step):
+        write_json(self.directory.parent / LAST_SAVED, {'step': step}, CheckpointError)
 
     def restore_newest(self, abstract_state: Any) -> tuple[int, Any, Any] | None:
         """(step, state, data) of the newest undamaged checkpoint; None if there are no checkpoints.
@@ -98,24 +174,17 @@ class Checkpoints:
         `abstract` is a tree of shapes, dtypes and shardings; if `partial`, it is a part of the state, maybe with other dtypes.
         Raises a DamagedError if it cannot be read or a checksum differs, and a CheckpointError if it is of another model.
         """
-        metadata, restored, error = None, None, None
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
-        try:
+        return insistently(lambda: self._restore(step, abstract, partial))
+
+    def _restore(self, step, abstract, partial):
+        def read():
             metadata = self._metadata(step, abstract, partial)
-            restored = ocp.PyTreeCheckpointHandler().restore(self._path(step) / 'state', args=args)
-        except DamagedError as e:
-            error = e
-        except CheckpointError:
-            raise
-        except Exception as e:
-            error = DamagedError(f'{self.directory}/{step}: cannot be restored: {root_cause(e)}')
+            restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+            args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
+            return metadata, ocp.PyTreeCheckpointHandler().restore(self._path(step) / 'state', args=args)
+
         # All processes restore this checkpoint, or none does.
-        intact = error is None
-        if jax.process_count() > 1:
-            intact = bool(multihost_utils.process_allgather(np.asarray(intact)).all())
-        if not intact:
-            raise error or DamagedError(f'{self.directory}/{step}: cannot be restored in another process')
+        metadata, restored = together(read, f'{self.directory}/{step}')
         self._verify(step, restored, metadata['checksums'])
         return restored, metadata['data']
 
@@ -129,21 +198,18 @@ class Checkpoints:
         `abstract_params` has the dtypes to cast to; `tick` is called with the number of elements of each piece that was read.
         """
         tree = {'params': abstract_params}
-        saved = self._metadata(step, tree, partial=True)['checksums']
+        metadata = lambda: self._metadata(step, tree, partial=True)
+        saved = insistently(lambda: checked(metadata, f'{self.directory}/{step}'))['checksums']
         state = self._path(step) / 'state'
         arrays = [StoredArray(state, name, x.dtype, saved[name], tick) for name, x in by_path(tree).items()]
         return jax.tree.unflatten(jax.tree.structure(tree), arrays)['params']
 
     def _metadata(self, step, abstract, partial=False):
         """{'data': position in the data, 'checksums': {path: int}} of a step, if it was saved from a tree like `abstract`."""
-        path = self._path(step) / 'data' / 'metadata'
         if not self._path(step).exists():
             raise CheckpointError(f'{self._path(step)}: no such checkpoint; there are {self.steps()}')
-        try:
-            metadata = json.loads(path.read_text())
-            saved_step, data, saved_checksums, crc = (metadata[name] for name in ('step', 'data', 'checksums', 'crc'))
-        except Exception as e:
-            raise DamagedError(f'{self.directory}/{step}: {path.name} cannot be read: {type(e).__name__}: {e}') from e
+        metadata = json.loads((self._path(step) / 'data' / 'metadata').read_text())
+        saved_step, data, saved_checksums, crc = (metadata[name] for name in ('step', 'data', 'checksums', 'crc'))
         if saved_step != step:
             raise DamagedError(f'{self.directory}/{step}: is the checkpoint of step {saved_step} under another name')
         if crc != json_crc(data):
@@ -155,11 +221,8 @@ class Checkpoints:
 
     def _compare(self, step, abstract, partial):
         """Raises a CheckpointError with the paths at which a tree differs from what was saved; a partial one may lack some."""
-        try:
-            metadata = ocp.PyTreeCheckpointHandler().metadata(self._path(step) / 'state')
-            saved = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in by_path(metadata.tree).items()}
-        except Exception as e:
-            raise DamagedError(f'{self.directory}/{step}: cannot be restored: {root_cause(e)}') from e
+        metadata = ocp.PyTreeCheckpointHandler().metadata(self._path(step) / 'state')
+        saved = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in by_path(metadata.tree).items()}
         wanted = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in by_path(abstract).items()}
         show = lambda shape, dtype: f'{dtype}{list(shape)}'
         differences = [f'{path} is missing' for path in wanted if path not in saved]
@@ -182,16 +245,18 @@ class Checkpoints:
             )
 
     def _move_damaged(self, step):
-        if jax.process_index() == 0:
-            target = self.directory.parent / DAMAGED_DIR
-            target.mkdir(exist_ok=True)
-            names = (f'{step}' + f'-{i}' * (i > 0) for i in range(1000))
-            self._path(step).rename(next(target / name for name in names if not (target / name).exists()))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f'moved damaged {step}')
+        target = self.directory.parent / DAMAGED_DIR
+
+        def move():
+            if jax.process_index() == 0:
+                target.mkdir(exist_ok=True)
+                names = (f'{step}' + f'-{i}' * (i > 0) for i in range(1000))
+                self._path(step).rename(next(target / name for name in names if not (target / name).exists()))
+
+        together(move, f'{self.directory}/{step}: is damaged and to be moved to {target}')
         self._manager.reload()
 
-    def _path(self, step):
+    def _path(self, step=''):
         return self.directory.absolute() / str(step)
 
     def _vanished(self):
@@ -220,3 +285,8 @@ def _save_args(x):
     if x.nbytes <= CHUNK:
         return ocp.SaveArgs()
     return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if x.ndim > 2 else ())
+
+
+def _anywhere(failed):
+    """Is this so in any process of the job?"""
+    return failed if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(failed)).any())

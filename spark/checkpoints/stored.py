@@ -8,20 +8,21 @@ import tensorstore as ts
 from etils import epath
 
 from spark.checkpoints.checksums import checksum
-from spark.errors import DamagedError, root_cause
+from spark.checkpoints.reading import checked, insistently
+from spark.errors import DamagedError
 
 
 class StoredArray:
     """A saved array that is read along its first axis: x[i] or x[i:j] is a NumPy array.
 
     It is read chunk by chunk, as it is stored, so that little is in memory besides the result. Chunks begin at multiples of
-    `aligned` rows. Reading raises a DamagedError if a chunk cannot be read, and, when every row has been read, if the checksum
-    is not the saved one. `tick` is called with the number of elements of each chunk that was read.
+    `aligned` rows. Reading raises as `reading.insistently` does, and a DamagedError if, when every row has been read, the
+    checksum is not the saved one. `tick` is called with the number of elements of each chunk that was read.
     """
 
     def __init__(self, directory: epath.Path, name: str, dtype: np.dtype, saved_checksum: int, tick: Callable[[int], None]):
         self._directory, self._name, self._unaccounted, self._tick = directory, name, saved_checksum, tick
-        self._store = self._checked(lambda: ts.open({
+        self._store = self._read(lambda: ts.open({
             'driver': 'zarr', 'kvstore': {'driver': 'ocdbt',
             'base': str(directory if '://' in str(directory) else f'file://{directory}/'), 'path': f'{name}/'},
             'context': {'file_io_concurrency': {'limit': 1}, 'data_copy_concurrency': {'limit': 1}},
@@ -37,11 +38,10 @@ class StoredArray:
         if new := self._unread[rows].all():
             self._unread[rows] = False
         blocks = list(self._blocks(first, first + len(rows)))
-        read = lambda block: self._checked(lambda: self._store[block].read())
-        ahead = read(blocks[0])
+        ahead = self._store[blocks[0]].read()
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-            x = self._checked(ahead.result)
-            ahead = following and read(following)  # while this one is processed
+            x = self._block(block, ahead)
+            ahead = following and self._store[following].read()  # while this one is processed
             if new:
                 start, shape = (np.array(n, np.uint32) for n in ([s.start for s in block], self.shape))
                 self._unaccounted = (self._unaccounted - int(checksum(x, start, shape))) % 2**32
@@ -57,8 +57,10 @@ class StoredArray:
         cut = lambda lo, hi, n: [slice(max(i, lo), min(i + n, hi)) for i in range(lo - lo % n, hi, n)]
         return itertools.product(*(cut(*span, n) for span, n in spans))
 
-    def _checked(self, read):
-        try:
-            return read()
-        except Exception as e:
-            raise DamagedError(f'{self._directory.parent}: {self._name} cannot be read: {root_cause(e)}') from e
+    def _block(self, block, ahead):
+        """The entries of a block, of which `ahead` is the first attempt at reading them."""
+        attempts = [ahead]
+        return self._read(lambda: (attempts.pop() if attempts else self._store[block].read()).result())
+
+    def _read(self, read):
+        return insistently(lambda: checked(read, f'{self._directory.parent}: {self._name}'))

@@ -17,8 +17,9 @@ RESUMABLE = (
     *('mesh', 'sample', 'serve', 'data.threads', 'data.prefetch', 'data.cache_dir', 'data.max_bad', 'data.allow_changed'),
     *('data.source', 'data.eval_source', 'data.tokenizer'),  # another path to the same data: the digest of the tokens is compared
     *('data.batch_size', 'train.accumulate'),  # the place in the data is a number of rows
-    *('train.log_every', 'train.save_every', 'train.keep', 'train.keep_every', 'train.stall_seconds', 'train.cache'),
-    *('train.eval_every', 'train.eval_batches', 'train.activity', 'train.profile_step', 'train.profile_steps'),
+    *('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.activity', 'train.stall_seconds', 'train.cache'),
+    *('train.save_every', 'train.save_every_minutes', 'train.keep', 'train.keep_every', 'train.keep_every_minutes'),
+    *('train.profile_step', 'train.profile_steps'),
     *('train.max_skips', 'train.spike'),  # a run that diverged may need other values to continue
 )
 # How long to train, and the learning rate by step: these may also differ with --extend, and in a branch. The optimizer's state
@@ -190,9 +191,11 @@ class TrainConfig(_Section):
     log_every: int = Field(10, gt=0)
     eval_every: int = Field(0, ge=0)  # steps between evaluations; 0: only at the end
     eval_batches: int = Field(0, ge=0)  # batches of an evaluation while training; 0: the whole validation split
-    save_every: int = Field(100, gt=0)
+    save_every: int = Field(100, ge=0)  # steps between checkpoints; the last step is always saved; 0: by time only
+    save_every_minutes: float = Field(0.0, ge=0)  # also save when this time has passed since the last save; 0: no
     keep: int = Field(2, gt=0)  # number of newest checkpoints to keep
     keep_every: int = Field(0, ge=0)  # also keep the checkpoints at multiples of this step; 0: none
+    keep_every_minutes: float = Field(0.0, ge=0)  # also keep a checkpoint for each such time; 0: none
     max_skips: int = Field(0, ge=0)  # updates with a loss or gradient that is not finite, skipped in a row; one more ends the run
     spike: float = Field(0.0, ge=0)  # also skip an update whose gradient norm exceeds the running mean by this factor; 0: never
     # The watchdog ends a run that makes no progress for this long, and prints all stacks. Compiling, evaluating, saving and
@@ -207,6 +210,7 @@ class TrainConfig(_Section):
     cache: Literal['auto', 'on', 'off'] = 'auto'
 
     def _rules(self):
+        yield self.save_every > 0 or self.save_every_minutes > 0, 'save_every', 'at least 1, or train.save_every_minutes'
         yield self.spike == 0 or self.spike > 1, 'spike', 'more than 1, or 0 to accept any gradient norm'
         yield not (self.branch_from and self.restore_from), 'restore_from', "'': train.branch_from restores the parameters, too"
         yield self.max_skips > 0 or not self.spike, 'max_skips', 'at least 1: train.spike skips updates'

@@ -15,14 +15,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from spark import config
-from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints
+from spark.checkpoints.manager import Checkpoints
+from spark.checkpoints.period import Period
 from spark.data import documents, rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, translated_xla_errors
 from spark.progress import tqdm
 from spark.runtime import revision, stop_requests
-from spark.training import branch, directory, trackers
-from spark.training.branch import initial_state
+from spark.training import directory, start, trackers
 from spark.training.logs import Clock, Log, Profiler
 from spark.training.step import Trainer, TrainState, evaluate
 from spark.training.watchdog import Watchdog
@@ -84,12 +84,15 @@ class Run:
             if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
                 jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
             directory.make(workdir)
-            self.checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
+            kept = cfg.train.keep, cfg.train.keep_every, cfg.train.keep_every_minutes
+            self.checkpoints = Checkpoints(workdir / 'checkpoints', *kept)
             stack.enter_context(self.trainer.context())
             origin = self._restore_or_start(cfg)
             directory.claim(workdir, cfg, extend)  # by a start that worked
+            self.checkpoints.begin(self.step)
+            self.period = Period(cfg.train.save_every_minutes, self.step)
             if origin:
-                branch.record(workdir, origin, self.step)
+                start.record(workdir, origin, self.step)
                 self._save()  # from here on a branch needs no other run
                 self.checkpoints.wait()
             self.batches = self._open_batches(batches)
@@ -124,16 +127,17 @@ class Run:
                 self.step += 1
                 self.log.flush()  # the step before, while this one runs
             last = self.step == cfg.steps
-            save = self.step % cfg.save_every == 0 or last
+            save = last or (cfg.save_every > 0 and self.step % cfg.save_every == 0)
+            save_now = self.period.due(self.step) or save  # when a period ends must not show in the metrics
             self.evaluated = not (cfg.eval_every and self.step % cfg.eval_every == 0 and not last)
             self.log.push(self.step, sums, batch, save or self.step % cfg.log_every == 0)
             self.bar.update()
             self.profiler.after(self.step, self.state)
-            if save or not self.evaluated:
+            if save_now or not self.evaluated:
                 self.log.flush()  # raises before a state after a bad update could be saved
             if not self.evaluated:
                 self.evaluate()
-            if save:
+            if save_now:
                 self.save()
         self.log.flush()
         if self.step < cfg.steps:
@@ -180,6 +184,7 @@ class Run:
         place = {'rows': self.rows_seen, 'digest': self.digest, 'batch_size': self.cfg.data.batch_size}
         self.checkpoints.save(self.step, self.state, {'data': place, 'evaluated': self.evaluated})
         self.saved = self.step
+        self.period.restart(self.step)
 
     def stop_requested(self, activity: str = 'stepping', slow: bool = False) -> bool:
         """Feeds the watchdog; returns True if the run was asked to stop."""
@@ -194,6 +199,7 @@ class Run:
                 reports[split] = self._evaluate(split)
             if reports[split] is None:
                 raise self._preempted()
+        self.checkpoints.finish(self.save)
         # gzip is the yardstick that everyone has. On a large split it would take longer than it is worth.
         test, texts, log = reports['test'], self.held_out['test'], self.log
         small = 0 < test['bytes'] <= 64 << 20 and isinstance(texts, rows.EvalBatches)
@@ -207,7 +213,7 @@ class Run:
             'train_loss': log.last_loss,
             **reports,
             **self.clock.report(),
-            'origin': json.loads(origin.read_text()) if (origin := self.workdir / branch.ORIGIN).exists() else None,
+            'origin': json.loads(origin.read_text()) if (origin := self.workdir / start.ORIGIN).exists() else None,
             **self.about,
         }
 
@@ -223,12 +229,13 @@ class Run:
                 raise ConfigError(f'train.steps = {cfg.train.steps}: want at least {self.step}, which {self.workdir} has reached')
             print(f'Resuming from step {self.step} in {self.workdir}', flush=True)
         else:
-            _check_nothing_lost(self.workdir, self.cfg.train.save_every)
+            start.check_nothing_lost(self.workdir, self.checkpoints.last_saved(), self.cfg.train.save_every)
             if cfg.train.branch_from:
-                self.step, self.state, data, origin = branch.branch(self.trainer, cfg)
+                self.step, self.state, data, origin = start.branch(self.trainer, cfg)
                 self.rows_seen, self.evaluated, self.saved = self._place_in_data(data['data'], origin), data['evaluated'], None
             else:
-                self.step, self.state, self.rows_seen, self.evaluated, self.saved = 0, initial_state(self.trainer), 0, True, None
+                self.step, self.state = 0, start.initial_state(self.trainer)
+                self.rows_seen, self.evaluated, self.saved = 0, True, None
         return origin
 
     def _place_in_data(self, saved, workdir):
@@ -277,25 +284,17 @@ class Run:
         if step := max(self.checkpoints.steps(), default=0):
             params = self.checkpoints.restore_params(step, self.trainer.abstract_state.params)
         else:
-            params = initial_state(self.trainer).params
+            params = start.initial_state(self.trainer).params
         return params, f'with the parameters of step {step}, '
 
     def _preempted(self):
+        self.checkpoints.finish(self.save)
         return Preempted(
             f'stopped at step {self.step} of {self.cfg.train.steps}, saved in {self.workdir}; run the same command to go on'
         )
 
     def _devices(self):
         return f'{self.trainer.mesh.size} × {jax.devices()[0].device_kind}'
-
-
-def _check_nothing_lost(workdir, save_every):
-    """Raises a CheckpointError if this run must have had checkpoints: it must not silently start from scratch."""
-    if (workdir / DAMAGED_DIR).exists():
-        raise CheckpointError(f'{workdir}/checkpoints: none is left, and damaged ones lie in {DAMAGED_DIR}/')
-    # When the second save starts, the first one is on disk.
-    if (reached := trackers.last_step(workdir)) > 2 * save_every:
-        raise CheckpointError(f'{workdir}/checkpoints: there is none, but metrics.jsonl goes to step {reached}')
 
 
 def _digest(train, held_out):

@@ -167,27 +167,77 @@ def test_another_model_is_told_by_its_paths(saved):
     checkpoints.close()
 
 
-def test_a_save_that_fails_in_the_background_is_said_at_the_next_step(copy, monkeypatch):
+def until_noticed(checkpoints):
+    deadline = time.monotonic() + 60
+    while checkpoints._saving is not None and time.monotonic() < deadline:
+        checkpoints.check()
+
+
+def test_saves_that_fail_in_the_background(copy, monkeypatch, capfd):
+    """Each is said at the next step; the third in a row is an error, and one that succeeds begins the count anew."""
     checkpoints = Checkpoints(copy / 'checkpoints')
+
     def broken(*_, **__):
         raise OSError(28, 'No space left on device')
 
+    with monkeypatch.context() as m:
+        m.setattr(ocp.StandardCheckpointHandler, 'finalize', broken)
+        for step, n in [(3, 1), (4, 2)]:
+            checkpoints.save(step, tree(step), PLACE)
+            until_noticed(checkpoints)
+            said = capfd.readouterr()
+            words = f'the save of step {step} failed: OSError: [Errno 28] No space left on device; earlier checkpoints are as'
+            assert f'Warning: {copy}/checkpoints: {words}' in said.out and f'this was save {n} of 3' in said.out
+            checkpoints.check()  # said once
+            assert not capfd.readouterr().out and not checkpoints.wait()
+    checkpoints.save(5, tree(5), PLACE)
+    assert checkpoints.wait() and checkpoints.steps() == [1, 2, 5]
     monkeypatch.setattr(ocp.StandardCheckpointHandler, 'finalize', broken)
-    checkpoints.save(3, tree(3), PLACE)
-    deadline = time.monotonic() + 60
-    with pytest.raises(CheckpointError, match=r'No space left on device; earlier checkpoints are as they were'):
-        while time.monotonic() < deadline:
-            checkpoints.check()
-    checkpoints.check()  # said once
+    for step in (6, 7, 8):
+        checkpoints.save(step, tree(step), PLACE)
+        if step < 8:
+            until_noticed(checkpoints)
+    with pytest.raises(CheckpointError, match=r'the save of step 8 failed: .*No space left on device'):
+        until_noticed(checkpoints)
     monkeypatch.undo()
-    assert restore(copy)[0] == 2
+    checkpoints.close()
+    assert restore(copy)[0] == 5
+
+
+def test_the_last_save_is_repeated(copy, monkeypatch):
+    """After a pause, as often as saves may fail; what a failed attempt has left is no obstacle."""
+    checkpoints, waited, fails = Checkpoints(copy / 'checkpoints'), [], [28, 28]
+    finalize = ocp.StandardCheckpointHandler.finalize
+
+    def flaky(*args, **kwargs):
+        if fails:
+            raise OSError(fails.pop(), 'No space left on device')
+        return finalize(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, 'finalize', flaky)
+    monkeypatch.setattr('spark.checkpoints.manager.time.sleep', waited.append)
+    save = lambda: checkpoints.save(3, tree(3), PLACE)
+    save()
+    checkpoints.finish(save)
+    assert len(waited) == 2 and not fails
+    checkpoints.close()
+    assert restore(copy)[0] == 3
+    fails += [28] * 3
+    checkpoints = Checkpoints(copy / 'checkpoints')
+    save = lambda: checkpoints.save(4, tree(4), PLACE)
+    save()
+    with pytest.raises(CheckpointError, match='the save of step 4 failed'):
+        checkpoints.finish(save)
+    checkpoints.close()
 
 
 def test_a_directory_that_is_gone(copy):
     checkpoints = Checkpoints(copy / 'checkpoints')
     shutil.rmtree(copy)
+    for step in (3, 4):
+        checkpoints.save(step, tree(3), PLACE)
     with pytest.raises(CheckpointError, match='the run directory has vanished'):
-        checkpoints.save(3, tree(3), PLACE)
+        checkpoints.save(5, tree(3), PLACE)
     assert not copy.exists()
 
 

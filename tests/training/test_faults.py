@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from spark.checkpoints.manager import LAST_SAVED
 from tests.helpers import records
 from tests.processes import assert_same_run, end, environment, error, run, saved, script, start, write_config
 
@@ -256,8 +258,116 @@ def test_a_damaged_checkpoint_costs_what_came_after_the_one_before(place):
     ((_, said),) = run(place, workdir, code=5)
     assert 'none is left, and damaged ones lie in damaged/' in error(said)
     shutil.rmtree(workdir / 'damaged')
-    ((_, said),) = run(place, workdir, code=5)
+    metrics = (workdir / 'metrics.jsonl').read_bytes()
+    ((_, said),) = run(place, workdir, '--config.train.save_every=1000', code=5)  # however short the run is
+    assert f'there is none, but the run has saved step {STEPS}' in error(said)
+    (workdir / LAST_SAVED).unlink()
+    ((_, said),) = run(place, workdir, code=5)  # a run of an older version
     assert f'there is none, but metrics.jsonl goes to step {STEPS}' in error(said)
+    assert (workdir / 'metrics.jsonl').read_bytes() == metrics
+
+
+# Runs the script after what is in WORDS, in which `patched(name)` replaces a method of Checkpoints or of what it uses.
+WITH = """
+import os, runpy, subprocess, sys
+import orbax.checkpoint as ocp
+from orbax.checkpoint._src.multihost import multihost
+from spark.checkpoints.manager import Checkpoints
+
+multihost._DEFAULT_BARRIER_TIMEOUT = 3
+first = os.environ.get('JAX_PROCESS_ID', '0') == '0'
+WORDS
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+IMMUTABLE = """
+save, faults = Checkpoints.save, FAULTS
+
+def faulty(self, step, *args):
+    if first:
+        subprocess.run(['chattr', '+i' if step in faults else '-i', self.directory], check=True)
+        if step in faults:
+            faults.remove(step)
+    save(self, step, *args)
+
+Checkpoints.save = faulty
+"""
+FLAKY = """
+restore, fails = ocp.PyTreeCheckpointHandler.restore, [] if first else [OSError('503'), ValueError('DATA_LOSS: a bad packet')]
+
+def flaky(*args, **kwargs):
+    if fails:
+        raise fails.pop()
+    return restore(*args, **kwargs)
+
+ocp.PyTreeCheckpointHandler.restore = flaky
+"""
+
+
+def wrap(words):
+    return sys.executable, '-c', WITH.replace('WORDS', words)
+
+
+def immutable():
+    """Can this process make a directory immutable, here?"""
+    with tempfile.TemporaryDirectory() as tmp:
+        done = [subprocess.run(['chattr', flag, tmp], capture_output=True).returncode for flag in ('+i', '-i')]
+    return done == [0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not immutable(), reason='wants chattr +i')
+@pytest.mark.parametrize('processes', [1, 2])
+def test_saves_that_fail(place, processes):
+    """Two in a row and then the last one cost nothing; after three the process ends, with threads of Orbax or without."""
+    workdir, more = place.parent / f'unsaved_{processes}', {'processes': processes, 'devices': processes}
+    for faults, code in [([8, 12, 16], 5), ([8, 12, STEPS], 0)]:
+        started = start(place, workdir, '--config.train.keep=9', wrap=wrap(IMMUTABLE.replace('FAULTS', str(faults))), **more)
+        try:
+            said = [p.communicate(timeout=100) for p in started]
+        finally:
+            subprocess.run(['chattr', '-i', workdir / 'checkpoints'], check=True)
+        assert [p.returncode for p in started] == [code] * processes, said
+        said = ''.join(said[0])
+        if code:
+            assert re.search(f'CheckpointError: {workdir}/checkpoints: .*Operation not permitted.*earlier checkpoints are', said)
+            assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['4']
+            shutil.rmtree(workdir)  # to fail in the first half again
+        assert said.count('Operation not permitted') >= 2 and 'this was save 2 of 3' in said
+    assert sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir()) == [4, 16, 20, STEPS]
+    assert_same_run(workdir, straight(place, processes), STEPS)
+
+
+@pytest.mark.slow
+def test_a_flaky_read_in_one_of_two_processes(place):
+    """Storage that fails, and damage that is seen once: both processes read again, and nothing is moved."""
+    workdir, more = place.parent / 'flaky', {'processes': 2, 'devices': 2}
+    shutil.copytree(straight(place, 2), workdir)
+    (workdir / 'summary.json').unlink()
+    said = run(place, workdir, wrap=wrap(FLAKY), **more)
+    assert f'Resuming from step {STEPS}' in said[0][0] and not (workdir / 'damaged').exists()
+    assert 'cannot be read in another process; trying again in 1 s' in ''.join(said[0])
+    assert 'cannot be read: OSError: 503; trying again in 1 s' in ''.join(said[1])
+
+
+@pytest.mark.slow
+def test_saves_by_time(place):
+    """In two processes, which agree; when a period ends does not show in the run."""
+    workdir, minutes = place.parent / 'by_time', ('--config.train.save_every=0', '--config.train.save_every_minutes=0.001')
+    run(place, workdir, *minutes, '--config.train.keep=99', processes=2, devices=2)
+    steps = {int(p.name) for p in (workdir / 'checkpoints').iterdir()}
+    assert STEPS in steps and len(steps - {STEPS}) > 1
+    assert_same_run(workdir, straight(place, 2), STEPS)
+
+
+@pytest.mark.slow
+def test_less_is_kept(place):
+    """A lower `keep` holds at once, for a finished run, too; and what a killed save has left is deleted."""
+    workdir = place.parent / 'less'
+    shutil.copytree(straight(place), workdir)
+    (workdir / 'checkpoints' / '22.orbax-checkpoint-tmp' / 'state').mkdir(parents=True)
+    run(place, workdir, '--config.train.keep=1')
+    assert [p.name for p in (workdir / 'checkpoints').iterdir()] == [str(STEPS)]
 
 
 @pytest.mark.slow
@@ -265,8 +375,8 @@ def test_a_new_run_from_old_weights(place):
     """The same parameters, nothing else: step, optimizer and data are new; what is no run, or of another model, is told."""
     old, fresh = straight(place), ('--config.optimizer.lr=1e-9', '--config.train.steps=3', '--config.optimizer.warmup_steps=0')
     workdir = place.parent / 'tuned'
-    ((out, _),) = run(place, workdir, f'--restore_from={old}', *fresh)
-    assert f'Starting from the parameters of {old}/checkpoints/{STEPS}' in out
+    ((out, _),) = run(place, workdir, f'--restore_from={old}/checkpoints/', *fresh)
+    assert f'Starting from the parameters of {old}/checkpoints/{STEPS}' in out and 'Warning' not in out
     ours, theirs = saved(workdir, 3)[0], saved(old, STEPS)[0]
     for path in (p for p in ours if p.startswith("['params']")):
         np.testing.assert_allclose(ours[path], theirs[path], atol=1e-7, err_msg=path)

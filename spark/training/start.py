@@ -1,4 +1,4 @@
-"""Starting from a checkpoint of another run: from its weights alone, or going on where it was."""
+"""Where a run starts: at step 0, maybe with the weights of another run, or where another run was. Nothing is lost by it."""
 
 from typing import Any
 
@@ -8,12 +8,26 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from spark import config
-from spark.checkpoints.manager import Checkpoints, open_checkpoint
-from spark.errors import CheckpointError, ConfigError
+from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints, open_checkpoint
+from spark.data.tokenizer import of_config
+from spark.errors import CheckpointError, ConfigError, SparkError
 from spark.runtime import write_json
+from spark.training import trackers
 from spark.training.step import Trainer, TrainState
 
 ORIGIN = 'origin.json'  # in the run directory of a branch
+
+
+def check_nothing_lost(workdir: epath.Path, last_saved: int | None, save_every: int) -> None:
+    """Raises a CheckpointError if this run must have had checkpoints: it must not silently start from scratch."""
+    if (workdir / DAMAGED_DIR).exists():
+        raise CheckpointError(f'{workdir}/checkpoints: none is left, and damaged ones lie in {DAMAGED_DIR}/')
+    advice = 'restore them, or start anew in another directory'
+    if last_saved:
+        raise CheckpointError(f'{workdir}/checkpoints: there is none, but the run has saved step {last_saved}: {advice}')
+    # An older version did not record what it saved. When the second save starts, the first one is on disk.
+    if last_saved is None and save_every and (reached := trackers.last_step(workdir)) > 2 * save_every:
+        raise CheckpointError(f'{workdir}/checkpoints: there is none, but metrics.jsonl goes to step {reached}: {advice}')
 
 
 def initial_state(trainer: Trainer) -> TrainState:
@@ -25,6 +39,8 @@ def initial_state(trainer: Trainer) -> TrainState:
     print(f'Starting from the parameters of {workdir}/checkpoints/{step}', flush=True)
     params = checkpoints.restore_params(step, trainer.abstract_state.params)
     checkpoints.close()
+    if different := _other_tokenizer(workdir, trainer.cfg.data):
+        print(f'Warning: {different}', flush=True)
     return state.replace(params=params)
 
 
@@ -72,3 +88,15 @@ def open_source(field: str, source: str) -> tuple[epath.Path, Checkpoints, int]:
     if jax.process_count() > 1:  # a run that still trains may have saved a step since
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     return path, checkpoints, step
+
+
+def _other_tokenizer(workdir, ours):
+    """What tells that the ids of text may not be those that the run in `workdir` was trained on; '' if they are."""
+    try:
+        theirs = config.load(workdir / 'config.json').data
+        if of_config(theirs).fingerprint == of_config(ours).fingerprint:
+            return ''
+    except SparkError as e:
+        return f'whether the weights of {workdir} were trained with this tokenizer cannot be told: {e}'
+    name = lambda data: f'{data.tokenizer!r}' + f' (bos {data.bos!r}, eos {data.eos!r})' * bool(data.bos or data.eos)
+    return f'data.tokenizer = {name(ours)} gives other ids than {name(theirs)}, with which {workdir} was trained'
