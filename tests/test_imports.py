@@ -9,6 +9,7 @@ RUNS = {'ops', 'kernels', 'nn', 'data', 'checkpoints', 'training', 'inference'}
 ALLOWED = {
     'errors': set(),
     'runtime': {'errors'},
+    'distributed': {'errors', 'runtime'},
     'config': {'errors'},
     'flops': {'config'},
     'devices': set(),
@@ -22,7 +23,7 @@ ALLOWED = {
     'evaluation': RUNS | LEAVES,
     'sweeps': {*RUNS, *LEAVES, 'evaluation.plots'},
     'compiling': RUNS | LEAVES,
-    'launching': LEAVES,
+    'launching': {'data', *LEAVES},
     # The estimate of cycles compiles ahead of time, for chips that are not there.
     'benchmarks': {*RUNS, *LEAVES, 'compiling.aot'},
 }
