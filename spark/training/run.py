@@ -19,7 +19,7 @@ from spark.data import documents, rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, StalledError, exit_now
 from spark.runtime import stop_requests
-from spark.training import directory, trackers
+from spark.training import directory, environment, trackers
 from spark.training.logs import Clock, Log, Profiler
 from spark.training.step import Trainer, TrainState, evaluate
 from spark.training.watchdog import Watchdog
@@ -83,6 +83,7 @@ class Run:
             stack.enter_context(self.trainer.context())
             self._restore_or_start()
             directory.claim(workdir, cfg)  # by a start that worked
+            environment.record(workdir)
             self.batches = self._open_batches(batches)
             if hasattr(self.batches, 'close'):
                 stack.callback(self.batches.close)
