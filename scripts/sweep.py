@@ -41,8 +41,7 @@ def main() -> None:
     for run in runs:
         if run.adjustments:
             print(f'{run.name}: {run.adjustments}')
-    path = next(arg.partition('=')[2] for arg in sys.argv if arg.lstrip('-').startswith('config='))
-    overrides = dict(config_flags.get_override_values(flags.FLAGS['config']))
+    path, overrides = config.given(flags.FLAGS['config'])
     train = [sys.executable, str(TRAIN)]
     commands = {run.name: execute.train_command(train, path, overrides, base, run, out) for run in runs}
     match LAUNCHER.value:

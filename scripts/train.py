@@ -23,8 +23,8 @@ for _number in (signal.SIGINT, signal.SIGTERM):
 from absl import flags
 from ml_collections import config_flags
 
-from spark import config, errors
-from spark.runtime import initialize_distributed, run_directory, use_huge_pages, write_json
+from spark import config, distributed, errors
+from spark.runtime import run_directory, use_huge_pages, write_json
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with an optional variant: PATH[:VARIANT].')
 RESTORE = flags.DEFINE_string('restore_from', None, 'A run, or a checkpoints/STEP of one, whose weights a new run starts from.')
@@ -45,7 +45,7 @@ def main() -> None:
     # Imported here, so that a wrong config is reported before JAX starts.
     import jax
 
-    initialize_distributed()
+    distributed.initialize()
 
     from spark.training.run import train
 

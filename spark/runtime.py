@@ -1,4 +1,4 @@
-"""The process and its machine: huge pages, joining a job of several processes, atomic file writes, requests to stop."""
+"""The process and its machine: huge pages, atomic file writes, requests to stop."""
 
 import contextlib
 import ctypes
@@ -18,9 +18,6 @@ from etils import epath
 
 from spark.errors import ConfigError
 
-# JAX ends all processes of a job when one has been silent for so long. The watchdog should act first: it prints the stacks.
-HEARTBEAT_SECONDS = 900
-
 
 def use_huge_pages() -> None:
     """Restarts the program once with glibc's huge pages, on a Linux machine that computes on its CPU.
@@ -31,12 +28,17 @@ def use_huge_pages() -> None:
     tunables, huge_pages, signals = os.environ.get('GLIBC_TUNABLES'), 'glibc.malloc.hugetlb=1', (signal.SIGTERM, signal.SIGINT)
     if tunables == huge_pages:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    accelerator = os.path.exists('/dev/nvidiactl') or _is_tpu_host()
+    accelerator = os.path.exists('/dev/nvidiactl') or is_tpu_host()
     if sys.platform != 'linux' or tunables is not None or (accelerator and os.environ.get('JAX_PLATFORMS') != 'cpu'):
         return
     os.environ['GLIBC_TUNABLES'] = huge_pages
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # a signal that comes now waits for the restarted program's handlers
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def is_tpu_host() -> bool:
+    """Has this machine TPUs?"""
+    return any(map(os.path.exists, ('/dev/accel0', '/dev/vfio/0')))
 
 
 @contextlib.contextmanager
@@ -116,36 +118,6 @@ def check_bucket(name: str, path: epath.PathLike) -> None:
     extra, module = {'gs': ('gcs', 'gcsfs'), 's3': ('s3', 's3fs')}.get(scheme, ('', ''))
     if module and not importlib.util.find_spec(module):
         raise ConfigError(f"{name}: buckets need pip install 'spark-transformer[{extra}]'")
-
-
-def initialize_distributed() -> None:
-    """Joins the processes of a job into one JAX program. Call it before JAX is used; it does nothing for a single process.
-
-    A job is described by JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by the environment of
-    SLURM, Open MPI, Kubernetes (an indexed job or JobSet) or Cloud TPU.
-    """
-    import jax
-
-    timeouts = {'heartbeat_timeout_seconds': HEARTBEAT_SECONDS, 'shutdown_timeout_seconds': 30}
-    if address := os.environ.get('JAX_COORDINATOR_ADDRESS'):
-        count, index = (os.environ.get(name, '') for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'))
-        if not (count.isdigit() and index.isdigit()) or int(index) >= int(count) or ':' not in address:
-            raise ConfigError(
-                f'JAX_COORDINATOR_ADDRESS={address}, JAX_NUM_PROCESSES={count}, JAX_PROCESS_ID={index}: '
-                'want host:port, the number of processes, and the index of this one, from 0'
-            )
-        if int(count) > 1:
-            jax.distributed.initialize(address, int(count), int(index), **timeouts)
-        return
-    # The number of tasks of the srun step. SLURM_NTASKS is also set in the shell of an allocation, where no other process joins.
-    counts = [int(os.environ.get(name, '1')) for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')]
-    tpu = _is_tpu_host() and os.environ.get('JAX_PLATFORMS') in (None, 'tpu')
-    if max(counts) > 1 or 'JOB_COMPLETION_INDEX' in os.environ or tpu:
-        jax.distributed.initialize(**timeouts)
-
-
-def _is_tpu_host():
-    return any(map(os.path.exists, ('/dev/accel0', '/dev/vfio/0')))
 
 
 @contextlib.contextmanager

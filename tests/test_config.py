@@ -82,6 +82,17 @@ def test_unknown_missing_and_mistyped_fields():
         validate(template())
 
 
+def test_a_config_may_follow_its_flag():
+    path = str(ROOT / 'configs' / 'tiny.py')
+    for argv in (['--config', f'{path}:dense'], [f'-config={path}'], ['--config.train.steps', '7'], ['--config', path, '--x']):
+        config.check_flags(argv)
+    for argv in (['--config', f'{path}y:dense'], [f'--config={path}y:dense']):
+        with pytest.raises(ConfigError, match=rf'^--config={path}y:dense: no such file; did you mean {path}\?'):
+            config.check_flags(argv)
+    with pytest.raises(ConfigError, match=r'^--config=: no such file'):
+        config.check_flags(['--config'])
+
+
 @pytest.mark.parametrize(
     ('overrides', 'devices', 'message'),
     [

@@ -10,6 +10,7 @@ ALLOWED = {
     'errors': set(),
     'runtime': {'errors'},
     'progress': set(),
+    'distributed': {'errors', 'runtime'},
     'config': {'errors'},
     'flops': {'config'},
     'devices': set(),
@@ -23,7 +24,7 @@ ALLOWED = {
     'evaluation': RUNS | LEAVES,
     'sweeps': {*RUNS, *LEAVES, 'evaluation.plots'},
     'compiling': RUNS | LEAVES,
-    'launching': LEAVES,
+    'launching': {'data', *LEAVES},
     # The estimate of cycles compiles ahead of time, for chips that are not there.
     'benchmarks': {*RUNS, *LEAVES, 'compiling.aot'},
 }

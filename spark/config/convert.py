@@ -10,7 +10,7 @@ from typing import Any
 
 import pydantic
 from etils import epath
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from spark.config.schema import ExperimentConfig
 from spark.errors import ConfigError
@@ -44,14 +44,23 @@ def from_file(path: str | pathlib.Path, variant: str | None = None) -> ConfigDic
 
 def check_flags(argv: list[str]) -> None:
     """Raises a ConfigError for a --config whose file is missing, or a --config.FIELD that does not exist."""
-    for arg in argv:
-        name, _, value = arg.lstrip('-').partition('=')
-        path = pathlib.Path(value.split(':')[0])
-        if name == 'config' and not path.is_file():
-            files = [str(p) for p in path.parent.glob('*.py')]
-            raise ConfigError(f'--config={value}: no such file{nearest(str(path), files)}')
+    for arg, following in zip(argv, [*argv[1:], ''], strict=True):
+        name, equals, value = arg.lstrip('-').partition('=')
+        if not arg.startswith('-'):
+            continue
+        if name == 'config':
+            value = value if equals else following  # absl takes both --config=PATH and --config PATH
+            path = pathlib.Path(value.split(':')[0])
+            if not path.is_file():
+                files = [str(p) for p in path.parent.glob('*.py')]
+                raise ConfigError(f'--config={value}: no such file{nearest(str(path), files)}')
         if name.startswith('config.'):
             field_type(name.partition('.')[2], f'--{name}')
+
+
+def given(flag: Any) -> tuple[str, dict[str, Any]]:
+    """What the command line says of a parsed --config: PATH[:VARIANT], and the values of --config.FIELD."""
+    return config_flags.get_config_filename(flag), dict(config_flags.get_override_values(flag))
 
 
 def field_type(name: str, label: str) -> Any:

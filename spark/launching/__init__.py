@@ -1,11 +1,12 @@
 """Hands a run over to an engine that starts it on other machines (xpk, gcloud, slurm), or starts it on this one (local).
 
 An engine is a module with its PROGRAM, the OPTIONS of --set with their defaults (None: required), and `commands(job, root)`,
-the commands that launch a job of the git repository `root`. The job runs an exact git revision, and a run that exits with 75
-(preempted, state saved) is started again.
+the commands that launch a job of the git repository `root`. The job runs an exact git revision with exact versions of packages;
+what of it is started again, and how often, says `restart`.
 """
 
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -32,12 +33,22 @@ def parse_options(via: str, settings: list[str]) -> dict[str, str]:
     return {name: default for name, default in known.items() if default} | given
 
 
+def parse_env(settings: list[str]) -> dict[str, str]:
+    """Environment variables from NAME=VALUE texts."""
+    for text in settings:
+        if not re.match(r'[A-Za-z_]\w*=', text):
+            raise ConfigError(f'--env={text}: want NAME=VALUE')
+    return dict(text.split('=', 1) for text in settings)
+
+
 def launch(via: str, job: Job, root: pathlib.Path, dry_run: bool = False) -> None:
     """Prints and runs the commands that launch a job, one after the other; if `dry_run`, only prints them."""
-    program = ENGINES[via].PROGRAM
-    if not dry_run and not shutil.which(program):
-        raise ConfigError(f'--via={via}: {program} is not on the PATH; --dry_run prints what would run')
-    for words, script in ENGINES[via].commands(job, root):
+    commands = ENGINES[via].commands(job, root)
+    for program in ('uv', ENGINES[via].PROGRAM):
+        if not dry_run and not shutil.which(program) and any(program in words for words, _ in commands):
+            how = ' (pip install uv)' if program == 'uv' else ''
+            raise ConfigError(f'--via={via}: {program} is not on the PATH{how}; --dry_run prints what would run')
+    for words, script in commands:
         print(shlex.join(words), flush=True)
         if dry_run:
             print(f'\n{script}' if script else '', end='')

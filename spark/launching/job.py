@@ -12,6 +12,10 @@ from spark.errors import ConfigError
 # Google's name of an accelerator, and how many devices jax sees per unit of its number (v4 and v5p count cores, two to a device).
 ACCELERATORS = {'v4': ('v4', 0.5), 'v5e': ('v5litepod', 1), 'v5p': ('v5p', 0.5), 'v6e': ('v6e', 1)}
 
+PYTHON = '3.12'  # of TPU VMs, containers, and environments made for a job
+LINUX = 'x86_64-manylinux_2_31'  # what packages must run on there; libtpu's have no older one
+LOCK = 'requirements.lock'
+
 
 class Job(NamedTuple):
     """A run to launch."""
@@ -23,6 +27,9 @@ class Job(NamedTuple):
     topology: str | None
     slices: int
     options: dict[str, str]
+    env: dict[str, str] = {}  # noqa: RUF012 a NamedTuple's, and nothing changes it
+    extras: tuple[str, ...] = ()  # of the package, which the job needs
+    restarts: int = 5  # without a new checkpoint
 
     @property
     def archive(self) -> str:
@@ -64,11 +71,25 @@ def unpack(job: Job, root: pathlib.Path, directory: str) -> Command:
     return Command(['bash', '-c', f'mkdir -p {target} && {archive} | tar -x -C {target}'])
 
 
-def train_line(job: Job) -> str:
-    """The line of shell that trains, with the revision for the summary."""
-    return f'env PYTHONPATH=. SPARK_REVISION={job.revision} python scripts/train.py {shlex.join(job.train)}'
+def freeze(job: Job, directory: str, platform: str = '') -> Command:
+    """The command that resolves what an unpacked revision needs, once: exact versions with their hashes, in LOCK.
+
+    If the file is there, as from an earlier launch, its versions stay.
+    """
+    extras = [f'--extra={extra}' for extra in job.extras]
+    target = [f'--python-version={PYTHON}', *([f'--python-platform={platform}'] if platform else [])]
+    resolve = ['uv', 'pip', 'compile', '--quiet', '--generate-hashes', *target, *extras]
+    return Command([*resolve, f'{directory}/setup.py', '-o', f'{directory}/{LOCK}'])
 
 
-def restart_loop(job: Job) -> str:
-    """The line of bash that trains, and again after every preemption."""
-    return f'while true; do code=0; {train_line(job)} || code=$?; [ $code -eq 75 ] || exit $code; done'
+def train_line(job: Job, devices: int, python: str = 'python') -> str:
+    """The line of shell that trains, in the unpacked revision."""
+    env = {'PYTHONPATH': '.', 'SPARK_REVISION': job.revision, 'SPARK_DEVICES': devices, **job.env}
+    told = ' '.join(f'{name}={shlex.quote(str(value))}' for name, value in env.items())
+    return f'env {told} {python} scripts/train.py {shlex.join(job.train)}'
+
+
+def restarted(job: Job, line: str, python: str = 'python', *more: str) -> str:
+    """The line of shell that runs another line, again and again as `launching.restart` says."""
+    flags = shlex.join([f'--workdir={job.workdir}', f'--restarts={job.restarts}', *more])
+    return f'env PYTHONPATH=. {python} -m spark.launching.restart {flags} {line}'

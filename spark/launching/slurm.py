@@ -1,23 +1,60 @@
 """A SLURM cluster whose nodes share a file system with this machine."""
 
 import pathlib
+import re
 import shlex
 
-from spark.launching.job import Command, Job, train_line, unpack
+from spark.errors import ConfigError
+from spark.launching.job import LOCK, PYTHON, Command, Job, freeze, restarted, train_line, unpack
 
 PROGRAM = 'sbatch'
-OPTIONS = {'nodes': '1', 'ntasks-per-node': '1', 'time': '24:00:00', 'partition': '', 'gres': '', 'account': ''}
+OPTIONS = {
+    'nodes': '1', 'ntasks-per-node': '1', 'time': '24:00:00', 'partition': '', 'gres': '', 'cpus-per-task': '', 'mem': '',
+    'account': '', 'qos': '', 'constraint': '', 'exclude': '', 'python': '',
+}  # fmt: skip
+# srun's exit code is the highest one of its tasks: what ends a run must be above what that does to the other tasks.
+TASK = 'trap : TERM; {train}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $((250 + code)); exit $code'
 
 
 def commands(job: Job, root: pathlib.Path) -> list[Command]:
-    """Unpack the revision beside the run directory, and submit a script that requeues the job if it was preempted."""
-    source = f'{job.workdir.rstrip("/")}.source-{job.revision[:12]}'
-    options = [f'#SBATCH --{name}={value}' for name, value in job.options.items()]
+    """Unpack the revision beside the run directory, freeze and install its environment, and submit a script.
+
+    What crashes is started again inside of the allocation, and a job that was preempted is requeued. SLURM itself requeues one
+    whose node fails. --set=python=… names the Python of an environment that is there and stays as it is.
+    """
+    source, python = f'{job.workdir.rstrip("/")}.source-{job.revision[:12]}', job.options.get('python', '.venv/bin/python')
+    options = [f'#SBATCH --{name}={value}' for name, value in job.options.items() if name != 'python']
+    task = TASK.format(train=train_line(job, devices(job.options), python))
+    # Who waits for a task that died is killed after five minutes, when the watchdog of each has had its say.
+    step = f'srun --wait=300 bash -c {shlex.quote(task)}'
     script = '\n'.join([
         '#!/bin/bash', f'#SBATCH --job-name={job.name}', *options,
         '#SBATCH --signal=TERM@600', '#SBATCH --requeue', '#SBATCH --open-mode=append', f'#SBATCH --output={job.name}-%j.log',
-        f'# Revision {job.revision}', f'cd {shlex.quote(source)}',
-        f'srun {train_line(job)}', 'code=$?',
+        f'# Revision {job.revision}', f'cd {shlex.quote(source)} || exit 2',
+        'trap : TERM  # SLURM signals the tasks, too, and they save their state',
+        'export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
+        restarted(job, step, python, '--pass_on=75'), 'code=$?',
         '[ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"', 'exit $code', '',
     ])  # fmt: skip
-    return [unpack(job, root, source), Command(['sbatch', f'{source}/launch.sbatch'], script)]
+    install = (
+        f'cd {shlex.quote(source)} && uv venv --quiet --allow-existing --python {PYTHON} .venv && '
+        f'uv pip install --quiet --python .venv --require-hashes -r {LOCK}'
+    )
+    environment = [] if 'python' in job.options else [freeze(job, source), Command(['bash', '-c', install])]
+    return [unpack(job, root, source), *environment, Command(['sbatch', f'{source}/launch.sbatch'], script)]
+
+
+def devices(options: dict[str, str]) -> int:
+    """How many devices the options ask for: GPUs, or else a CPU per task. The tasks of a node share its GPUs evenly."""
+    nodes, tasks = (options[name] for name in ('nodes', 'ntasks-per-node'))
+    for name, value in [('nodes', nodes), ('ntasks-per-node', tasks)]:
+        if not value.isdecimal() or not int(value):
+            raise ConfigError(f'--set={name}={value}: want a number')
+    match = re.search(r'\bgpu(?::[^,:\d][^,:]*)?(?::(\d+))?(?=,|$)', options.get('gres', ''))
+    if not match:
+        return int(nodes) * int(tasks)
+    on_node = int(match[1] or 1)
+    if on_node % int(tasks):
+        want = f'want 1 or a divisor of the {on_node} GPUs of a node, which its tasks share'
+        raise ConfigError(f'--set=ntasks-per-node={tasks}: {want}')
+    return int(nodes) * on_node

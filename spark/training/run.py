@@ -22,7 +22,7 @@ from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, translated_xla_errors
 from spark.progress import tqdm
 from spark.runtime import revision, stop_requests
-from spark.training import directory, start, trackers
+from spark.training import directory, environment, start, trackers
 from spark.training.logs import Clock, Log, Profiler
 from spark.training.step import Trainer, TrainState, evaluate
 from spark.training.watchdog import Watchdog
@@ -89,6 +89,7 @@ class Run:
             stack.enter_context(self.trainer.context())
             origin = self._restore_or_start(cfg)
             directory.claim(workdir, cfg, extend)  # by a start that worked
+            environment.record(workdir)
             self.checkpoints.begin(self.step)
             self.period = Period(cfg.train.save_every_minutes, self.step)
             if origin:

@@ -40,14 +40,15 @@ def make_mesh(cfg: ExperimentConfig, devices: Sequence[jax.Device] | None = None
 
 
 def _slices(devices, n):
-    """The devices of each slice; if the platform has no slices, the devices are divided evenly."""
+    """The devices of each slice. Where there are none, the devices are divided evenly, in the order of their processes."""
     found = {}
     for device in devices:
-        found.setdefault(getattr(device, 'slice_index', None), []).append(device)
+        # Only TPUs have slices: GPUs have a slice_index too, which is that of their host.
+        found.setdefault(getattr(device, 'slice_index', None) if device.platform == 'tpu' else None, []).append(device)
     if n > 1 and len(found) == 1:
         return np.split(np.array(devices), n)
     if len(found) != n:
-        raise ConfigError(f'mesh.slices = {n}: the devices belong to {len(found)} slices')
+        raise ConfigError(f'mesh.slices = {n}: want {len(found)}, the slices of the devices')
     return list(found.values())
 
 

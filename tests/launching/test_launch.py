@@ -8,11 +8,14 @@ import sys
 import time
 
 import pytest
+from etils import epath
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 
-from spark.errors import ConfigError, Preempted
-from spark.launching import ENGINES, local, parse_options
-from spark.launching.job import Job, git_revision, parse_topology, restart_loop
-from tests.helpers import ROOT
+from spark.errors import ConfigError, DataError, Preempted
+from spark.launching import ENGINES, check, local, parse_env, parse_options, restart, slurm
+from spark.launching.job import Job, git_revision, parse_topology
+from tests.helpers import ROOT, small
 
 REVISION = '0123456789abcdef0123456789abcdef01234567'
 
@@ -27,46 +30,102 @@ def commands(via, job):
     return [command.words for command in ENGINES[via].commands(job, pathlib.Path('/repo'))]
 
 
-TRAIN = (
-    f'env PYTHONPATH=. SPARK_REVISION={REVISION} python scripts/train.py '
-    '--config=configs/gemma2_2b.py:spark --config.train.steps=7 --workdir=gs://bucket/runs/big'
-)
+def train(devices, python='python', env='', workdir='gs://bucket/runs/big'):
+    return (
+        f'env PYTHONPATH=. SPARK_REVISION={REVISION} SPARK_DEVICES={devices}{env} {python} scripts/train.py '
+        f'--config=configs/gemma2_2b.py:spark --config.train.steps=7 --workdir={workdir}'
+    )
+
+
+def restarted(line, python='python', more='', workdir='gs://bucket/runs/big'):
+    flags = f'--workdir={workdir} --restarts=5{more}'
+    return f'env PYTHONPATH=. {python} -m spark.launching.restart {flags} {line}'
+
+
+def frozen(directory, *more):
+    return ['uv', 'pip', 'compile', '--quiet', '--generate-hashes', '--python-version=3.12', *more,
+            f'{directory}/setup.py', '-o', f'{directory}/requirements.lock']  # fmt: skip
+
+
+LINUX = '--python-platform=x86_64-manylinux_2_31'
 
 
 def test_xpk():
-    unpack, create = commands('xpk', job('xpk', 'cluster=pod', 'zone=z', slices=2))
+    mine = job('xpk', 'cluster=pod', 'zone=z', slices=2, env={'A': 'b c'}, extras=('tpu', 'gcs'))
+    unpack, freeze, create = commands('xpk', mine)
     assert unpack[-1] == f'mkdir -p /tmp/big-0123456789ab && git -C /repo archive {REVISION} | tar -x -C /tmp/big-0123456789ab'
+    assert freeze == frozen('/tmp/big-0123456789ab', LINUX, '--extra=tpu', '--extra=gcs')
     assert create == [
         'xpk', 'workload', 'create', '--workload=big', '--tpu-type=v5litepod-256', '--num-slices=2', '--cluster=pod', '--zone=z',
         '--base-docker-image=python:3.12', '--max-restarts=100', '--script-dir=/tmp/big-0123456789ab',
         '--restart-on-exit-codes=75', '--termination-grace-period-seconds=600',
-        f"--command=pip install -q '.[tpu,gcs]' && exec {TRAIN}",
+        "--command=pip install -q --require-hashes -r requirements.lock && exec " + restarted(train(512, env=" A='b c'")),
     ]  # fmt: skip
 
 
 def test_gcloud():
-    archive, create, copy, start = commands('gcloud', job('gcloud', 'zone=z', 'spot=1', topology='v5p:4x4x4'))
-    assert archive == ['git', '-C', '/repo', 'archive', REVISION, '-o', '/tmp/big-0123456789ab.tar']
+    mine = job('gcloud', 'zone=z', 'spot=1', topology='v5p:4x4x4')
+    _, freeze, script, archive, create, copy, start = commands('gcloud', mine)
+    assert freeze == frozen('/tmp/big-0123456789ab', LINUX) and script == ['chmod', '+x', '/tmp/big-0123456789ab/run.sh']
+    assert archive == ['tar', '-C', '/tmp/big-0123456789ab', '-cf', '/tmp/big-0123456789ab.tar', '.']
     tpu = ['gcloud', 'compute', 'tpus', 'tpu-vm']
     assert create == [
         *tpu, 'create', 'big', '--accelerator-type=v5p-128', '--zone=z', '--version=v2-alpha-tpuv5', '--spot',
     ]  # fmt: skip
     assert copy == [*tpu, 'scp', '/tmp/big-0123456789ab.tar', 'big:big.tar', '--worker=all', '--zone=z']
-    forever = f'while true; do code=0; {TRAIN} || code=$?; [ $code -eq 75 ] || exit $code; done'
-    assert start == [*tpu, 'ssh', 'big', '--worker=all', '--zone=z', (
-        "--command=mkdir -p big && tar -xf big.tar -C big && cd big && python3 -m venv .venv && . .venv/bin/activate && "
-        f"pip install -q '.[tpu,gcs]' && (setsid nohup bash -c '{forever}' > ../big.log 2>&1 &)"
-    )]  # fmt: skip
+    assert start[:-1] == [*tpu, 'ssh', 'big', '--worker=all', '--zone=z'] and start[-1].startswith('--command=mkdir -p big && ')
+    run_sh = ENGINES['gcloud'].commands(mine, pathlib.Path('/repo'))[2].script
+    assert run_sh.splitlines()[-1] == 'exec ' + restarted(train(64, '.venv/bin/python'), '.venv/bin/python')
+
+
+def test_a_tpu_vm_installs_once_and_starts_now_and_when_it_boots(tmp_path):
+    """What reaches a host, run on this one: its home is a directory, and uv and crontab write down what they are told."""
+    home, tools = tmp_path / 'home', tmp_path / 'tools'
+    mine = job('gcloud', 'zone=z')._replace(name='big', revision=str(tmp_path))
+    *_, start = commands('gcloud', mine)
+    script = ENGINES['gcloud'].commands(mine, pathlib.Path('/repo'))[2].script
+    for directory in (home, tools, tmp_path / 'revision'):
+        directory.mkdir()
+    (tmp_path / 'revision' / 'run.sh').write_text(script)
+    (tmp_path / 'revision' / 'run.sh').chmod(0o755)
+    python = 'mkdir -p .venv/bin && printf "#!/bin/sh\\necho trains \\$@\\n" > .venv/bin/python && chmod +x .venv/bin/python'
+    crontab = 'if [ "$1" = -l ]; then cat "$HOME/crontab"; else cat > "$HOME/new" && mv "$HOME/new" "$HOME/crontab"; fi'
+    uv = f'echo "$@" >> "$HOME/uv.log"; [ $1 = venv ] && {{ {python}; }}; exit 0'
+    for name, body in {'uv': uv, 'crontab': crontab}.items():
+        (tools / name).write_text(f'#!/bin/bash\n{body}\n')
+        (tools / name).chmod(0o755)
+    subprocess.run(['tar', '-C', str(tmp_path / 'revision'), '-cf', str(home / 'big.tar'), '.'], check=True)
+    env = os.environ | {'HOME': str(home), 'PATH': f'{tools}:{os.environ["PATH"]}'}
+    log, trains = home / 'big.log', 'trains -m spark.launching.restart --workdir=gs://bucket/runs/big'
+    run = lambda line: subprocess.run(['bash', '-c', line], env=env, cwd=home, check=True, timeout=60)
+    run(start[-1].removeprefix('--command='))
+    run(start[-1].removeprefix('--command='))
+    boots = (home / 'crontab').read_text()
+    assert boots == '@reboot big/run.sh >> big.log 2>&1\n'  # once
+    run(boots.removeprefix('@reboot '))
+    deadline = time.monotonic() + 30
+    while not (log.exists() and log.read_text().count(trains) == 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    installs = (home / 'uv.log').read_text().splitlines()
+    assert installs == ['venv --quiet --clear --python 3.12 .venv',
+                        'pip install --quiet --python .venv --require-hashes -r requirements.lock']  # fmt: skip
 
 
 def test_slurm():
     shared = '/shared/runs/big'
-    mine = job('slurm', 'nodes=4', 'gres=gpu:8', workdir=shared)
-    unpack, submit = commands('slurm', mine)
+    mine = job('slurm', 'nodes=4', 'gres=gpu:8', workdir=shared, extras=('cuda',))
+    unpack, freeze, install, submit = commands('slurm', mine)
     source = '/shared/runs/big.source-0123456789ab'
     assert unpack == ['bash', '-c', f'mkdir -p {source} && git -C /repo archive {REVISION} | tar -x -C {source}']
+    assert freeze == frozen(source, '--extra=cuda')
+    assert install == ['bash', '-c', f'cd {source} && uv venv --quiet --allow-existing --python 3.12 .venv && '
+                       'uv pip install --quiet --python .venv --require-hashes -r requirements.lock']  # fmt: skip
     assert submit == ['sbatch', f'{source}/launch.sbatch']
-    script = ENGINES['slurm'].commands(mine, pathlib.Path('/repo'))[1].script
+    script = ENGINES['slurm'].commands(mine, pathlib.Path('/repo'))[-1].script
+    line = train(32, '.venv/bin/python', workdir=shared)
+    task = f'trap : TERM; {line}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $((250 + code)); exit $code'
+    step = f"srun --wait=300 bash -c '{task}'"
     assert script == f"""#!/bin/bash
 #SBATCH --job-name=big
 #SBATCH --nodes=4
@@ -78,13 +137,28 @@ def test_slurm():
 #SBATCH --open-mode=append
 #SBATCH --output=big-%j.log
 # Revision {REVISION}
-cd {source}
-srun {TRAIN.replace("gs://bucket/runs/big", shared)}
+cd {source} || exit 2
+trap : TERM  # SLURM signals the tasks, too, and they save their state
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+{restarted(step, '.venv/bin/python', ' --pass_on=75', shared)}
 code=$?
 [ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
 exit $code
 """
     assert subprocess.run(['bash', '-n'], input=script, text=True).returncode == 0
+    # An environment that is there is used as it is.
+    words = commands('slurm', job('slurm', 'python=/opt/python', workdir=shared))
+    assert [w[0] for w in words] == ['bash', 'sbatch']
+
+
+def test_the_devices_of_a_slurm_job():
+    of = lambda *settings: slurm.devices(parse_options('slurm', list(settings)))
+    assert of() == 1 and of('nodes=4', 'ntasks-per-node=2') == 8
+    assert of('nodes=4', 'gres=gpu:8') == 32 and of('gres=gpu') == 1 and of('gres=nic:2,gpu:h100:4', 'ntasks-per-node=4') == 4
+    with pytest.raises(ConfigError, match='--set=ntasks-per-node=3: want 1 or a divisor of the 8 GPUs'):
+        of('gres=gpu:a100:8', 'ntasks-per-node=3')
+    with pytest.raises(ConfigError, match='--set=nodes=two: want a number'):
+        of('nodes=two')
 
 
 def test_topologies():
@@ -120,43 +194,92 @@ def test_what_is_launched_is_a_revision(tmp_path):
     assert git_revision(tmp_path, allow_changes=True) == git('rev-parse', 'HEAD').strip()
 
 
-def test_the_loop_goes_on_after_a_preemption_alone(tmp_path):
-    ends = tmp_path / 'ends'
-    for codes, last in [('75 75 0', 0), ('75 3 0', 3)]:
-        ends.write_text(codes.replace(' ', '\n'))
-        fake = f'bash -c \'read -r code < {ends}; sed -i 1d {ends}; exit $code\''
-        line = restart_loop(job('gcloud', 'zone=z')).replace(TRAIN, fake)
-        assert subprocess.run(['bash', '-c', line], timeout=60).returncode == last
+def test_environment_variables():
+    assert parse_env(['A=b=c', 'TFDS_DATA_DIR=gs://x']) == {'A': 'b=c', 'TFDS_DATA_DIR': 'gs://x'}
+    with pytest.raises(ConfigError, match='--env=A: want NAME=VALUE'):
+        parse_env(['A'])
 
 
+# Writes down what it is told, makes the checkpoint of a step if it is given one, and ends with a code, or by a signal.
 STEPS = '''
-import os, pathlib, sys, time
-here, codes = pathlib.Path(sys.argv[1]), sys.argv[2].split(',')
-me = os.environ['JAX_PROCESS_ID']
+import os, pathlib, signal, sys, time
+here, turns = pathlib.Path(sys.argv[1]), sys.argv[2].split(',')
+me = os.environ.get('JAX_PROCESS_ID', '0')
 mine = here / f'{me}.log'
 turn = len(mine.read_text().splitlines()) if mine.exists() else 0
 with mine.open('a') as f:
-    f.write(' '.join(os.environ[x] for x in ('JAX_NUM_PROCESSES', 'JAX_COORDINATOR_ADDRESS', 'SPARK_REVISION')) + '\\n')
-code = int(codes[turn].split('/')[int(me)])
-time.sleep(60 if code < 0 else 0)
-sys.exit(code)
+    f.write(' '.join(os.environ.get(x, '') for x in ('JAX_NUM_PROCESSES', 'JAX_COORDINATOR_ADDRESS', 'SPARK_REVISION')) + '\\n')
+code, _, step = turns[turn].split('/')[int(me)].partition('@')
+if step:
+    (here / 'checkpoints' / step).mkdir(parents=True)
+if code == 'hangs':
+    time.sleep(60)
+if int(code) < 0:
+    os.kill(os.getpid(), -int(code))
+sys.exit(int(code))
 '''
 
 
-def test_local_processes_are_started_again_after_a_preemption(tmp_path):
+def turns(directory):
+    return (directory / '0.log').read_text().count('\n')
+
+
+@pytest.mark.parametrize(
+    ('ends', 'code', 'starts'),
+    [
+        ('75@1,124@2,-9@3,1@4,-6@5,0', 0, 6),  # whatever it was, there is a new checkpoint each time
+        *[(f'{code}@1,0', code, 1) for code in (2, 3, 4, 5)],
+        ('124@1,124,124,0', 124, 3),  # twice from step 1, and no more
+        ('-9,-9,-9,0', 1, 3),  # a code that GKE does not start again
+        ('1,1@1,1,1,0', 1, 4),  # a new one: counted anew
+    ],
+)
+def test_what_is_started_again(tmp_path, monkeypatch, ends, code, starts):
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+    command = ['restart', f'--workdir={tmp_path}', '--restarts=2', sys.executable, '-c', STEPS, str(tmp_path), ends]
+    monkeypatch.setattr(sys, 'argv', command)
+    with pytest.raises(SystemExit) as e:
+        restart.main()
+    assert (e.value.code, turns(tmp_path)) == (code, starts)
+
+
+def test_a_preemption_may_be_passed_on_and_a_signal_starts_nothing_again(tmp_path):
+    words = [sys.executable, '-m', 'spark.launching.restart', f'--workdir={tmp_path}', '--pass_on=75']
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    assert subprocess.run([*words, sys.executable, '-c', STEPS, tmp_path, '75@1,0'], env=env, timeout=60).returncode == 75
+    waits = 'import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(124)); print("up", flush=True); time.sleep(60)'
+    process = subprocess.Popen([*words, sys.executable, '-c', waits], env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == 'up\n'
+    process.terminate()
+    assert process.communicate(timeout=60)[0] == '' and process.returncode == 124
+
+
+def test_in_a_bucket_a_checkpoint_counts_once_it_is_complete(monkeypatch):
+    class Bucket(MemoryFileSystem):
+        store, pseudo_dirs, protocol = {}, [''], 'gs'
+
+    monkeypatch.setattr(type(backend.fsspec_backend), '_get_filesystem', lambda self, name: Bucket())
+    assert restart.newest_step('gs://bkt/run') == -1
+    for file in ('5/commit_success.txt', '5/state', '9/state'):
+        epath.Path(f'gs://bkt/run/checkpoints/{file}').write_text('x')
+    assert restart.newest_step('gs://bkt/run') == 5
+
+
+def test_local_processes_are_started_again(tmp_path):
     words = [sys.executable, '-c', STEPS, str(tmp_path)]
-    assert local.run([*words, '75/75,75/75,0/0'], 2, 'abc', 100) == 0
+    assert local.run([*words, '75@1/75,75/75,-9@2/0,0/0'], 2, 'abc', str(tmp_path), 2) == 0
     logs = [(tmp_path / f'{i}.log').read_text().split('\n')[:-1] for i in range(2)]
-    assert logs[0] == logs[1] and len(logs[0]) == 3
+    assert logs[0] == logs[1] and len(logs[0]) == 4
     assert all(line.startswith('2 localhost:') and line.endswith(' abc') for line in logs[0])
 
 
 def test_local_processes_end_with_the_one_that_fails(tmp_path):
     start = time.monotonic()
-    assert local.run([sys.executable, '-c', STEPS, str(tmp_path), '3/-1'], 2, 'abc', 100) == 3
+    assert local.run([sys.executable, '-c', STEPS, str(tmp_path), '124/3'], 2, 'abc', str(tmp_path), 9) == 3
+    assert local.run([sys.executable, '-c', STEPS, str(tmp_path), '0/0,3/hangs'], 2, 'abc', str(tmp_path), 9) == 3
     assert time.monotonic() - start < 30
-    with pytest.raises(Preempted, match='preempted 2 times'):
-        local.run([sys.executable, '-c', STEPS, str(tmp_path / '..'), '75/75,75/75'], 2, 'abc', 1)
+    with pytest.raises(Preempted, match='preempted again and again'):
+        local.run([sys.executable, '-c', STEPS, str(tmp_path), '0/0,0/0,75/75,75/75'], 2, 'abc', str(tmp_path), 1)
 
 
 def launch_script(*arguments, **more):
@@ -178,6 +301,61 @@ def test_mistakes_are_told_before_anything_starts(arguments, message):
     process = launch_script(config, '--workdir=gs://bucket/run', *arguments)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2 and message in said.splitlines()[-1]
+
+
+def checked(via, root, mount='', workdir='/shared/run', env=None, **overrides):
+    cfg = small(**{'data.tokenizer': 'bytes', **overrides})
+    settings = [] if via == 'slurm' else ['zone=z', *([f'{mount}=disk'] if mount else [])]
+    mine = job(via, *settings, env=env or {}, revision=git_revision(root), workdir=workdir)
+    check.check_names(cfg, mine, root, shared=via == 'slurm', mount=mount)
+
+
+def test_what_a_config_names_must_be_there(tmp_path, monkeypatch):
+    git = lambda *words: subprocess.run(['git', '-C', str(tmp_path), *words], check=True, capture_output=True)
+    for name in ('a.txt', 'b.txt'):
+        (tmp_path / name).write_text('a document')
+    git('init', '-q')
+    git('add', 'a.txt')
+    (tmp_path / '.git' / 'info' / 'exclude').write_text('b.txt\n')
+    git('-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'a')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, 'environ', dict(os.environ) | {'TFDS_DATA_DIR': ''})
+    here = f'text:{tmp_path}/b.txt'
+    shipped = {'data.tokenizer': 'sentencepiece:stdlib_2048.model', 'model.vocab_size': 0}
+    checked('gcloud', tmp_path, **shipped)
+    checked('gcloud', tmp_path, **{'data.source': '0.5 stdlib + 0.5 text:a.txt'})
+    checked('slurm', tmp_path, **{'data.source': here})
+    checked('gcloud', tmp_path, 'data-disk', **{'data.source': 'text:/mnt/disk/*.txt'})
+    for via, overrides, message in [
+        ('gcloud', {'data.source': here}, f'{here}: is on this machine, where the job does not run; want gs://…'),
+        ('gcloud', {'data.source': 'text:b.txt'}, 'text:b.txt: want an absolute path, a bucket, or a file of the revision'),
+        ('slurm', {'data.eval_source': 'stdlib + text:/nowhere/*.txt'}, 'text:/nowhere/*.txt: no file matches'),
+        ('slurm', {'data.source': 'tokens:/nowhere'}, '/nowhere: is no token store'),
+        ('slurm', {'data.tokenizer': 'sentencepiece:/no.model'}, "data.tokenizer = 'sentencepiece:/no.model': No such file"),
+        ('gcloud', {'data.tokenizer': 'hf:gemma2.json'}, "data.tokenizer = 'hf:gemma2.json': want an absolute path, a bucket"),
+        ('gcloud', {'data.source': 'tfds:c4/en'}, 'tfds:c4/en: want --env=TFDS_DATA_DIR=gs://…'),
+        ('slurm', {'train.restore_from': '/nowhere'}, "train.restore_from = '/nowhere': is not there"),
+    ]:  # fmt: skip
+        with pytest.raises((ConfigError, DataError)) as e:
+            checked(via, tmp_path, **overrides)
+        assert str(e.value).startswith(message), e.value
+
+
+def test_what_a_job_needs_of_the_package():
+    assert check.extras(small(), 'gs://b/run', 'tpu') == ('tpu', 'gcs')
+    assert check.extras(small(**{'data.source': 'hf:x + text:s3://b/*'}), '/run', '') == ('s3', 'hf')
+
+
+@pytest.mark.parametrize('join', ['=', ' '])
+def test_the_flags_of_the_training_are_passed_on(join):
+    given = [f'--config{join}{ROOT}/configs/tiny.py:dense', f'--config.train.steps{join}7', f'--config.data.source{join}a + b']
+    words = [word for arg in given for word in (arg.split(' ', 1) if join == ' ' else [arg])]
+    process = launch_script(*words, '--workdir=/run', '--dry_run', '--env=A=b', '--', '--restore_from=/other')
+    out, _ = process.communicate(timeout=60)
+    assert out.endswith(
+        f'/scripts/train.py --config={ROOT}/configs/tiny.py:dense --config.train.steps=7 '
+        "'--config.data.source=a + b' --workdir=/run --restore_from=/other\n"
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,37 @@
+"""The versions that a run has: WORKDIR/environment.json. They may change on resume, but not unnoticed."""
+
+import importlib.metadata
+import json
+import platform
+
+import jax
+from etils import epath
+
+from spark.runtime import write_json
+
+FILE = 'environment.json'
+
+
+def versions() -> dict[str, str]:
+    """The version of Python and of every installed package, by name."""
+    found = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name}
+    return {'python': platform.python_version(), **dict(sorted(found.items(), key=lambda item: item[0].lower()))}
+
+
+def record(workdir: epath.Path) -> None:
+    """Writes them to a run directory; if the run had others, says which."""
+    if jax.process_index() != 0:
+        return
+    path, now = workdir / FILE, versions()
+    try:
+        before = json.loads(path.read_text())
+    except Exception:  # a run of an older version has none; and none is worth ending a run
+        before = None
+    if before == now:
+        return
+    if isinstance(before, dict):
+        changed = [f'{name} {version}, now {now.get(name)}' for name, version in before.items() if version != now.get(name)]
+        more = f' and {len(changed) - 8} more' if len(changed) > 8 else ''
+        if changed:
+            print(f'Warning: this run had {"; ".join(changed[:8])}{more}', flush=True)
+    write_json(path, now)
