@@ -17,7 +17,7 @@ RESUMABLE = (
     *('data.source', 'data.eval_source'),  # another path to the same data: the digest of the tokens is compared
     *('data.batch_size', 'train.accumulate'),  # the place in the data is a number of rows
     *('train.log_every', 'train.save_every', 'train.keep', 'train.keep_every', 'train.stall_seconds', 'train.cache'),
-    *('train.profile_step', 'train.profile_steps'),
+    *('train.profile_step', 'train.profile_steps', 'train.final_eval'),
     *('train.max_skips', 'train.spike'),  # a run that diverged may need other values to continue
 )
 
@@ -185,6 +185,7 @@ class TrainConfig(_Section):
     log_every: int = Field(10, gt=0)
     eval_every: int = Field(0, ge=0)  # steps between evaluations; 0: only at the end
     eval_batches: int = Field(0, ge=0)  # batches of an evaluation while training; 0: the whole validation split
+    final_eval: int = Field(0, ge=0)  # batches of each of the two evaluations at the end; 0: the whole splits
     save_every: int = Field(100, gt=0)
     keep: int = Field(2, gt=0)  # number of newest checkpoints to keep
     keep_every: int = Field(0, ge=0)  # also keep the checkpoints at multiples of this step; 0: none
