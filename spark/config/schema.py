@@ -19,7 +19,7 @@ RESUMABLE = (
     *('data.batch_size', 'train.accumulate'),  # the place in the data is a number of rows
     *('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.activity', 'train.stall_seconds', 'train.cache'),
     *('train.save_every', 'train.save_every_minutes', 'train.keep', 'train.keep_every', 'train.keep_every_minutes'),
-    *('train.profile_step', 'train.profile_steps'),
+    *('train.profile_step', 'train.profile_steps', 'train.final_eval'),
     *('train.max_skips', 'train.spike'),  # a run that diverged may need other values to continue
 )
 # How long to train, and the learning rate by step: these may also differ with --extend, and in a branch. The optimizer's state
@@ -191,6 +191,7 @@ class TrainConfig(_Section):
     log_every: int = Field(10, gt=0)
     eval_every: int = Field(0, ge=0)  # steps between evaluations; 0: only at the end
     eval_batches: int = Field(0, ge=0)  # batches of an evaluation while training; 0: the whole validation split
+    final_eval: int = Field(0, ge=0)  # batches of each of the two evaluations at the end; 0: the whole splits
     save_every: int = Field(100, ge=0)  # steps between checkpoints; the last step is always saved; 0: by time only
     save_every_minutes: float = Field(0.0, ge=0)  # also save when this time has passed since the last save; 0: no
     keep: int = Field(2, gt=0)  # number of newest checkpoints to keep

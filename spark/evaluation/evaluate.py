@@ -39,10 +39,10 @@ def load(workdir: pathlib.Path | epath.Path, step: int | None = None, source: st
     """The model of a run directory at its newest checkpoint or that of `step`, without the state of the optimizer.
 
     It runs on the mesh of the run if that fits the available devices, else on all devices, else on one. `source` replaces the
-    held-out text of the run, as DataConfig.eval_source does, and `batch_size` its rows per batch.
+    held-out text of the run, as DataConfig.eval_source does. `batch_size` is the rows per batch; 0: those of a microbatch.
     """
     cfg = config.load(workdir / 'config.json')
-    data = {name: value for name, value in [('eval_source', source), ('batch_size', batch_size)] if value}
+    data = {'batch_size': batch_size or cfg.data.batch_size // cfg.train.accumulate} | ({'eval_source': source} if source else {})
     train = cfg.train.model_copy(update={'accumulate': 1})
     cfg = cfg.model_copy(update={'data': cfg.data.model_copy(update=data), 'train': train})
     tokenizer, cfg = tokenizer_for(cfg)
@@ -54,19 +54,22 @@ def load(workdir: pathlib.Path | epath.Path, step: int | None = None, source: st
     return Model(cfg, step, tokenizer, trainer, params)
 
 
-def evaluate(model: Model, split: str, context: int | None = None) -> tuple[dict, dict]:
+def evaluate(model: Model, split: str, context: int | None = None, statistics: bool = True) -> tuple[dict, dict]:
     """Evaluates all tokens of a split once: (a report for JSON, the sums of `sparsity.observe` for plots).
 
     `without_ends` leaves out the end of each document, as evaluation harnesses do. FLOPs are at a context, default data.seq_len.
+    Without `statistics` the report has losses only, and costs a forward pass.
     """
     cfg, trainer = model.cfg, model.trainer
     dataset = rows.EvalBatches(cfg.data, split, trainer.local_rows)
     with trainer.context(), contextlib.closing(iter(dataset)) as batches:
         bar = tqdm(batches, desc=split, total=len(dataset), unit='batch', leave=False)
-        sums = accumulate(trainer, model.params, model.tokenizer.eos, bar)
+        sums = accumulate(trainer, model.params, model.tokenizer.eos, bar, statistics)
     report = {'step': model.step, 'split': split, 'tokens': int(sums['tokens']), 'documents': int(sums['ends'])}
     report |= {'bytes': int(sums['bytes']), **losses(sums['nll'], sums['tokens'], sums['bytes'])}
     report['without_ends'] = losses(sums['nll'] - sums['nll_ends'], sums['tokens'] - sums['ends'], sums['bytes'])
+    if not statistics:
+        return report, sums
     layers = sparsity.report(cfg.model, sums)
     for name in ('active', 'attended'):
         if f'{name}_mean' in layers[0]:
@@ -74,12 +77,30 @@ def evaluate(model: Model, split: str, context: int | None = None) -> tuple[dict
     return report | {'layers': layers, 'flops': flops_report(cfg.model, context or cfg.data.seq_len, layers)}, sums
 
 
-def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable) -> dict | None:
+def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable, statistics: bool = True) -> dict | None:
     """The sums of `sparsity.observe` and of the losses over host batches, in 64 bits; None if there are no batches."""
+    step, shapes = step_for(trainer, eos, statistics)
+    zero = jax.jit(lambda: jax.tree.map(jnp.zeros_like, shapes), out_shardings=NamedSharding(trainer.mesh, PartitionSpec()))
+    data, heads = trainer.cfg.data, trainer.cfg.model.attention.n_heads
+    most = max(min(FETCH_EVERY, 2**31 // (data.batch_size * data.seq_len * heads)), 1)  # an int32 counts queries of all heads
+    total, sums, pending = None, None, 0
+    for batch in batches:
+        sums = step(params, trainer.put(batch), sums if pending else zero())
+        pending += 1
+        if pending == most:
+            total, pending = _add(total, sums), 0
+    return _add(total, sums) if pending else total
+
+
+def step_for(trainer: Trainer, eos: int, statistics: bool = True) -> tuple[jax.stages.Wrapped, dict]:
+    """(the function of parameters, a batch and sums that returns new sums, compiled when it is called; the shapes of the sums)."""
     model, pieces = trainer.model, trainer.cfg.train.loss_pieces
 
     def totals(params, batch):
-        hidden, sums = sparsity.observe(model, params, batch)
+        if statistics:
+            hidden, sums = sparsity.observe(model, params, batch)
+        else:
+            hidden, sums = model.apply(params, *(batch[name] for name in ('tokens', 'positions', 'segments'))), {}
         nll_BxL, _, _ = cross_entropy(model, params, hidden, batch['targets'], pieces)
         real_BxL = batch['segments'] > 0
         end_BxL = real_BxL & (batch['targets'] == eos)
@@ -87,20 +108,13 @@ def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable) -> d
         return sums | {'tokens': jnp.sum(real_BxL), 'ends': jnp.sum(end_BxL), 'bytes': jnp.sum(batch['bytes'])}
 
     replicated = NamedSharding(trainer.mesh, PartitionSpec())
-    shapes = jax.eval_shape(totals, trainer.abstract_state.params, trainer.abstract_batch())
-    zero = jax.jit(lambda: jax.tree.map(jnp.zeros_like, shapes), out_shardings=replicated)
 
     @functools.partial(jax.jit, donate_argnums=2, out_shardings=replicated)
     def step(params, batch, sums):
         return jax.tree.map(jnp.add, sums, totals(params, batch))
 
-    total, sums, pending = None, None, 0
-    for batch in batches:
-        sums = step(params, trainer.put(batch), sums if pending else zero())
-        pending += 1
-        if pending == FETCH_EVERY:
-            total, pending = _add(total, sums), 0
-    return _add(total, sums) if pending else total
+    shapes = jax.eval_shape(totals, trainer.abstract_state.params, trainer.abstract_batch())
+    return step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
 
 
 def flops_report(cfg: config.ModelConfig, context: int, layers: list[dict]) -> dict:

@@ -17,8 +17,8 @@ from spark.config import ModelConfig
 from spark.data import rows
 from spark.evaluation.evaluate import Model
 from spark.nn.ffn import FFN
-from spark.nn.layers import METRICS, sow
-from spark.nn.transformer import Transformer, by_layer
+from spark.nn.layers import CARRIED
+from spark.nn.transformer import Transformer
 from spark.progress import tqdm
 
 CONTEXTS = 5  # per neuron, each from another row of text
@@ -80,18 +80,23 @@ def _strongest(a_BxLxF, batch):
 
 
 def activations(model: Transformer, params: dict, batch: dict, layer: int) -> jax.Array:
-    """The activations σ1(s) of a layer's neurons, (B, L, F)."""
+    """The activations σ1(s) of a layer's neurons, (B, L, F). Those of no other layer are kept."""
+    group, i = divmod(layer, len(model.cfg.pattern))
+    name, (B, L), F = f'ffn_{i}', batch['tokens'].shape, model.cfg.ffn.d_ff
 
     def interceptor(method, args, kwargs, context):
-        out = method(*args, **kwargs)
-        if context.method_name == 'activate' and isinstance(context.module, FFN):
-            sow(context.module, 'activations', out)
+        out, module = method(*args, **kwargs), context.module
+        if context.method_name == 'activate' and isinstance(module, FFN) and module.name == name:
+            here, kept = module.get_variable(CARRIED, 'group'), module.get_variable(CARRIED, 'activations')
+            module.put_variable(CARRIED, 'group', here + 1)
+            module.put_variable(CARRIED, 'activations', jnp.where(here == group, out.reshape(B, L, F), kept))
         return out
 
+    start = {'group': jnp.zeros((), jnp.int32), 'activations': jnp.zeros((B, L, F), model.dtype)}
+    variables = params | {CARRIED: {'groups': {name: start}}}
     with nn.intercept_methods(interceptor):
-        _, state = model.apply(params, batch['tokens'], batch['positions'], batch['segments'], mutable=[METRICS])
-    a_TxF = by_layer(model.cfg, state[METRICS], 'ffn', 'activations')[layer]
-    return a_TxF.reshape(*batch['tokens'].shape, -1)
+        _, state = model.apply(variables, batch['tokens'], batch['positions'], batch['segments'], mutable=[CARRIED])
+    return state[CARRIED]['groups'][name]['activations']
 
 
 def promoted(cfg: ModelConfig, params: dict, layer: int) -> jax.Array:

@@ -89,11 +89,12 @@ class Attention(nn.Module):
             return (x @ W_DxHxd.reshape(D, heads * d)).reshape(B, L, heads, d)
 
         qkv = project('q', H, 'heads'), project('k', N, 'kv_heads'), project('v', N, 'kv_heads')
-        y_BxLxHd = attend(cfg, *qkv, rotations(cfg, positions_BxL), lambda q, k, v: self._look_up(q, k, v, visible))
+        y_BxLxHd = attend(cfg, *qkv, rotations(cfg, positions_BxL), lambda q, k, v: self.look_up(q, k, v, visible))
         out = matrix(self, 'out', (H, d, D), ('heads', 'head_dim', 'embed'), H * d, self.dtype)
         return (by_token(y_BxLxHd) @ out.reshape(H * d, D)).reshape(B, L, D)
 
-    def _look_up(self, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible):
+    def look_up(self, q_BxNxGxLxd: Queries, k_BxNxSxd: Keys, v_BxNxSxd: Keys, visible: Visible) -> Queries:
+        """The lookup by the kernel that `visible` is made for; sows the number of attended keys."""
         cfg, (B, N, G, L, d) = self.cfg, q_BxNxGxLxd.shape
         if isinstance(visible, Packed):
             y, attended = in_blocks(cfg, self.platform, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible)

@@ -12,6 +12,8 @@ from spark.nn.block import Hidden, rms_norm
 
 METRICS = 'metrics'  # the collection of per-token counts; sowing costs nothing unless the collection is mutable
 
+CARRIED = 'carried'  # a collection that goes from one group of layers to the next, as METRICS are kept of each
+
 
 def matrix(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, dtype: DTypeLike

@@ -11,7 +11,7 @@ from spark.config import ModelConfig
 from spark.nn.attention import Attention, visible_to
 from spark.nn.block import Hidden, Integers, block, embed, logits
 from spark.nn.ffn import FFN
-from spark.nn.layers import METRICS, RMSNorm, by_token
+from spark.nn.layers import CARRIED, METRICS, RMSNorm, by_token
 from spark.ops.topk import THRESHOLD
 
 # What the forward pass saves for the backward pass; the rest is recomputed. Thresholds are always saved: they are one number per
@@ -64,6 +64,7 @@ class Transformer(nn.Module):
             Group if cfg.remat == 'none' else nn.remat(Group, policy=REMAT[cfg.remat], prevent_cse=False),
             length=cfg.n_layers // len(cfg.pattern),
             variable_axes={'params': 0, METRICS: 0},
+            variable_carry=CARRIED,
             split_rngs={'params': True},
             in_axes=nn.broadcast,
             metadata_params={nn.PARTITION_NAME: 'layers'},

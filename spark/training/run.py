@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -193,17 +194,19 @@ class Run:
         return self.stop()
 
     def report(self) -> dict[str, Any]:
-        """Evaluates both held-out splits; the summary of the run."""
-        reports = {}
-        for split in self.held_out:
+        """Evaluates both held-out splits, or train.final_eval batches of each; the summary of the run."""
+        reports, limit = {}, self.cfg.train.final_eval
+        for split, data in self.held_out.items():
+            length = operator.length_hint(data, limit)
+            print(f'Evaluating the {split} split: {min(limit or length, length) or "all"} batches …', flush=True)
             with self.clock.during('evaluate'):
-                reports[split] = self._evaluate(split)
+                reports[split] = self._evaluate(split, limit)
             if reports[split] is None:
                 raise self._preempted()
         self.checkpoints.finish(self.save)
         # gzip is the yardstick that everyone has. On a large split it would take longer than it is worth.
         test, texts, log = reports['test'], self.held_out['test'], self.log
-        small = 0 < test['bytes'] <= 64 << 20 and isinstance(texts, rows.EvalBatches)
+        small = not limit and 0 < test['bytes'] <= 64 << 20 and isinstance(texts, rows.EvalBatches)
         test['gzip_bits_per_byte'] = 8 * documents.gzip_size(texts.texts(self.tokenizer)) / test['bytes'] if small else None
         return {
             'steps': self.step,

@@ -60,7 +60,7 @@ class Trainer:
             donate_argnums=0,
         )
         self.eval_step = jax.jit(
-            lambda params, batch: loss.forward(self.model, params, batch, pieces=cfg.train.loss_pieces),
+            self._eval_step,
             in_shardings=(self.state_shardings.params, self._batch_sharding),
         )
 
@@ -114,6 +114,10 @@ class Trainer:
         params = self.model.init(key, token, token, token)
         return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params), Guard.new())
 
+    def _eval_step(self, params, batch):
+        forward = lambda rows: loss.forward(self.model, params, rows, pieces=self.cfg.train.loss_pieces)
+        return _over_microbatches(forward, batch, self.cfg.train.accumulate)
+
     def _train_step(self, state, batch):
         cfg = self.cfg
 
@@ -122,17 +126,7 @@ class Trainer:
             return sums['nll'] + cfg.optimizer.z_loss * sums['log_z2'], sums
 
         gradient = jax.grad(objective, has_aux=True)
-        n = cfg.train.accumulate
-        if n == 1:
-            grads, sums = gradient(state.params, batch)
-        else:
-            # Microbatch i takes every n-th row, so that rows stay on their devices.
-            split = lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
-            micro = jax.tree.map(split, batch)
-            first = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro))
-            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-            add = lambda total, rows: (jax.tree.map(jnp.add, total, gradient(state.params, rows)), None)
-            (grads, sums), _ = jax.lax.scan(add, zero, micro)
+        grads, sums = _over_microbatches(lambda rows: gradient(state.params, rows), batch, cfg.train.accumulate)
         grads = jax.tree.map(lambda g: g / sums['tokens'], grads)
         norm = optax.tree.norm(grads)
         good, guard = judge(cfg.train, state.guard, sums['nll'] + cfg.optimizer.z_loss * sums['log_z2'], norm)
@@ -145,6 +139,17 @@ class Trainer:
         sums['learning_rate'] = self.schedule(state.step - state.guard.left_out)
         sums['batch_crc'] = _batch_checksum(batch['tokens'], norm)
         return TrainState(state.step + 1, params, opt_state, guard), sums
+
+
+def _over_microbatches(f, batch, n):
+    """The sum of f(rows) over n parts of a batch. Part i has every n-th row, so that rows stay on their devices."""
+    if n == 1:
+        return f(batch)
+    split = lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
+    parts = jax.tree.map(split, batch)
+    first = jax.eval_shape(f, jax.tree.map(lambda x: x[0], parts))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    return jax.lax.scan(lambda total, rows: (jax.tree.map(jnp.add, total, f(rows)), None), zero, parts)[0]
 
 
 def _batch_checksum(tokens_BxL, norm):
