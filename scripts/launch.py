@@ -49,7 +49,7 @@ def main() -> None:
     if via == 'gcloud' and cfg.mesh.slices > 1:
         raise errors.ConfigError(f'mesh.slices = {cfg.mesh.slices}: --via=gcloud starts one slice; --via=xpk starts several')
     revision = job.git_revision(ROOT, allow_changes=via == 'local')
-    workdir = WORKDIR.value if '://' in WORKDIR.value else str(pathlib.Path(WORKDIR.value).absolute())
+    workdir = WORKDIR.value if '://' in WORKDIR.value else str(pathlib.Path(WORKDIR.value).expanduser().absolute())
     name = NAME.value or re.sub('[^a-z0-9]+', '-', pathlib.Path(workdir).name.lower()).strip('-')[:39] or 'spark'
     train = [arg for arg in sys.argv[1:] if re.match('--?config[.]', arg)] + [f'--workdir={workdir}']
     given = next(arg.partition('=')[2] for arg in sys.argv if re.match('--?config=', arg))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from spark.checkpoints.checksums import by_path, checksums, json_crc
 from spark.checkpoints.stored import StoredArray
 from spark.errors import CheckpointError, DamagedError, root_cause
+from spark.runtime import absolute
 
 CHUNK = 16 << 20  # bytes: a larger array is stored in chunks of this size, and no chunk spans two of its stacked layers
 DAMAGED_DIR = 'damaged'  # damaged checkpoints are moved to WORKDIR/damaged
@@ -32,7 +33,7 @@ class Checkpoints:
     def __init__(self, directory: epath.PathLike, keep: int | None = None, keep_every: int = 0):
         self.directory, self._saving = epath.Path(directory), False
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
-        self._manager = _Manager(self.directory.absolute(), options=options)
+        self._manager = _Manager(absolute(self.directory), options=options)
 
     def steps(self) -> list[int]:
         """The saved steps, ascending."""
@@ -192,7 +193,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _path(self, step):
-        return self.directory.absolute() / str(step)
+        return absolute(self.directory) / str(step)
 
     def _vanished(self):
         # Whether `directory` exists says nothing: a write that was under way creates it again.

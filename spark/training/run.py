@@ -18,7 +18,7 @@ from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints, open_checkpoint
 from spark.data import documents, rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, StalledError, exit_now
-from spark.runtime import stop_requests
+from spark.runtime import path_of, stop_requests
 from spark.training import directory, trackers
 from spark.training.logs import Clock, Log, Profiler
 from spark.training.step import Trainer, TrainState, evaluate
@@ -63,7 +63,7 @@ class Run:
             self.tokenizer, self.cfg = tokenizer_for(cfg)
             config.check_devices(self.cfg, jax.device_count())
             self.trainer = Trainer(self.cfg)
-            directory.check(workdir, cfg)
+            directory.by_first_process(lambda: directory.check(workdir, cfg))
             # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
             # A source that is not prepared is prepared now, before the watchdog looks on: that may take hours.
             opened = {}
@@ -78,11 +78,11 @@ class Run:
             self.profiler = Profiler(cfg.train, workdir, stack)
             if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
                 jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
-            directory.make(workdir)
+            directory.hold(workdir, stack)
             self.checkpoints = Checkpoints(workdir / 'checkpoints', cfg.train.keep, cfg.train.keep_every)
             stack.enter_context(self.trainer.context())
             self._restore_or_start()
-            directory.claim(workdir, cfg)  # by a start that worked
+            directory.by_first_process(lambda: directory.claim(workdir, cfg))  # by a start that worked
             self.batches = self._open_batches(batches)
             if hasattr(self.batches, 'close'):
                 stack.callback(self.batches.close)
@@ -270,7 +270,7 @@ def initial_state(trainer: Trainer) -> TrainState:
     state, source = trainer.init_state(trainer.cfg.seed), trainer.cfg.train.restore_from
     if not source:
         return state
-    path = epath.Path(source)
+    path = path_of(source, f'train.restore_from = {source!r}')
     is_step = path.parent.name == 'checkpoints' and path.name.isdigit()
     workdir, step = (path.parent.parent, int(path.name)) if is_step else (path, None)
     try:
