@@ -8,8 +8,6 @@ lm-evaluation-harness, and nothing else with --split=none.
 Exit codes: 0 done, 2 bad usage, 4 data or task unreadable, 5 no such checkpoint.
 """
 
-import pathlib
-
 from absl import flags
 
 from spark import errors
@@ -36,8 +34,6 @@ def main() -> None:
     draws = PLOTS.value or NEURONS.value is not None
     if SPLIT.value == 'none' and (draws or not TASKS.value):
         raise errors.ConfigError('--split=none: there is nothing to do without --tasks, and nothing to draw without a split')
-    if str(workdir).startswith('gs://') and draws:
-        raise errors.ConfigError('--plots, --neurons: want a --workdir on this machine; copy the run, or mount its bucket')
     # Imported late, so that usage errors come before jax starts.
     from spark.evaluation import evaluate, neurons, plots, tables
 
@@ -58,7 +54,7 @@ def main() -> None:
         print(tables.tables(found))
         report |= found
     if draws:
-        out = pathlib.Path(workdir, 'evaluation', f'{SPLIT.value}_{model.step}')
+        out = workdir / 'evaluation' / f'{SPLIT.value}_{model.step}'
         layer = next(n for n in (LAYER.value, NEURONS.value, n_layers // 2) if n is not None)
         figures = plots.draw(model.cfg.model, report, sums, layer, out)
         print('', *figures, sep='\n')

@@ -12,7 +12,7 @@ Exit codes: 0 done, 2 bad usage, 5 no such checkpoint.
 from absl import flags
 
 from spark import errors
-from spark.runtime import run_directory, use_huge_pages, write_json
+from spark.runtime import path_of, run_directory, use_huge_pages, write_json
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory, or gs://….')
 STEP = flags.DEFINE_integer('step', None, 'The step of the checkpoint; default the newest.', lower_bound=0)
@@ -77,10 +77,10 @@ def main() -> None:
 def lines(path):
     """The prompts of a file."""
     try:
-        with open(path, encoding='utf-8') as f:
-            prompts = [line.rstrip('\n').replace('\\n', '\n').replace('\\t', '\t') for line in f]
+        text = path_of(path, f'--prompts={path}').read_bytes().decode()
     except (OSError, UnicodeDecodeError) as e:
         raise errors.ConfigError(f'--prompts={path}: {getattr(e, "strerror", None) or e}') from None
+    prompts = [line.replace('\\n', '\n').replace('\\t', '\t') for line in text.replace('\r\n', '\n').split('\n')]
     return [prompt for prompt in prompts if prompt]
 
 

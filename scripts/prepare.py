@@ -11,11 +11,10 @@ import sys
 import time
 
 from absl import flags
-from etils import epath
 
 from spark import errors
 from spark.config import DataConfig
-from spark.runtime import write_json
+from spark.runtime import in_bucket, path_of, write_json
 
 SOURCE = flags.DEFINE_string('source', None, 'What to tokenize, as data.source; no mixture.')
 TOKENIZER = flags.DEFINE_string('tokenizer', 'bytes', 'bytes, sentencepiece:FILE or hf:FILE, as data.tokenizer.')
@@ -45,8 +44,8 @@ def main() -> None:
         case 'local':
             launcher = launchers.local(WORKERS.value)
         case 'slurm':
-            out = epath.Path(OUT.value).expanduser()
-            beside = pathlib.Path(out.name if '://' in OUT.value else out).absolute()  # of a bucket: in the working directory
+            out = path_of(OUT.value, f'--out={OUT.value}')
+            beside = pathlib.Path(out.name if in_bucket(out) else out).absolute()  # of a bucket: in the working directory
             folder = beside.with_name(f'{beside.name}-slurm')
             launcher = launchers.slurm(folder, WORKERS.value or 16, dict(map(launchers.parameter, SLURM.value)))
         case 'beam':

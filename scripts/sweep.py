@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from spark import config, errors
-from spark.runtime import write_json
+from spark.runtime import path_of, write_json
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The base: a file of configs/, or one of its variants: PATH[:VARIANT].')
 AXIS = flags.DEFINE_multi_string('axis', [], 'FIELD=v1,v2,…; give it several times for a product.')
@@ -31,7 +31,7 @@ TRAIN = pathlib.Path(__file__).with_name('train.py')
 
 
 def main() -> None:
-    base, out = config.validate(CONFIG.value), pathlib.Path(OUT.value)
+    base, out = config.validate(CONFIG.value), path_of(OUT.value, f'--out={OUT.value}')
     from spark.data import launchers
     from spark.sweeps import execute, grid, results
 

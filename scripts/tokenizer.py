@@ -5,7 +5,6 @@
 The shipped spark/data/stdlib_2048.model was made by it.
 """
 
-import pathlib
 import random
 from collections.abc import Iterable
 
@@ -14,7 +13,7 @@ from absl import flags
 from spark import config, errors
 from spark.data import documents, tokenizer
 from spark.progress import tqdm
-from spark.runtime import write_bytes
+from spark.runtime import path_of, write_bytes
 
 SOURCE = flags.DEFINE_string('source', 'stdlib', f'Text to train on: {documents.KINDS}.')
 VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 2048, 'Pieces, with 256 bytes and 3 specials.', lower_bound=300)
@@ -23,7 +22,7 @@ OUT = flags.DEFINE_string('out', None, 'The file to write.')
 
 
 def main() -> None:
-    if (out := pathlib.Path(OUT.value)).exists():
+    if (out := path_of(OUT.value, f'--out={OUT.value}')).exists():
         raise errors.ConfigError(f'--out={out} exists; choose another name or remove it')
     if 'tokens:' in {name[:7] for phase in documents.parse(SOURCE.value) for name in phase.weights}:
         raise errors.ConfigError(f'--source={SOURCE.value}: a token store has no text; name the source that it was made from')

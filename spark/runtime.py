@@ -18,6 +18,9 @@ from etils import epath
 
 from spark.errors import ConfigError
 
+Path = epath.Path | pathlib.Path  # of a local file, or of one in a bucket
+BUCKETS = {'gs': ('gcs', 'gcsfs'), 's3': ('s3', 's3fs')}  # the extra and the module that each kind needs
+
 
 def use_huge_pages() -> None:
     """Restarts the program once with glibc's huge pages, on a Linux machine that computes on its CPU.
@@ -73,16 +76,16 @@ def write_text(path: epath.PathLike, text: str, error: type[Exception] = ConfigE
 
 def write_bytes(path: epath.PathLike, data: bytes, error: type[Exception] = ConfigError) -> None:
     """Writes a file atomically, locally or in a bucket (gs://…); raises `error` if it cannot be written."""
-    path = epath.Path(path)
-    in_bucket = '://' in str(path)  # where a file appears whole or not at all, and moving one is a copy
+    path = path_of(path)
+    whole = in_bucket(path)
     # Two processes that write the same file do not write into each other's.
-    scratch = path if in_bucket else path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.tmp')
+    scratch = path if whole else path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.tmp')
     try:
         scratch.write_bytes(data)
-        if not in_bucket:
+        if not whole:
             scratch.replace(path)
     except OSError as e:
-        if not in_bucket:
+        if not whole:
             with contextlib.suppress(OSError):
                 scratch.unlink()
         raise error(f'{path}: {e.strerror or e}') from None
@@ -106,16 +109,44 @@ def revision() -> dict[str, str | bool | None]:
     return {'revision': launched, 'dirty': False if launched else None}
 
 
+def path_of(text: epath.PathLike, name: str = '') -> epath.Path:
+    """The path that a flag or a field names: a local one, in which ~ is the home directory, or one in a bucket.
+
+    Raises a ConfigError that starts with `name` if it is neither, or if support for its kind of bucket is not installed.
+    """
+    check_bucket(name or str(text), text)
+    scheme, colon, _ = str(text).partition('://')
+    if colon and scheme not in BUCKETS:
+        raise ConfigError(f'{name or text}: want a local path, gs://BUCKET/… or s3://BUCKET/…')
+    return epath.Path(text) if colon else epath.Path(text).expanduser()
+
+
 def run_directory(flag: str) -> epath.Path:
     """The path that --workdir names: a directory, or gs://BUCKET/…; a ConfigError if support for buckets is not installed."""
-    check_bucket(f'--workdir={flag}', flag)
-    return epath.Path(flag)
+    return path_of(flag, f'--workdir={flag}')
+
+
+def in_bucket(path: epath.PathLike) -> bool:
+    """Is the path in a bucket? There files appear whole or not at all, and directories are but the beginnings of names."""
+    return '://' in str(path)
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """A local path from the root. One in a bucket stays as it is; its own `absolute` puts the working directory before it."""
+    return path if in_bucket(path) else path.absolute()
+
+
+def entries(directory: Path) -> list[Path]:
+    """What is in a directory; nothing if there is no such directory, as in a bucket where nothing was written yet."""
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def check_bucket(name: str, path: epath.PathLike) -> None:
     """Raises a ConfigError that starts with `name` if `path` is in a bucket and support for its kind is not installed."""
-    scheme = str(path).partition('://')[0]
-    extra, module = {'gs': ('gcs', 'gcsfs'), 's3': ('s3', 's3fs')}.get(scheme, ('', ''))
+    extra, module = BUCKETS.get(str(path).partition('://')[0], ('', ''))
     if module and not importlib.util.find_spec(module):
         raise ConfigError(f"{name}: buckets need pip install 'spark-transformer[{extra}]'")
 

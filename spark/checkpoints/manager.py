@@ -17,7 +17,7 @@ from spark.checkpoints.reading import PAUSES, checked, insistently, together
 from spark.checkpoints.stored import StoredArray
 from spark.errors import CheckpointError, DamagedError, exit_now, root_cause
 from spark.progress import tqdm
-from spark.runtime import write_json
+from spark.runtime import absolute, write_json
 
 CHUNK = 16 << 20  # bytes: a larger array is stored in chunks of this size, and no chunk spans two of its stacked layers
 DAMAGED_DIR = 'damaged'  # damaged checkpoints are moved to WORKDIR/damaged
@@ -257,7 +257,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _path(self, step=''):
-        return self.directory.absolute() / str(step)
+        return absolute(self.directory) / str(step)
 
     def _vanished(self):
         # Whether `directory` exists says nothing: a write that was under way creates it again.

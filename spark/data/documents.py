@@ -21,7 +21,6 @@ import functools
 import glob
 import hashlib
 import os
-import pathlib
 import re
 import sys
 import zlib
@@ -29,16 +28,18 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import filelock
+from etils import epath
 from fsspec.core import url_to_fs
 
 from spark.config import DataConfig
 from spark.data import readers
 from spark.errors import ConfigError, DataError, SparkError
 from spark.progress import tqdm
-from spark.runtime import check_bucket
+from spark.runtime import check_bucket, in_bucket, path_of
 
 FILES = ('text', 'jsonl', 'parquet', 'array_record')  # formats that a glob names
 SPLITS = ('train', 'validation', 'test')
+LOCAL_CACHE = '~/.cache/spark'
 KINDS = (
     'stdlib, text:GLOB, jsonl:GLOB, parquet:GLOB, tfds:NAME, array_record:GLOB, hf:NAME, tokens:DIR, '
     "or a mixture such as '0.7 stdlib + 0.3 text:GLOB'"
@@ -159,9 +160,9 @@ def _version(info):
     return next((str(info[name]) for name in names if info.get(name)), '')
 
 
-def cache_dir(path: str = '') -> pathlib.Path:
+def cache_dir(path: str = '') -> epath.Path:
     """Where prepared data is kept: `path`, $SPARK_CACHE or ~/.cache/spark."""
-    return pathlib.Path(path or os.environ.get('SPARK_CACHE') or '~/.cache/spark').expanduser()
+    return path_of(path or os.environ.get('SPARK_CACHE') or LOCAL_CACHE, 'data.cache_dir')
 
 
 @contextlib.contextmanager
@@ -196,6 +197,8 @@ def _stdlib_builder(cache):
     from spark.data.stdlib_corpus.stdlib_corpus_dataset_builder import Builder
 
     home = cache_dir(cache)
+    if in_bucket(home):  # where ArrayRecord files cannot be written
+        home = path_of(LOCAL_CACHE)
     try:
         home.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(home / 'stdlib.lock'):

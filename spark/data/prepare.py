@@ -25,7 +25,7 @@ from spark.data.launchers import Launcher
 from spark.data.worker import LISTED, Worker
 from spark.errors import ConfigError, DataError, SparkError, root_cause
 from spark.progress import tqdm
-from spark.runtime import check_bucket, write_json
+from spark.runtime import in_bucket, path_of, write_json
 
 FEW = 8  # files that are written in this process
 
@@ -43,8 +43,7 @@ def prepare(cfg: DataConfig, part: str, out: epath.PathLike, launcher: Launcher 
       DataError: the source cannot be read, or more documents are unusable than cfg.max_bad allows.
       ConfigError: `out` holds another store.
     """
-    directory = epath.Path(out).expanduser()
-    check_bucket(str(out), directory)
+    directory = path_of(out)
     files, description = describe(cfg, part)
     with _locked(directory):
         _refuse_another(directory, description)
@@ -126,7 +125,7 @@ def _finish(cfg, directory, files, description, launcher):
     manifest = {**description, 'splits': splits, 'unusable': sum(r['unusable'] for r in reports)}
     manifest['listed'] = [line for r in reports for line in r['listed']][:LISTED]
     manifest['digest'] = hashlib.sha256(''.join(r['digest'] for r in reports).encode()).hexdigest()
-    if '://' not in str(directory):
+    if not in_bucket(directory):
         manifest['checksums'] = store.file_checksums(directory)
     write_json(directory / 'manifest.json', manifest, DataError)
 
@@ -194,7 +193,7 @@ def _written(split):
 def _locked(directory):
     """Processes of one machine prepare a store one after another. What a filesystem or a bucket raises is a DataError."""
     try:
-        if '://' in str(directory):
+        if in_bucket(directory):
             yield
             return
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -211,7 +210,7 @@ def _locked(directory):
     except OSError as e:
         raise DataError(f'{e.filename or directory}: {e.strerror or e}') from e
     except Exception as e:
-        if '://' in str(directory) and not isinstance(e, SparkError):  # clients of buckets raise exceptions of their own
+        if in_bucket(directory) and not isinstance(e, SparkError):  # clients of buckets raise exceptions of their own
             raise DataError(f'{directory}: {root_cause(e)}') from e
         raise
 
@@ -265,7 +264,7 @@ def cached(cfg: DataConfig, part: str) -> store.Store:
         found.verify()
         return found
     _, description = describe(cfg, part)
-    directory = epath.Path(documents.cache_dir(cfg.cache_dir)) / 'stores' / description['key'][:16]
+    directory = documents.cache_dir(cfg.cache_dir) / 'stores' / description['key'][:16]
     with contextlib.suppress(store.DamagedError):  # what is whole can be read where nothing can be written
         if found := _finished(directory):
             return _allowed(cfg, part, found)

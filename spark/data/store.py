@@ -20,7 +20,7 @@ import tensorstore as ts
 from etils import epath
 
 from spark.errors import DataError, root_cause
-from spark.runtime import check_bucket
+from spark.runtime import absolute, in_bucket, path_of
 
 VERSION = 1
 SHARD, CHUNK = 1 << 24, 1 << 13
@@ -56,9 +56,8 @@ class Store:
     """An open token store. Raises a DamagedError if it is damaged, another DataError if it is none or cannot be read."""
 
     def __init__(self, directory: epath.PathLike):
-        self.directory = epath.Path(directory).expanduser()
+        self.directory = path_of(directory)
         path = self.directory / 'manifest.json'
-        check_bucket(str(directory), self.directory)
         try:
             data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError) as e:
@@ -94,7 +93,7 @@ class Store:
 
     def verify(self) -> None:
         """Compares the files with what was written: their sizes and, unless that would take long, their checksums."""
-        if '://' in str(self.directory):  # where each read compares the checksum of a chunk, as everywhere
+        if in_bucket(self.directory):  # where each read compares the checksum of a chunk, as everywhere
             return
         sums = self.manifest.get('checksums', {})
         try:
@@ -117,12 +116,12 @@ class Store:
 
 def kvstore(path: epath.PathLike) -> str | dict[str, str]:
     """A directory for TensorStore. $AWS_ENDPOINT_URL, another server than Amazon's, holds for s3:// as in other clients."""
-    path = str(path)
+    path = str(absolute(epath.Path(path)))
     if path.startswith('s3://') and (endpoint := os.environ.get('AWS_ENDPOINT_URL')):
         bucket, _, key = path.removeprefix('s3://').partition('/')
         region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION') or 'us-east-1'
         return {'driver': 's3', 'bucket': bucket, 'path': f'{key}/', 'endpoint': endpoint, 'aws_region': region}
-    return f'{path}/' if '://' in path else f'file://{epath.Path(path).absolute()}/'
+    return f'{path}/' if in_bucket(path) else f'file://{path}/'
 
 
 def create(path: epath.Path, n: int, dtype: Any) -> ts.TensorStore:

@@ -15,7 +15,8 @@ import tokenizers
 from etils import epath
 
 from spark.config import DataConfig, ExperimentConfig
-from spark.errors import ConfigError, DataError
+from spark.errors import ConfigError, DataError, SparkError, root_cause
+from spark.runtime import path_of
 
 NONE = 'none'  # the name of a special token that is not used
 
@@ -173,13 +174,15 @@ def load(spec: str, bos: str = '', eos: str = '') -> Tokenizer:
     kinds = {'sentencepiece': SentencePieceTokenizer, 'hf': HFTokenizer}
     if kind not in kinds or not name:
         raise ConfigError(f'data.tokenizer = {spec!r}: want bytes, sentencepiece:FILE or hf:FILE')
-    path = epath.Path(name).expanduser()
+    path = path_of(name, f'data.tokenizer = {spec!r}')
     # A model that ships with the package is found from any working directory.
     shipped = pathlib.Path(__file__).parent / name
     try:
         return kinds[kind](epath.Path(shipped) if not path.exists() and shipped.exists() else path, bos, eos)
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f'data.tokenizer = {spec!r}: {getattr(e, "strerror", None) or e}') from None
+    except SparkError:
+        raise
+    except Exception as e:  # clients of buckets raise exceptions of their own
+        raise DataError(f'data.tokenizer = {spec!r}: {getattr(e, "strerror", None) or root_cause(e)}') from None
 
 
 def of_config(cfg: DataConfig) -> Tokenizer:

@@ -20,6 +20,7 @@ from spark.nn.ffn import FFN
 from spark.nn.layers import CARRIED
 from spark.nn.transformer import Transformer
 from spark.progress import tqdm
+from spark.runtime import Path
 
 CONTEXTS = 5  # per neuron, each from another row of text
 AROUND = 16  # tokens shown before and after the strongest activation
@@ -123,7 +124,7 @@ def pieces(tokenizer: object, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def write(model: Model, split: str, layer: int, path: pathlib.Path, picture: pathlib.Path | None = None) -> pathlib.Path:
+def write(model: Model, split: str, layer: int, path: Path, picture: Path | None = None) -> Path:
     """Writes the page of a layer and returns its path; `picture`, a PNG of the activity by layer, is embedded."""
     best = collect(model, split, layer)
     cfg, tokenizer = model.cfg.model, model.tokenizer
@@ -148,7 +149,7 @@ def write(model: Model, split: str, layer: int, path: pathlib.Path, picture: pat
     page = page.replace('"DATA"', data.replace('<', '\\u003c'))
     page = page.replace('PICTURE', f'data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}' if picture else '')
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, 'utf-8')
+    path.write_bytes(page.encode())
     return path
 
 

@@ -1,6 +1,7 @@
 """The figures of an evaluation, written as PNG. Sweeps share `figure`, `save` and COLORS."""
 
-import pathlib
+
+import io
 
 import numpy as np
 from matplotlib import colormaps
@@ -11,11 +12,12 @@ from scipy.stats import norm
 
 from spark.config import ModelConfig
 from spark.evaluation.sparsity import EDGES, kolmogorov_smirnov
+from spark.runtime import Path, write_bytes
 
 COLORS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#000000', '#999933']  # Okabe-Ito: colour-blind safe
 
 
-def draw(cfg: ModelConfig, report: dict, sums: dict, layer: int, out: pathlib.Path) -> list[pathlib.Path]:
+def draw(cfg: ModelConfig, report: dict, sums: dict, layer: int, out: Path) -> list[Path]:
     """Writes activity.png, scores_LAYER.png and attended.png of `evaluate`'s report and sums; returns their paths."""
     title = f'step {report["step"]}, {report["split"]} split'
     return [
@@ -104,8 +106,10 @@ def figure(width: int | float, height: int | float, rows: int = 1, columns: int 
     return fig, axes
 
 
-def save(fig: Figure, path: pathlib.Path) -> pathlib.Path:
+def save(fig: Figure, path: Path) -> Path:
     """Writes a PNG, creates its directory, and returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=130)
+    picture = io.BytesIO()
+    fig.savefig(picture, dpi=130)
+    write_bytes(path, picture.getvalue())
     return path

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import subprocess
-import time
+import tempfile
 from collections.abc import Callable
 
 import filelock
@@ -13,13 +13,13 @@ import filelock
 from spark import config
 from spark.errors import ConfigError, Preempted
 from spark.progress import tqdm
-from spark.runtime import received_signals
+from spark.runtime import Path, absolute, in_bucket, received_signals, write_bytes, write_json
 from spark.sweeps.grid import Run
 from spark.training.trackers import metric_files
 
 
 def train_command(
-    train: list[str], config_path: str, overrides: dict, base: config.ExperimentConfig, run: Run, out: pathlib.Path
+    train: list[str], config_path: str, overrides: dict, base: config.ExperimentConfig, run: Run, out: Path
 ) -> list[str]:
     """The words of the shell command that trains a run; `train` are those before the flags.
 
@@ -31,37 +31,58 @@ def train_command(
     return [*train, f'--config={config_path}', f'--workdir={out / "runs" / run.name}', *flags]
 
 
-def is_finished(out: pathlib.Path, run: Run) -> bool:
+def is_finished(out: Path, run: Run) -> bool:
     """Has the run written its summary?"""
     return (out / 'runs' / run.name / 'summary.json').exists()
 
 
-def execute(command: list[str], out: pathlib.Path, name: str, tick: Callable[[], None] = lambda: None) -> int:
+def execute(command: list[str], out: Path, name: str, tick: Callable[[], None] = lambda: None) -> int:
     """Runs a command and returns its exit code.
 
     Its output is appended to OUT/logs/NAME.log; its exit code and error message go to NAME.json. A first SIGTERM or SIGINT is
-    passed on to the command, so that a training run saves its state; a second one kills it. `tick` is called twice a second.
-    Raises Preempted if a signal stopped the command, and filelock.Timeout if another process is executing this run.
+    passed on to the command, so that a training run saves its state; a second one kills it. `tick` is called
+    twice a second, or every 10 s if OUT is in a bucket. Raises Preempted if a signal stopped the command, and filelock.Timeout
+    if another process is executing this run.
     """
     log = out / 'logs' / f'{name}.log'
-    with filelock.FileLock(log.with_suffix('.lock'), timeout=0), log.open('ab') as output:
+    with _appended(log) as output:
         start = output.tell()
         # In a session of its own, so that Ctrl-C does not reach it twice.
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         with received_signals(lambda n: process.terminate() if n == 1 else process.kill()) as signals:
-            while (code := process.poll()) is None:
+            while process.poll() is None:
                 tick()
-                time.sleep(0.5)
-        lines = log.read_bytes()[start:].decode('utf-8', 'replace').replace('\r', '\n').split('\n')
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10 if in_bucket(out) else 0.5)
+        output.seek(start)
+        lines = output.read().decode('utf-8', 'replace').replace('\r', '\n').split('\n')
         last = next((s for s in reversed(lines) if 'Error: ' in s), next((s for s in reversed(lines) if s.strip()), ''))
+        code = process.returncode
         record = {'exit_code': code, 'message': last if code else ''}
-        log.with_suffix('.json').write_text(json.dumps(record) + '\n')
+        write_json(log.with_suffix('.json'), record)
     if signals or code == Preempted.exit_code:
         raise Preempted(f'stopped in {name} of {out}; run the same command to resume')
     return code
 
 
-def run_locally(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path) -> None:
+@contextlib.contextmanager
+def _appended(log):
+    """A file to append to and to read, which no other process has open. In a bucket it appears, whole, at the end."""
+    if not in_bucket(log):
+        with filelock.FileLock(log.with_suffix('.lock'), timeout=0), log.open('ab+') as output:
+            yield output
+        return
+    with tempfile.TemporaryFile() as output:  # no lock: the run directory refuses a second process
+        output.write(log.read_bytes() if log.exists() else b'')
+        output.flush()
+        try:
+            yield output
+        finally:
+            output.seek(0)
+            write_bytes(log, output.read())
+
+
+def run_locally(runs: list[Run], commands: dict[str, list[str]], out: Path) -> None:
     """Trains unfinished runs, by {run name: command}, one by one. Raises Preempted after a signal, with the run's state saved."""
     steps = {run.name: run.cfg.train.steps for run in runs}
     done = sum(steps[run.name] for run in runs if is_finished(out, run))
@@ -87,13 +108,15 @@ def run_locally(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Pa
                 bar.write(f'{run.name}: failed with exit code {code}, see {out}/logs/{run.name}.log')
 
 
-def submit(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path, parameters: dict) -> dict[str, str]:
+def submit(runs: list[Run], commands: dict[str, list[str]], out: Path, parameters: dict) -> dict[str, str]:
     """Submits the runs that are not finished to SLURM, a job each, with these `parameters` of sbatch: {run name: job id}."""
     try:
         import submitit
     except ImportError:
         raise ConfigError("--launcher=slurm needs submitit: pip install 'spark-transformer[slurm]'") from None
-    jobs, folder = {}, out.absolute() / 'slurm'
+    out = absolute(out)
+    # submitit's files are local: those of a sweep in a bucket lie in the working directory.
+    jobs, folder = {}, pathlib.Path(f'{out.name}-slurm').absolute() if in_bucket(out) else out / 'slurm'
     try:
         executor = submitit.SlurmExecutor(folder=folder)
         executor.update_parameters(**{'job_name': out.name, **parameters})
@@ -106,7 +129,7 @@ def submit(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path, p
                 if not earlier.done():
                     print(f'{run.name}: job {earlier.job_id} has not ended')
                     continue
-            job = executor.submit(execute, commands[run.name], out.absolute(), run.name)
+            job = executor.submit(execute, commands[run.name], out, run.name)
             job_file.write_text(f'{job.job_id}\n')
             jobs[run.name] = job.job_id
     except Exception as e:  # submitit raises exceptions of many kinds
@@ -114,7 +137,7 @@ def submit(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path, p
     return jobs
 
 
-def latest_metrics(workdir: pathlib.Path) -> tuple[int, float | None]:
+def latest_metrics(workdir: Path) -> tuple[int, float | None]:
     """(step, loss) of the last complete line of training metrics in a run directory; (0, None) if there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, IndexError), metric_files(workdir)[-1].open('rb') as f:
         f.seek(max(f.seek(0, os.SEEK_END) - 20_000, 0))

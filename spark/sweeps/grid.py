@@ -9,7 +9,6 @@ import csv
 import functools
 import itertools
 import json
-import pathlib
 import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
@@ -19,7 +18,7 @@ import pydantic
 from spark import config, flops
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import ConfigError
-from spark.runtime import write_json
+from spark.runtime import Path, entries, in_bucket, write_json
 
 # No choice of these changes the parameter count, so runs that differ only in them are compared at equal parameters.
 LOOKUP_FIELDS = {f'model.{half}.{name}' for half in ('ffn', 'attention') for name in ('kind', 'k', 'r', 'topk', 'huber')}
@@ -131,7 +130,7 @@ def _file_name(value):
     return re.sub(r'[^A-Za-z0-9.+-]+', '_', text).strip('._') or '_'
 
 
-def prepare_directory(out: pathlib.Path, base: config.ExperimentConfig, axes: dict[str, list], runs: list[Run]) -> None:
+def prepare_directory(out: Path, base: config.ExperimentConfig, axes: dict[str, list], runs: list[Run]) -> None:
     """Creates the directory of a sweep, or checks that an existing one is of the same sweep: axes may only get more values."""
     path = out / 'sweep.json'
     if path.exists():
@@ -150,9 +149,10 @@ def prepare_directory(out: pathlib.Path, base: config.ExperimentConfig, axes: di
         if recorded.exists() and (different := config.differences(config.load(recorded), run.cfg)):
             raise ConfigError(f'{recorded.parent} belongs to a run with {different}: choose another --out')
     try:
-        (out / 'logs').mkdir(parents=True, exist_ok=True)
+        if not in_bucket(out):
+            (out / 'logs').mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            if others := sorted(p.name for p in out.iterdir() if p.name not in ('logs', '.lock')):
+            if others := sorted(p.name for p in entries(out) if p.name not in ('logs', '.lock')):
                 raise ConfigError(f'--out={out} holds {others[0]!r} but no sweep.json: choose another directory')
         write_json(path, {'config': json.loads(base.model_dump_json()), 'axes': axes})
     except OSError as e:

@@ -1,14 +1,14 @@
 """The figures of a sweep: test loss against compute and against each axis, written as PNG."""
 
 import itertools
-import pathlib
 
 import numpy as np
 
 from spark.evaluation.plots import COLORS, figure, save
+from spark.runtime import Path
 
 
-def draw(points: list[dict], front: list[dict], labels: dict[str, str], out: pathlib.Path) -> list[pathlib.Path]:
+def draw(points: list[dict], front: list[dict], labels: dict[str, str], out: Path) -> list[Path]:
     """Writes loss_flops.png, with the Pareto front, and loss_NAME.png for each of `labels`, {NAME: axis}; returns their paths."""
     paths = [_loss_flops(points, front, labels, out / 'loss_flops.png')]
     for label, field in labels.items():

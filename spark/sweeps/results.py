@@ -1,8 +1,8 @@
 """The results of a sweep: a row per run, means over seeds, tables and plots."""
 
 import csv
+import io
 import json
-import pathlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 from spark import config, flops
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import Preempted
+from spark.runtime import Path, write_text
 from spark.sweeps import execute, grid, plots
 
 
@@ -23,7 +24,7 @@ class Row(NamedTuple):
     result: dict
 
 
-def collect(out: pathlib.Path, axes: dict[str, list], runs: Iterable[grid.Run] = ()) -> list[Row]:
+def collect(out: Path, axes: dict[str, list], runs: Iterable[grid.Run] = ()) -> list[Row]:
     """A row for each of `runs` and each run directory in OUT, in the order of the axes' values; those off the axes come last."""
     cfgs = {run.name: run.cfg for run in runs}
     cfgs |= {p.parent.name: config.load(p) for p in out.glob('runs/*/config.json')}
@@ -32,16 +33,17 @@ def collect(out: pathlib.Path, axes: dict[str, list], runs: Iterable[grid.Run] =
     return sorted(rows, key=lambda row: ([rank(row.axes[field], axes[field]) for field in axes], row.run))
 
 
-def write(out: pathlib.Path, rows: list[Row], axes: dict[str, list]) -> list[pathlib.Path]:
+def write(out: Path, rows: list[Row], axes: dict[str, list]) -> list[Path]:
     """Writes results.csv, results.md and the plots; returns their paths."""
     paths = [out / 'results.csv', out / 'results.md']
     columns = list(dict.fromkeys(name for row in rows for name in row.result))
-    with paths[0].open('w', newline='') as f:
-        writer = csv.DictWriter(f, ['run', *axes, 'status', *columns])
-        writer.writeheader()
-        writer.writerows({'run': row.run, **row.axes, 'status': row.status, **row.result} for row in rows)
+    table = io.StringIO(newline='')
+    writer = csv.DictWriter(table, ['run', *axes, 'status', *columns])
+    writer.writeheader()
+    writer.writerows({'run': row.run, **row.axes, 'status': row.status, **row.result} for row in rows)
+    write_text(paths[0], table.getvalue())
     points = average(rows, axes)
-    paths[1].write_text(markdown(points, rows, axes) + '\n')
+    write_text(paths[1], markdown(points, rows, axes) + '\n')
     if points:
         labels = {name: field for field, name in grid.short_names(axes).items() if field != 'seed'}
         paths += plots.draw(points, pareto(points), labels, out)

@@ -69,7 +69,7 @@ class Run:
             self.tokenizer, self.cfg = tokenizer_for(cfg)
             config.check_devices(self.cfg, jax.device_count())
             self.trainer = Trainer(self.cfg)
-            directory.check(workdir, cfg, extend)
+            directory.by_first_process(lambda: directory.check(workdir, cfg, extend))
             # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
             # A source that is not prepared is prepared now, before the watchdog looks on: that may take hours.
             opened = {}
@@ -84,12 +84,12 @@ class Run:
             self.profiler = Profiler(cfg.train, workdir, stack)
             if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
                 jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
-            directory.make(workdir)
+            directory.hold(workdir, stack)
             kept = cfg.train.keep, cfg.train.keep_every, cfg.train.keep_every_minutes
             self.checkpoints = Checkpoints(workdir / 'checkpoints', *kept)
             stack.enter_context(self.trainer.context())
             origin = self._restore_or_start(cfg)
-            directory.claim(workdir, cfg, extend)  # by a start that worked
+            directory.by_first_process(lambda: directory.claim(workdir, cfg, extend))  # by a start that worked
             environment.record(workdir)
             self.checkpoints.begin(self.step)
             self.period = Period(cfg.train.save_every_minutes, self.step)

@@ -11,7 +11,7 @@ from spark import config
 from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints, open_checkpoint
 from spark.data.tokenizer import of_config
 from spark.errors import CheckpointError, ConfigError, SparkError
-from spark.runtime import write_json
+from spark.runtime import absolute, path_of, write_json
 from spark.training import trackers
 from spark.training.step import Trainer, TrainState
 
@@ -66,8 +66,7 @@ def branch(trainer: Trainer, cfg: config.ExperimentConfig) -> tuple[int, TrainSt
 def record(workdir: epath.Path, origin: epath.Path, step: int) -> None:
     """Writes where a branch comes from into its run directory."""
     if jax.process_index() == 0:
-        origin = origin if '://' in str(origin) else origin.absolute()
-        write_json(workdir / ORIGIN, {'branch_from': f'{origin}/checkpoints/{step}', 'step': step})
+        write_json(workdir / ORIGIN, {'branch_from': f'{absolute(origin)}/checkpoints/{step}', 'step': step})
 
 
 def open_source(field: str, source: str) -> tuple[epath.Path, Checkpoints, int]:
@@ -75,7 +74,7 @@ def open_source(field: str, source: str) -> tuple[epath.Path, Checkpoints, int]:
 
     Raises a CheckpointError that names the field if there is none.
     """
-    path, step = epath.Path(source).expanduser(), None
+    path, step = path_of(source, f'{field} = {source!r}'), None
     is_run = lambda: (path / 'config.json').exists()
     if path.name.isdigit() and not is_run():
         path, step = path.parent, int(path.name)

@@ -21,6 +21,7 @@ from spark.config import DataConfig
 from spark.data import documents, readers
 from spark.errors import ConfigError, DataError
 from tests import bucket
+from tests.processes import environment, script
 
 quickly = hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=['function_scoped_fixture'])
 
@@ -282,14 +283,21 @@ def test_the_embedded_corpus_by_every_name(embedded, monkeypatch):
     assert documents.open_part('tfds:stdlib_corpus') == documents.open_part('stdlib', cache=str(cache))
 
 
-def test_a_tfds_data_set_in_a_bucket(embedded, monkeypatch):
+@pytest.mark.slow
+def test_a_tfds_data_set_in_a_bucket(embedded, tmp_path):
     cache, *_ = embedded
     [directory] = cache.glob('stdlib_corpus/*/1.0.0')
-    with bucket.started(monkeypatch) as url:
-        fs, _ = fsspec.core.url_to_fs(url)
+    digests = []
+    with bucket.started() as found:
         for path in directory.iterdir():
-            fs.put_file(str(path), f'bkt/corpus/1.0.0/{path.name}')
-        assert by_split(f'tfds:{url}/corpus/1.0.0') == by_split(f'tfds:{directory}')
+            found.write(f'corpus/1.0.0/{path.name}', path.read_bytes())
+        for i, source in enumerate((directory, f'{found.url}/corpus/1.0.0')):
+            words = f'--source=tfds:{source}', f'--out={tmp_path}/{i}', f'--json={tmp_path}/{i}.json'
+            env = environment(tmp_path, **found.environment)
+            done = subprocess.run(script('prepare.py', *words), env=env, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+            digests.append(json.loads((tmp_path / f'{i}.json').read_text())['digest'])
+    assert digests[0] == digests[1]
 
 
 def test_tfds_that_cannot_be_used(embedded, tmp_path):
