@@ -68,7 +68,7 @@ def process_of_task(task, workdir):
 
 
 def test_a_job_is_preempted_and_killed_and_ends_as_if_undisturbed(place):
-    repo = repository(place / 'repo', **{'train.steps': 120, 'train.save_every': 10, 'train.eval_every': 0, 'sample.tokens': 0})
+    repo = repository(place / 'repo', **{'train.steps': 80, 'train.save_every': 10, 'train.eval_every': 0, 'sample.tokens': 0})
     workdir = place / 'run'
     metrics = workdir / 'metrics.jsonl'
     steps = lambda: metrics.read_text().count('"train"') if metrics.exists() else 0
@@ -88,7 +88,7 @@ def test_a_job_is_preempted_and_killed_and_ends_as_if_undisturbed(place):
     config = place / 'config.py'
     shutil.copyfile(repo / 'config.py', config)
     run(config, place / 'undisturbed', processes=2, devices=2)
-    assert_same_run(workdir, place / 'undisturbed', 120)
+    assert_same_run(workdir, place / 'undisturbed', 80)
 
 
 def test_a_job_whose_gpus_lie_idle_ends_at_once(place):
