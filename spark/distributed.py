@@ -46,7 +46,9 @@ def _description():
     found = {name: os.environ.get(name, '') for name in JAX}
     told = 'want host:port, the number of processes, and the index of this one, from 0'
     scheduled = _scheduled()
-    if given and (given != [JAX[0]] or scheduled is None):
+    # A scheduler may say the rest, also that there is a single process.
+    is_scheduled = scheduled is not None or OPEN_MPI[0] in os.environ or SLURM[0] in os.environ
+    if given and (given != [JAX[0]] or not is_scheduled):
         address, count, index = found.values()
         if not (count.isdecimal() and index.isdecimal() and int(index) < int(count) and re.fullmatch(r'.+:\d+', address)):
             raise ConfigError(f'{_shown(found)}: {told}')

@@ -79,8 +79,12 @@ def test_the_tasks_of_a_node_share_its_gpus(monkeypatch, tasks, local, visible, 
     joined = []
     monkeypatch.setattr(jax.distributed, 'initialize', lambda **described: joined.append(described))
     monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+    monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'node1:1234')  # SLURM says the rest
     distributed.initialize()
     assert joined[0]['local_device_ids'] == ids
+    monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')
+    distributed.initialize()
+    assert len(joined) == 1
 
 
 def test_devices_that_lie_idle(monkeypatch):

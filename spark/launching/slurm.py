@@ -26,13 +26,14 @@ def commands(job: Job, root: pathlib.Path) -> list[Command]:
     options = [f'#SBATCH --{name}={value}' for name, value in job.options.items() if name != 'python']
     task = TASK.format(train=train_line(job, devices(job.options), python))
     # Who waits for a task that died is killed after five minutes, when the watchdog of each has had its say.
-    step = f'srun --wait=300 bash -c {shlex.quote(task)}'
+    cpus = job.options.get('cpus-per-task')
+    cpus = f'--cpus-per-task={cpus} ' if cpus else ''  # srun does not inherit it
+    step = f'srun --wait=300 {cpus}bash -c {shlex.quote(task)}'
     script = '\n'.join([
         '#!/bin/bash', f'#SBATCH --job-name={job.name}', *options,
         '#SBATCH --signal=TERM@600', '#SBATCH --requeue', '#SBATCH --open-mode=append', f'#SBATCH --output={job.name}-%j.log',
         f'# Revision {job.revision}', f'cd {shlex.quote(source)} || exit 2',
         'trap : TERM  # SLURM signals the tasks, too, and they save their state',
-        'export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
         restarted(job, step, python, '--pass_on=75'), 'code=$?',
         '[ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"', 'exit $code', '',
     ])  # fmt: skip

@@ -139,7 +139,6 @@ def test_slurm():
 # Revision {REVISION}
 cd {source} || exit 2
 trap : TERM  # SLURM signals the tasks, too, and they save their state
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 {restarted(step, '.venv/bin/python', ' --pass_on=75', shared)}
 code=$?
 [ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
@@ -147,8 +146,11 @@ exit $code
 """
     assert subprocess.run(['bash', '-n'], input=script, text=True).returncode == 0
     # An environment that is there is used as it is.
-    words = commands('slurm', job('slurm', 'python=/opt/python', workdir=shared))
-    assert [w[0] for w in words] == ['bash', 'sbatch']
+    mine = job('slurm', 'python=/opt/python', 'cpus-per-task=12', workdir=shared)
+    assert [words[0] for words in commands('slurm', mine)] == ['bash', 'sbatch']
+    script = ENGINES['slurm'].commands(mine, pathlib.Path('/'))[-1].script
+    assert '\nenv PYTHONPATH=. /opt/python -m spark.launching.restart ' in script
+    assert ' srun --wait=300 --cpus-per-task=12 bash ' in script
 
 
 def test_the_devices_of_a_slurm_job():
