@@ -1,4 +1,4 @@
-"""Starting from a checkpoint of another run: from its weights alone, or going on where it was."""
+"""A branch: a new run that goes on where another one was."""
 
 from typing import Any
 
@@ -14,18 +14,6 @@ from spark.runtime import write_json
 from spark.training.step import Trainer, TrainState
 
 ORIGIN = 'origin.json'  # in the run directory of a branch
-
-
-def initial_state(trainer: Trainer) -> TrainState:
-    """The state at step 0: random, or with the weights of train.restore_from."""
-    state, source = trainer.init_state(trainer.cfg.seed), trainer.cfg.train.restore_from
-    if not source:
-        return state
-    workdir, checkpoints, step = open_source('train.restore_from', source)
-    print(f'Starting from the parameters of {workdir}/checkpoints/{step}', flush=True)
-    params = checkpoints.restore_params(step, trainer.abstract_state.params)
-    checkpoints.close()
-    return state.replace(params=params)
 
 
 def branch(trainer: Trainer, cfg: config.ExperimentConfig) -> tuple[int, TrainState, Any, epath.Path]:

@@ -15,14 +15,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from spark import config
-from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints
+from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints, open_checkpoint
 from spark.data import documents, rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, translated_xla_errors
 from spark.progress import tqdm
 from spark.runtime import revision, stop_requests
 from spark.training import branch, directory, trackers
-from spark.training.branch import initial_state
 from spark.training.logs import Clock, Log, Profiler
 from spark.training.step import Trainer, TrainState, evaluate
 from spark.training.watchdog import Watchdog
@@ -287,6 +286,26 @@ class Run:
 
     def _devices(self):
         return f'{self.trainer.mesh.size} × {jax.devices()[0].device_kind}'
+
+
+def initial_state(trainer: Trainer) -> TrainState:
+    """The state at step 0: random, or with the weights of train.restore_from, a run directory or a checkpoints/STEP of one."""
+    state, source = trainer.init_state(trainer.cfg.seed), trainer.cfg.train.restore_from
+    if not source:
+        return state
+    path = epath.Path(source)
+    is_step = path.parent.name == 'checkpoints' and path.name.isdigit()
+    workdir, step = (path.parent.parent, int(path.name)) if is_step else (path, None)
+    try:
+        checkpoints, step = open_checkpoint(workdir, step)
+    except CheckpointError as e:
+        raise CheckpointError(
+            f'train.restore_from = {source!r}: want a run directory, or a checkpoints/STEP of one; {e}'
+        ) from None
+    print(f'Starting from the parameters of {workdir}/checkpoints/{step}', flush=True)
+    params = checkpoints.restore_params(step, trainer.abstract_state.params)
+    checkpoints.close()
+    return state.replace(params=params)
 
 
 def _check_nothing_lost(workdir, save_every):
