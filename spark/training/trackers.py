@@ -37,7 +37,7 @@ class MetricsWriter:
                 self._file = _Parts(self._path, last, ''.join(lines).encode())
             else:
                 write_text(_part(self._path, last), ''.join(lines), CheckpointError)
-                self._file = open(_part(self._path, last), 'ab', buffering=0)
+                self._file = open(_part(self._path, last), 'ab')
             board = {'purge_step': step + 1 if step else None, 'flush_secs': FLUSH_SECONDS}
             self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), **board)
 
@@ -64,7 +64,9 @@ class MetricsWriter:
         line = json.dumps({'step': step, 'split': split, **safe}) + '\n'
         with self._write_errors():
             self._file.write(line.encode())
-            if self._in_bucket and time.monotonic() > self._due:
+            if not self._in_bucket:
+                self._file.flush()
+            elif time.monotonic() > self._due:
                 self.flush()
             for name, value in values.items():
                 for suffix, v in enumerate(value) if isinstance(value, list) else [('', value)]:
