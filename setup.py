@@ -19,7 +19,7 @@ S3 = ['s3fs>=2024.2']
 HF = ['datasets>=2.20']
 SLURM = ['submitit>=1.5.2']
 TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'beartype>=0.21', 'ruff>=0.6', 'selenium>=4.20']
-TEST += [*AOT, *EVAL, *HF, *SLURM]  # without [gcs] and [s3], whose threads disturb other tests
+TEST += [*AOT, *EVAL, *GCS, *HF, *SLURM, 'gcp-storage-emulator>=2024.8']
 
 
 CPU = pathlib.Path('spark/kernels/cpu')

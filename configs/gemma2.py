@@ -41,7 +41,7 @@ def make(variant, rows, *, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_f
         a.k, a.r = 256, head_dim // 2
 
     c.data.source = 'tfds:c4/en'
-    c.data.tokenizer = 'sentencepiece:gemma2.model'  # the tokenizer file of Gemma-2's release
+    c.data.tokenizer = 'sentencepiece:gemma2.model'  # the tokenizer file of Gemma-2's release; on a cluster gs://BUCKET/…
     c.data.seq_len = 8192
     c.data.batch_size = 512  # 4.2M tokens per step; 480k steps are 2T tokens
     c.data.holdout = 0.01

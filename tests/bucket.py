@@ -160,12 +160,23 @@ def serve_gs() -> None:
 
         return answered
 
+    def alone(handler):
+        """Requests are read side by side, since a client may be slow or stopped, and handled one after another."""
+
+        def called(request, response, storage):
+            _ = request.data
+            with lock:
+                handler(request, response, storage)
+
+        return called
+
+    lock, http.server.HTTPServer = threading.Lock(), http.server.ThreadingHTTPServer
     objects.download = with_generation(objects.download)  # `objects.get` calls it, too
     changed = {'download': objects.download, 'insert': conditional(objects.insert), 'delete': conditional(objects.delete)}
-    handlers = lambda of: {method: changed.get(handler.__name__, handler) for method, handler in of.items()}
+    handlers = lambda of: {method: alone(changed.get(handler.__name__, handler)) for method, handler in of.items()}
     moves = rf'^{settings.API_ENDPOINT}/b/bkt/o/(?P<object_id>.+)/moveTo/o/(?P<target>.+)$'
-    server.HANDLERS = ((moves, {'POST': move}), *((route, handlers(of)) for route, of in server.HANDLERS))
-    http.server.HTTPServer.handle_error = lambda *_: None  # a client that has hung up
+    server.HANDLERS = ((moves, {'POST': alone(move)}), *((route, handlers(of)) for route, of in server.HANDLERS))
+    http.server.ThreadingHTTPServer.handle_error = lambda *_: None  # a client that has hung up
     emulator.start()
     print(emulator._api._httpd.server_port, flush=True)
     threading.Event().wait()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import time
 
@@ -9,14 +10,14 @@ import pytest
 
 from tests import bucket
 from tests.helpers import ROOT, records
-from tests.processes import assert_same_run, end, environment, error, run, script, start, write_config
+from tests.processes import assert_same_run, environment, error, run, script, start, write_config
 
 STEPS = 12
 
 
 @pytest.fixture(scope='module', params=[bucket.Bucket, bucket.S3Bucket], ids=['gs', 's3'])
 def place(request, tmp_path_factory):
-    """(a bucket with a token store, a config that reads it, the run of it on a disk)."""
+    """(a bucket with a token store, a config that reads it, the run of it on a disk, what it said)."""
     tmp = tmp_path_factory.mktemp('bucket')
     with bucket.started(request.param) as found:
         tokenizer = f'sentencepiece:{found.url}/files/t.model'
@@ -35,8 +36,7 @@ def place(request, tmp_path_factory):
             'train.steps': STEPS, 'train.save_every': 4, 'train.eval_every': 6, 'model.pattern': ('local',), 'sample.tokens': 2,
             'data.source': f'tokens:{found.url}/store', 'data.tokenizer': tokenizer,
         })  # fmt: skip
-        run(config, tmp / 'straight', **found.environment)
-        yield found, config, tmp / 'straight'
+        yield found, config, tmp / 'straight', run(config, tmp / 'straight', **found.environment)
 
 
 def call(directory, found, name, *args):
@@ -65,12 +65,13 @@ def lines(said, *names):
 
 @pytest.mark.slow
 def test_killed_and_damaged_in_a_bucket(place, tmp_path):
-    found, config, straight = place
+    found, config, straight, _ = place
     workdir = f'{found.url}/run'
     (first,) = start(config, workdir, **found.environment)
     while not any(re.match('run/checkpoints/8/commit_success|run/checkpoints/8/_CHECK', name) for name in found.names('run/')):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
+    first.send_signal(signal.SIGSTOP)
     ((_, said),) = run(config, workdir, code=2, **found.environment)
     assert f'process {first.pid} on host ' in error(said)
     first.kill()
@@ -90,12 +91,11 @@ def test_killed_and_damaged_in_a_bucket(place, tmp_path):
 
 @pytest.mark.slow
 def test_what_reads_a_run_in_a_bucket(place, tmp_path):
-    found, config, straight = place
+    found, config, straight, ((local_out, local_said),) = place
     workdir = f'{found.url}/whole'
     ((out, said),) = run(config, workdir, **found.environment)
-    ((local_out, local_said),) = run(config, tmp_path / 'local', **found.environment)
-    assert lines(said, workdir) == lines(local_said, tmp_path / 'local')
-    assert lines(out, workdir) == lines(local_out, tmp_path / 'local')
+    assert lines(said, workdir) == lines(local_said, straight)
+    assert lines(out, workdir) == lines(local_out, straight)
     directory = config.parent
     words = f'--json={found.url}/report.json', '--plots', '--neurons=0'
     call(directory, found, 'evaluate.py', f'--workdir={workdir}', *words)
@@ -103,7 +103,7 @@ def test_what_reads_a_run_in_a_bucket(place, tmp_path):
     assert report['loss'] == pytest.approx(records(straight)[-1]['loss'], rel=1e-4)
     assert {name.rpartition('.')[2] for name in found.names('whole/evaluation/')} == {'png', 'html'}
     words = '--prompt=spark', '--n=4', '--temperature=0'
-    texts = [call(directory, found, 'generate.py', f'--workdir={place}', *words).splitlines()[0] for place in (workdir, straight)]
+    texts = [call(directory, found, 'generate.py', f'--workdir={run}', *words).splitlines()[0] for run in (workdir, straight)]
     assert texts[0] == texts[1]
     ((out, _),) = run(config, tmp_path / 'tuned', f'--restore_from={workdir}', '--config.train.steps=3', **found.environment)
     assert f'Starting from the parameters of {workdir}/checkpoints/{STEPS}' in out
@@ -111,20 +111,21 @@ def test_what_reads_a_run_in_a_bucket(place, tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_in_a_bucket(place):
-    found, config, _ = place
+    found, config, *_ = place
     words = f'--config={config}', f'--out={found.url}/sweep', '--config.train.steps=3'
-    for values in ('4,8', '4,8,12'):
+    for values in ('4', '4,8'):
         call(config.parent, found, 'sweep.py', f'--axis=model.ffn.k={values}', *words)
         table = found.read('sweep/results.csv').decode().splitlines()
         assert len(table) == 1 + values.count(',') + 1 and all(',done,' in row for row in table[1:])
     names = found.names('sweep/')
-    assert {'sweep/results.md', 'sweep/loss_flops.png', 'sweep/logs/k-4.log', 'sweep/runs/k-12/summary.json'} <= set(names)
+    assert {'sweep/results.md', 'sweep/loss_flops.png', 'sweep/logs/k-4.log', 'sweep/runs/k-8/summary.json'} <= set(names)
     assert found.read('sweep/logs/k-4.log').count(b'Compiling') == 1
 
 
 @pytest.mark.slow
 def test_two_processes_share_a_bucket(place, tmp_path):
-    found, config, _ = place
+    found, config, straight, _ = place
     run(config, f'{found.url}/two', processes=2, devices=2, **found.environment)
-    end(start(config, tmp_path / 'two', processes=2, devices=2, **found.environment))
-    assert_same_run(fetched(found, 'two', tmp_path / 'fetched'), tmp_path / 'two', STEPS)
+    for ours, theirs in zip(records(fetched(found, 'two', tmp_path)), records(straight), strict=True):
+        assert ours.get('batch_crc') == theirs.get('batch_crc')
+        assert ours['loss'] == pytest.approx(theirs['loss'], rel=1e-4)

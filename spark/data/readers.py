@@ -22,6 +22,7 @@ import pyarrow.parquet
 from fsspec.core import url_to_fs
 
 from spark.errors import DataError, SparkError
+from spark.runtime import path_of
 
 PIECE = 16 << 20  # bytes that a worker reads at once
 DOCUMENT = 64 << 10  # bytes; a longer .txt file becomes several documents. Divides PIECE
@@ -301,8 +302,8 @@ def hf_dataset(name: str) -> dict[str, Any]:
         raise DataError(f"hf:{name}: needs pip install 'spark-transformer[hf]'") from None
     path, _, config = name.partition(':')
     folder = os.path.expanduser(path)
-    saved = any(os.path.exists(os.path.join(folder, f)) for f in ('dataset_dict.json', 'state.json'))
     try:
+        saved = any((path_of(path) / f).exists() for f in ('dataset_dict.json', 'state.json'))
         found = datasets.load_from_disk(folder) if saved else datasets.load_dataset(folder, config or None)
     except Exception as e:
         raise DataError(f'hf:{name}: {" ".join(str(e).split())[:300]}') from e

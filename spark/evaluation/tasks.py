@@ -2,7 +2,7 @@
 
 import functools
 import logging
-import pathlib
+import os
 from collections.abc import Sequence
 
 import jax
@@ -152,7 +152,8 @@ def load(names: Sequence[str], path: str | None = None) -> TaskManager:
     """
     for library in ('lm_eval', 'datasets', 'huggingface_hub'):  # they log every retry of a download
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    if path is not None and not pathlib.Path(path).is_dir():
+    path = path and os.path.expanduser(path)
+    if path is not None and not os.path.isdir(path):
         raise ConfigError(f'--task_path={path}: no such directory')
     try:
         manager = TaskManager(include_path=path)

@@ -58,12 +58,12 @@ def hold(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
 
 
 def by_first_process(function: Callable[[], None]) -> None:
-    """Calls a function in the first process of a job, for which the others wait. All raise its ConfigError."""
+    """Calls a function in the first process of a job, for which the others wait. If it raises, all do, with its message."""
     error, text = None, np.zeros(2000, np.uint8)
     if jax.process_index() == 0:
         try:
             function()
-        except ConfigError as e:
+        except Exception as e:
             error, found = e, np.frombuffer(str(e).encode()[: text.size], np.uint8)
             text[: found.size] = found
     if jax.process_count() > 1:
