@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import filelock
+from etils import epath
 
 from spark import config
 from spark.errors import ConfigError, Preempted
@@ -114,7 +115,7 @@ def submit(runs: list[Run], commands: dict[str, list[str]], out: pathlib.Path, p
     return jobs
 
 
-def latest_metrics(workdir: pathlib.Path) -> tuple[int, float | None]:
+def latest_metrics(workdir: epath.PathLike) -> tuple[int, float | None]:
     """(step, loss) of the last complete line of training metrics in a run directory; (0, None) if there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, IndexError), metric_files(workdir)[-1].open('rb') as f:
         f.seek(max(f.seek(0, os.SEEK_END) - 20_000, 0))
