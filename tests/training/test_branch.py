@@ -66,10 +66,10 @@ def test_what_does_not_change_the_function_may_change_on_resume(origin, tmp_path
         'train.log_every': 2,
     }  # fmt: skip
     train(small(**overrides | other), tmp_path / 'run')
-    losses = lambda workdir: {r['step']: r['loss'] for r in after(workdir, 5) if r['split'] == 'train'}
-    ours, theirs = losses(tmp_path / 'run'), losses(directory)
-    assert list(ours) == [6, 8, 10]
-    np.testing.assert_allclose([ours[step] for step in ours], [theirs[step] for step in ours], rtol=1e-5)
+    ours, theirs = ({r['step']: r for r in after(d, 5) if r['split'] == 'train'} for d in (tmp_path / 'run', directory))
+    assert list(ours) == [6, 8, 10] and all(ours[step]['batch_crc'] == theirs[step]['batch_crc'] for step in ours)
+    # The same parameters give the same loss. Then, what is rounded otherwise has moved a neuron or a key across its threshold.
+    np.testing.assert_allclose(ours[6]['loss'], theirs[6]['loss'], rtol=1e-5)
     assert load(tmp_path / 'run' / 'config.json').model.remat == 'full'
 
 
@@ -111,7 +111,7 @@ def test_a_run_is_extended_with_its_optimizer(origin, tmp_path):
     shutil.copytree(directory, tmp_path / 'run')
     longer = {'train.steps': 14, 'optimizer.lr': 2e-3, 'optimizer.final_lr': 0.0, 'optimizer.decay_steps': 4}
     cfg = small(**overrides | longer)
-    with pytest.raises(ConfigError, match=r'train\.steps = 10, now 14; .*: add --extend to go on so, or choose another') as e:
+    with pytest.raises(ConfigError, match=r'train\.steps = 10, now 14: add --extend to go on so, or choose another') as e:
         train(cfg, tmp_path / 'run')
     assert '\n' not in str(e.value) and load(tmp_path / 'run' / 'config.json').train.steps == 10
     with pytest.raises(ConfigError, match=r'belongs to a run with model\.ffn\.k = 8, now 9: choose another'):
