@@ -1,7 +1,7 @@
 """Evaluate a checkpoint of any run, dense or Spark: loss, statistics of its lookups, FLOPs, benchmark tasks.
 
-    python scripts/evaluate.py --workdir=DIR [--step=N] [--split=test] [--json=FILE] [--plots] [--neurons=LAYER]
-        [--tasks=hellaswag,arc_easy,…]
+    python scripts/evaluate.py --workdir=DIR [--step=N] [--split=test] [--loss_only] [--json=FILE] [--plots]
+        [--neurons=LAYER] [--tasks=hellaswag,arc_easy,…]
 
 Prints tables. --plots and --neurons write figures and an HTML page of neurons to DIR/evaluation/. --tasks runs tasks of
 lm-evaluation-harness, and nothing else with --split=none.
@@ -17,8 +17,9 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory.')
 STEP = flags.DEFINE_integer('step', None, 'The step of the checkpoint; default the newest.', lower_bound=0)
 SPLIT = flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test', 'none'], 'The text; none with --tasks alone.')
 SOURCE = flags.DEFINE_string('source', '', "Held-out text instead of the run's own, such as text:GLOB; see data.source.")
-BATCH = flags.DEFINE_integer('batch_size', 0, 'Rows per batch; default as in training.', lower_bound=0)
+BATCH = flags.DEFINE_integer('batch_size', 0, 'Rows per batch; default those of a microbatch in training.', lower_bound=0)
 CONTEXT = flags.DEFINE_integer('context', None, 'Context, in tokens, of the FLOPs; default data.seq_len.', lower_bound=1)
+LOSS_ONLY = flags.DEFINE_bool('loss_only', False, 'No statistics and no FLOPs: costs a forward pass.')
 PLOTS = flags.DEFINE_bool('plots', False, 'Also draw activity, scores and attended keys.')
 LAYER = flags.DEFINE_integer('layer', None, 'The layer whose scores are drawn; default the middle one.', lower_bound=0)
 NEURONS = flags.DEFINE_integer('neurons', None, 'Also write an HTML page of the neurons of this layer.', lower_bound=0)
@@ -34,6 +35,8 @@ def main() -> None:
     draws = PLOTS.value or NEURONS.value is not None
     if SPLIT.value == 'none' and (draws or not TASKS.value):
         raise errors.ConfigError('--split=none: there is nothing to do without --tasks, and nothing to draw without a split')
+    if LOSS_ONLY.value and draws:
+        raise errors.ConfigError('--loss_only: --plots and --neurons draw the statistics that it leaves out')
     # Imported late, so that usage errors come before jax starts.
     from spark.evaluation import evaluate, neurons, plots, tables
 
@@ -50,7 +53,7 @@ def main() -> None:
         manager = tasks.load(TASKS.value, TASK_PATH.value)
     report = {'workdir': str(workdir), 'step': model.step}
     if SPLIT.value != 'none':
-        found, sums = evaluate.evaluate(model, SPLIT.value, CONTEXT.value)
+        found, sums = evaluate.evaluate(model, SPLIT.value, CONTEXT.value, not LOSS_ONLY.value)
         print(tables.tables(found))
         report |= found
     if draws:

@@ -1,6 +1,8 @@
 """What can go wrong for a user, each with its exit code; and `run`, which turns an error into one line and that code."""
 
+import collections
 import contextlib
+import glob
 import logging
 import os
 import re
@@ -95,7 +97,8 @@ def run(
 
 
 def _silence_libraries():
-    """Drops the tracebacks that libraries print for an exception which `run` then reports in one line."""
+    """Drops what libraries complain of needlessly: tracebacks for an exception which `run` then reports in one line."""
+    quiet_libtpu()
     if _tracebacks():
         return
 
@@ -110,8 +113,16 @@ def _silence_libraries():
     sys.unraisablehook = lambda args: None if str(args.exc_value).startswith(known) else previous(args)
 
 
+def quiet_libtpu() -> None:
+    """Where there is no TPU, keeps libtpu, installed to compile for one, from looking for it and complaining in six lines."""
+    if not any(map(glob.glob, ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*'))):
+        os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+        os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-1')  # one that it knows
+
+
 def _parse_flags(required, arguments):
     flags.FLAGS.set_gnu_getopt(True)  # flags may follow arguments
+    _check_given_once(sys.argv[1:])
     try:
         _, *given = flags.FLAGS(sys.argv)
     except (Exception, SystemExit) as e:  # whatever a config file or a flag raises, the user can correct
@@ -123,6 +134,16 @@ def _parse_flags(required, arguments):
     if missing := [flag.name for flag in required if not flag.value]:
         raise ConfigError(f'--{missing[0]} is missing; see --help')
     return given
+
+
+def _check_given_once(argv):
+    """Raises a ConfigError for a flag that is given twice, unless it takes several values: the first would be ignored."""
+    names = [arg.lstrip('-').partition('=')[0] for arg in argv if arg.startswith('-')]
+    names = [name if name in flags.FLAGS else name.removeprefix('no') for name in names]
+    for name, times in collections.Counter(names).items():
+        known = name in flags.FLAGS
+        if times > 1 and (known or name.startswith('config.')) and not (known and isinstance(flags.FLAGS[name], flags.MultiFlag)):
+            raise ConfigError(f'--{name} is given {times} times: want it once')
 
 
 def _flag_error(error):

@@ -1,9 +1,13 @@
-"""Compiles the train step for TPUs that this machine does not have: libtpu compiles for any slice, by its name, anywhere."""
+"""Compiles training and evaluation for TPUs that this machine does not have: libtpu compiles for any slice, by its name."""
 
+import contextlib
+import functools
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -12,18 +16,40 @@ from jax.extend.core import jaxprs_in_params
 from spark import config, flops
 from spark.compiling import hlo
 from spark.devices import chip as chip_of
-from spark.errors import ConfigError
+from spark.errors import ConfigError, quiet_libtpu
+from spark.evaluation.evaluate import step_for
 from spark.training.step import Trainer
 
 
 class TooBig(ConfigError):
-    """A step that needs more GiB per chip than the chip has."""
+    """A program that needs more GiB per chip than the chip has."""
 
-    def __init__(self, needed: float, available: float):
+    def __init__(self, needed: float, available: float, what: str = 'the step'):
         super().__init__(
-            f'the step needs {needed:.2f} GiB per chip, but a chip has {available:.2f}; lower data.batch_size, raise '
-            "mesh.fsdp or mesh.model, or set model.remat='full' (--search finds what fits)"
+            f'{what} needs {needed:.2f} GiB per chip, but a chip has {available:.2f}; lower data.batch_size, raise '
+            "train.accumulate, mesh.fsdp or mesh.model, or set model.remat='full' (--search finds what fits)"
         )
+
+
+@contextlib.contextmanager
+def phase(what: str, every: float = 30.0) -> Iterator[None]:
+    """Prints what is being done, and for how long it has been done, every so many seconds and at the end."""
+    start, done, say = time.monotonic(), threading.Event(), functools.partial(print, flush=True)
+    elapsed = lambda: f'{time.monotonic() - start:.0f} s'
+
+    def tell():
+        while not done.wait(every):
+            say(f'{what} … {elapsed()}')
+
+    say(f'{what} …')
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    say(f'{what}: {elapsed()}')
 
 
 def devices(topology: str, slices: int = 1) -> list[jax.Device]:
@@ -31,8 +57,7 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
     # libtpu must not look for chips or a cloud: there are none, and several processes may compile at once.
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-    os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'none')
-    os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+    quiet_libtpu()
     from jax.experimental import topologies
 
     cores = {'chip_config_name': 'megacore'} if topology.startswith('v4') else {}  # a device is a chip, not a core
@@ -48,29 +73,54 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
 def compile_step(cfg: config.ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[Trainer, jax.stages.Compiled]:
     """The trainer of a config, and the same train step that training runs, compiled; a ConfigError if the compiler fails."""
     trainer = Trainer(cfg, devices)
+    with trainer.context(), _translated_errors('the step'):
+        return trainer, trainer.compile_train_step()
+
+
+def evaluation(cfg: config.ExperimentConfig, devices: Sequence[jax.Device]) -> dict[str, dict]:
+    """`memory` of evaluation: {'while training': beside the state of the optimizer, 'evaluate.py': by itself}."""
+    trainer, device = Trainer(cfg, devices), devices[0]
+    params = trainer.abstract_state.params
+    with phase('Compiling evaluation while training'), trainer.context(), _translated_errors('evaluation while training'):
+        while_training = memory(trainer.eval_step.lower(params, trainer.abstract_batch()).compile(), device)
+    held = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    rest = held(trainer.abstract_state) - held(params)
+    while_training |= {name: while_training[name] + rest for name in ('arguments', 'peak')}
+    data = cfg.data.model_copy(update={'batch_size': cfg.data.batch_size // cfg.train.accumulate})
+    train = cfg.train.model_copy(update={'accumulate': 1})
+    trainer = Trainer(cfg.model_copy(update={'data': data, 'train': train}), devices)
+    with phase('Compiling evaluate.py'), trainer.context(), _translated_errors('evaluate.py'):
+        step, sums = step_for(trainer, eos=0)
+        by_itself = memory(step.lower(params, trainer.abstract_batch(), sums).compile(), device)
+    return {'while training': while_training, 'evaluate.py': by_itself}
+
+
+@contextlib.contextmanager
+def _translated_errors(what):
     try:
-        with trainer.context():
-            return trainer, trainer.compile_train_step()
+        yield
     except jax.errors.JaxRuntimeError as e:
         if 'RESOURCE_EXHAUSTED' not in str(e):
-            raise ConfigError(f'the compiler fails on this step: {str(e).splitlines()[0][:300]}') from e
+            raise ConfigError(f'the compiler fails on {what}: {str(e).splitlines()[0][:300]}') from e
         sizes = re.search(r'\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)', str(e))
-        raise TooBig(*map(float, sizes.groups()) if sizes else (math.inf, math.nan)) from None
+        raise TooBig(*(map(float, sizes.groups()) if sizes else (math.inf, math.nan)), what) from None
 
 
 def report(cfg: config.ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[dict, str]:
-    """The report that `scripts/compile.py` prints, and the text of the compiled program."""
-    trainer, compiled = compile_step(cfg, devices)
-    text, device = compiled.as_text(), devices[0]
-    tokens = cfg.data.batch_size * cfg.data.seq_len
-    model_flops, chip = flops.model_flops_per_token(cfg.model, cfg.data.seq_len) * tokens, chip_of(device)
-    return {
-        'devices': len(devices), 'device_kind': device.device_kind, 'mesh': dict(trainer.mesh.shape), 'tokens': tokens,
-        'parameters': trainer.n_params, 'memory': memory(compiled, device),
-        'model_flops': model_flops, 'traced_flops': matmul_flops(trainer), 'traffic': hlo.traffic(text),
-        'peak_flops': chip and chip.flops, 'bandwidth': chip and chip.bandwidth,
-        'collectives': hlo.collectives(text, trainer.mesh, cfg.mesh.slices), 'buffers': hlo.largest_buffers(text),
-    }, text  # fmt: skip
+    """The report that `scripts/compile.py` prints, and the text of the compiled train step."""
+    with phase('Compiling the train step'):
+        trainer, compiled = compile_step(cfg, devices)
+    with phase('Reading the program'):
+        text, device = compiled.as_text(), devices[0]
+        tokens = cfg.data.batch_size * cfg.data.seq_len
+        model_flops, chip = flops.model_flops_per_token(cfg.model, cfg.data.seq_len) * tokens, chip_of(device)
+        return {
+            'devices': len(devices), 'device_kind': device.device_kind, 'mesh': dict(trainer.mesh.shape), 'tokens': tokens,
+            'parameters': trainer.n_params, 'memory': memory(compiled, device),
+            'model_flops': model_flops, 'traced_flops': matmul_flops(trainer), 'traffic': hlo.traffic(text),
+            'peak_flops': chip and chip.flops, 'bandwidth': chip and chip.bandwidth,
+            'collectives': hlo.collectives(text, trainer.mesh, cfg.mesh.slices), 'buffers': hlo.largest_buffers(text),
+        }, text  # fmt: skip
 
 
 def search(cfg: config.ExperimentConfig, devices: Sequence[jax.Device], say: Callable[[str], object] = print) -> list[dict]:
@@ -107,10 +157,10 @@ def memory(compiled: jax.stages.Compiled, device: jax.Device) -> dict:
     return {'arguments': m.argument_size_in_bytes, 'temporaries': m.temp_size_in_bytes, 'peak': peak, 'hbm': chip and chip.memory}
 
 
-def check_fit(usage: dict) -> None:
+def check_fit(usage: dict, what: str = 'the step') -> None:
     """Raises TooBig if the peak, of `memory`, is above what the device has."""
     if usage['hbm'] and usage['peak'] > usage['hbm']:
-        raise TooBig(usage['peak'] / 2**30, usage['hbm'] / 2**30)
+        raise TooBig(usage['peak'] / 2**30, usage['hbm'] / 2**30, what)
 
 
 def matmul_flops(trainer: Trainer) -> int | float:

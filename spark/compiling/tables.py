@@ -3,9 +3,7 @@
 
 def tables(report: dict) -> str:
     """Memory, FLOPs, the least time of a step, collectives, and the largest buffers."""
-    m = report['memory']
-    verdict = m['hbm'] and ('fits' if m['peak'] <= m['hbm'] else 'DOES NOT FIT')
-    fits = f'{m["peak"] / m["hbm"]:.0%} of {m["hbm"] / 2**30:.0f} GiB: {verdict}' if m['hbm'] else ''
+    m, evaluation = report['memory'], report.get('evaluation', {})
     work = lambda n: f'{n:.3e} | {n / report["tokens"]:.3e}'
     least_times = []
     if report['bandwidth'] and report['peak_flops']:  # of a known device
@@ -20,7 +18,8 @@ def tables(report: dict) -> str:
         '', '| per chip | GB |  |', '|---|---|---|',
         f'| arguments (parameters, optimizer, batch) | {m["arguments"] / 1e9:.2f} | updated in place |',
         f'| temporaries | {m["temporaries"] / 1e9:.2f} | |',
-        f'| peak | {m["peak"] / 1e9:.2f} | {fits} |',
+        f'| peak | {m["peak"] / 1e9:.2f} | {_fits(m)} |',
+        *(f'| peak of evaluation, {name} | {e["peak"] / 1e9:.2f} | {_fits(e)} |' for name, e in evaluation.items()),
         '', '| FLOPs of a step | all chips | per token |', '|---|---|---|',
         f'| model: forward and backward, every entry of a lookup | {work(report["model_flops"])} |',
         f'| matmuls as traced, rematerialisation included | {work(report["traced_flops"])} |',
@@ -31,3 +30,8 @@ def tables(report: dict) -> str:
     lines += ['', '| largest buffers | GB | made by |', '|---|---|---|']
     lines += [f'| {b["shape"]} | {b["bytes"] / 1e9:.3f} | {b["source"] or b["operation"]} |' for b in report['buffers']]
     return '\n'.join(lines)
+
+
+def _fits(memory):
+    peak, hbm = memory['peak'], memory['hbm']
+    return f'{peak / hbm:.0%} of {hbm / 2**30:.0f} GiB: {"fits" if peak <= hbm else "DOES NOT FIT"}' if hbm else ''

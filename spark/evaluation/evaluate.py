@@ -93,7 +93,7 @@ def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable, stat
 
 
 def step_for(trainer: Trainer, eos: int, statistics: bool = True) -> tuple[jax.stages.Wrapped, dict]:
-    """(the function of parameters, a batch and sums that returns new sums, compiled when called; the shapes of the sums)."""
+    """(a jitted function of parameters, a batch and sums that returns the new sums; the shapes of the sums)."""
     model, pieces = trainer.model, trainer.cfg.train.loss_pieces
 
     def totals(params, batch):

@@ -10,8 +10,11 @@ _LAYER_COLUMNS = [
 
 
 def tables(report: dict) -> str:
-    """The loss of the whole split, the lookups of each layer, and FLOPs by part."""
-    return '\n'.join([*_losses(report), '', *_layers(report['layers']), '', *_flops(report['flops'])])
+    """The loss of the whole split; and, if the report has them, the lookups of each layer and FLOPs by part."""
+    lines = _losses(report)
+    if 'layers' in report:
+        lines += ['', *_layers(report['layers']), '', *_flops(report['flops'])]
+    return '\n'.join(lines)
 
 
 def _losses(report):

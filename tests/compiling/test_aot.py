@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -168,11 +169,11 @@ def test_topk_over_a_sharded_d_ff_reduces_two_scalars_per_token(mesh):
     assert [(c['kind'], c['axes'], c['bytes']) for c in over_model] == [('all-reduce', 'model', 4 * tokens * (2 + D))]
 
 
-def compile_script(*arguments):
+def compile_script(*arguments, timeout=550):
     """In a process of its own: jax's profiler crashes in one that has loaded libtpu without a chip."""
     command = [sys.executable, str(ROOT / 'scripts' / 'compile.py'), *arguments]
     env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=550)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 # At these widths the TPU compiler takes a third of the time.
@@ -181,13 +182,33 @@ NARROW = [f'--config.{name}={value}' for name, value in {
 }.items()]  # fmt: skip
 
 
+def test_a_phase_says_what_and_how_long(capsys):
+    with pytest.raises(ZeroDivisionError), aot.phase('Compiling', every=0.01):
+        time.sleep(0.1)
+        _ = 1 / 0
+    assert capsys.readouterr().out.startswith('Compiling …\nCompiling … 0 s\n')
+
+
+def test_evaluation_is_compiled_too():
+    """The same programs that run: with the optimizer's state while training, and without; and microbatches keep it small."""
+    cfg = small(**{'mesh.data': 1, 'model.vocab_size': 4096, 'data.seq_len': 256})
+    found = aot.evaluation(cfg, jax.devices()[:1])
+    params = 4 * Trainer(cfg, jax.devices()[:1]).n_params
+    assert 3 * params < found['while training']['arguments'] < 3.5 * params
+    assert params < found['evaluate.py']['arguments'] < 1.5 * params
+    parts = aot.evaluation(cfg.model_copy(update={'train': cfg.train.model_copy(update={'accumulate': 4})}), jax.devices()[:1])
+    for name in found:
+        assert parts[name]['temporaries'] < 0.5 * found[name]['temporaries']
+
+
 @libtpu
 def test_a_slice_that_is_not_there(tmp_path):
     done = compile_script(f'--config={ROOT}/configs/tiny.py', '--topology=v5e:2x2', f'--json={tmp_path}/r.json', *NARROW)
     assert done.returncode == 0, done.stderr
     for words in ('Compiling for 4 × TPU v5 lite', 'of 16 GiB: fits', '| memory traffic |', '| all-reduce | data |',
-                  'largest buffers', 'lookup.py:'):  # fmt: skip
+                  'largest buffers', 'lookup.py:', '| peak of evaluation, evaluate.py |'):  # fmt: skip
         assert words in done.stdout
+    assert not done.stderr  # libtpu looks for no chip and complains of none
 
 
 @libtpu
@@ -195,7 +216,7 @@ def test_a_slice_that_is_not_there(tmp_path):
 def test_what_does_not_fit_is_said(tmp_path):
     big = {'model.d_model': 4096, 'model.ffn.d_ff': 100000, 'model.n_layers': 8, 'data.batch_size': 4}
     big = [f'--config.{name}={value}' for name, value in big.items()]
-    done = compile_script(f'--config={ROOT}/configs/tiny.py', '--topology=v5e:2x2', f'--json={tmp_path}/r.json', *big)
+    done = compile_script(f'--config={ROOT}/configs/tiny.py', '--topology=v5e:2x2', f'--json={tmp_path}/r.json', '--noevaluation', *big)
     assert json.loads((tmp_path / 'r.json').read_text())['fits'] is False
     assert done.returncode == 2 and 'lower data.batch_size' in done.stderr.splitlines()[-1], done.stderr
 
@@ -215,58 +236,121 @@ def test_a_search_finds_the_largest_batch_of_every_policy_that_fits(monkeypatch)
     assert 'none: does not fit' in said
 
 
+def gemma2_report(path, topology, variant='spark', size='2b', **more):
+    """The report on a Gemma-2, which must fit."""
+    flags = [f'--config.{name}={value}' for name, value in more.items()]
+    config = f'--config={ROOT}/configs/gemma2_{size}.py:{variant}'
+    done = compile_script(config, f'--topology={topology}', f'--json={path}', '--noevaluation', *flags)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text())
+
+
+# Gemma-2 with fewer and narrower layers, which the TPU compiler takes in half a minute.
+SMALL_GEMMA = {
+    'model.n_layers': 2, 'model.d_model': 512, 'model.ffn.d_ff': 1536, 'model.ffn.k': 123, 'model.ffn.r': 256,
+    'model.attention.n_heads': 4, 'model.attention.n_kv_heads': 4, 'model.attention.head_dim': 128, 'model.attention.r': 64,
+    'model.vocab_size': 32768, 'train.loss_pieces': 8,
+}  # fmt: skip
+
+
 @libtpu
-@pytest.mark.parametrize(
-    'variant', [pytest.param('spark', marks=pytest.mark.slow), pytest.param('dense', marks=pytest.mark.soak)]
-)
-def test_gemma2_2b_fits_the_slice_of_its_header_as_lean_as_maxtext(variant, tmp_path):
-    """256 v5e chips as shipped; and 16 with 1 × 2048 tokens each, where MaxText takes 1.96 GB and 4.03 of temporaries."""
-
-    def report(topology, *more):
-        path = tmp_path / f'{topology}.json'
-        config = f'--config={ROOT}/configs/gemma2_2b.py:{variant}'
-        done = compile_script(config, f'--topology={topology}', f'--json={path}', *more)
-        assert done.returncode == 0, done.stderr
-        return json.loads(path.read_text())
-
-    m = report('v5e:16x16')['memory']
-    assert m['peak'] < m['hbm']
-    small_slice = {'data.seq_len': 2048, 'data.batch_size': 16, 'mesh.fsdp': 16}
-    found = report('v5e:4x4', *(f'--config.{name}={value}' for name, value in small_slice.items()))
-    assert found['memory']['arguments'] < 1.97e9 and found['memory']['temporaries'] < 4.03e9
+@pytest.mark.slow
+def test_a_chip_holds_no_logits_and_moves_each_parameter_thrice(tmp_path):
+    L = 2048
+    found = gemma2_report(
+        tmp_path / 'r.json', 'v5e:2x2', **SMALL_GEMMA, **{'data.seq_len': L, 'data.batch_size': 4, 'mesh.fsdp': 4}
+    )
+    assert found['memory']['temporaries'] < L * 32768 * 4
     moved = sum(row['bytes'] for row in found['collectives'])
     assert moved < 1.4 * 3 * 2 * found['parameters']  # gathered twice, scattered once, in bfloat16
+
+
+@libtpu
+@pytest.mark.soak
+@pytest.mark.parametrize('variant', ['spark', 'dense'])
+def test_gemma2_2b_fits_the_slice_of_its_header_as_lean_as_maxtext(variant, tmp_path):
+    """256 v5e chips as shipped; and 16 with 1 × 2048 tokens each, where MaxText takes 1.96 GB and 4.03 of temporaries."""
+    m = gemma2_report(tmp_path / 'r.json', 'v5e:16x16', variant)['memory']
+    assert m['peak'] < m['hbm']
+    small_slice = {'data.seq_len': 2048, 'data.batch_size': 16, 'mesh.fsdp': 16}
+    found = gemma2_report(tmp_path / 'r.json', 'v5e:4x4', variant, **small_slice)
+    assert found['memory']['arguments'] < 1.97e9 and found['memory']['temporaries'] < 4.03e9
+    moved = sum(row['bytes'] for row in found['collectives'])
+    assert moved < 1.4 * 3 * 2 * found['parameters']
+
+
+TOPOLOGIES = {  # of one slice
+    '64xv5e': 'v5e:8x8', '256xv5e': 'v5e:16x16', '1024xv5e': 'v5e:16x16', '64xv6e': 'v6e:8x8', '256xv6e': 'v6e:16x16',
+    '1024xv6e': 'v6e:16x16', '64xv5p': 'v5p:4x4x4', '256xv5p': 'v5p:4x8x8', '1024xv5p': 'v5p:8x8x16',
+}  # fmt: skip
+
+
+@libtpu
+@pytest.mark.soak
+@pytest.mark.parametrize('where', TOPOLOGIES)
+@pytest.mark.parametrize('size', ['2b', '9b', '27b'])
+def test_every_size_fits_the_slices_that_it_names(size, where, tmp_path):
+    """Training and evaluation; Spark, since a dense model takes less."""
+    command = [f'--config={ROOT}/configs/gemma2_{size}.py:spark,{where}', f'--topology={TOPOLOGIES[where]}']
+    done = compile_script(*command, timeout=3600)
+    assert done.returncode == 0 and done.stdout.count('GiB: fits') == 3, done.stderr
+
+
+LOWER = '''
+import importlib.util, jax, jax.numpy as jnp, sys
+from spark.config import from_file, validate
+from spark.nn.transformer import Transformer
+from spark.training.step import Trainer
+trainer = Trainer(validate(from_file(sys.argv[1], 'spark,64xh100')))
+trainer.model = Transformer(trainer.cfg.model, jnp.bfloat16, 'gpu')
+with trainer.context():
+    traced = trainer.train_step.trace(trainer.abstract_state, trainer.abstract_batch())
+    print(len(traced.lower(lowering_platforms=('cuda',)).as_text()), trainer.mesh.size)
+'''
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('size', ['2b', '9b', '27b'])
+def test_every_size_lowers_for_eight_times_eight_h100(size):
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '--xla_force_host_platform_device_count=64'}
+    command = [sys.executable, '-c', LOWER, str(ROOT / 'configs' / f'gemma2_{size}.py')]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and done.stdout.split()[1] == '64', done.stderr
 
 
 @libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize('topology', ['v4:2x2x1', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'])
 def test_every_kind_of_chip(topology):
-    done = compile_script(f'--config={ROOT}/configs/tiny.py', f'--topology={topology}', *NARROW)
+    done = compile_script(f'--config={ROOT}/configs/tiny.py', f'--topology={topology}', '--noevaluation', *NARROW)
     assert done.returncode == 0 and 'GiB: fits' in done.stdout, done.stderr
 
 
+BETWEEN_SLICES = [
+    pytest.param('v5e:2x2', SMALL_GEMMA, 1024, 4, 2, marks=pytest.mark.slow),
+    pytest.param('v5e:4x4', {'model.n_layers': 2, 'model.vocab_size': 32768, 'train.loss_pieces': 4}, 2048, 16, 4,
+                 marks=pytest.mark.soak),
+]  # fmt: skip
+
+
 @libtpu
-@pytest.mark.slow
-def test_between_slices_goes_each_gradient_once(tmp_path):
+@pytest.mark.parametrize(('topology', 'model', 'L', 'chips', 'context'), BETWEEN_SLICES)
+def test_between_slices_goes_each_gradient_once(topology, model, L, chips, context, tmp_path):
     """Of the embedding, one of the lookup and one of the logits; a row that is split gathers keys and values alone."""
-    path = tmp_path / 'r.json'
-    shorter = {'model.n_layers': 2, 'data.seq_len': 2048, 'model.vocab_size': 32768, 'train.loss_pieces': 4}
 
     def report(**more):
-        flags = [f'--config.{name}={value}' for name, value in (shorter | more).items()]
-        done = compile_script(f'--config={ROOT}/configs/gemma2_2b.py:spark', '--topology=v5e:4x4', f'--json={path}', *flags)
-        assert done.returncode == 0, done.stderr
-        found = json.loads(path.read_text())
+        found = gemma2_report(tmp_path / 'r.json', topology, **model, **{'data.seq_len': L}, **more)
         return found, lambda axes: sum(c['bytes'] for c in found['collectives'] if c['axes'] == axes)
 
-    found, moved = report(**{'mesh.slices': 2, 'mesh.data': 2, 'mesh.fsdp': 16, 'data.batch_size': 32})
-    assert found['devices'] == 32
-    embedding = 32768 * 2304
-    ideal = (2 * 4 * embedding + 2 * (found['parameters'] - embedding)) / 16  # float32 and bfloat16, of each chip's part
+    found, moved = report(**{'mesh.slices': 2, 'mesh.data': 2, 'mesh.fsdp': chips, 'data.batch_size': 2 * chips})
+    assert found['devices'] == 2 * chips
+    m = found['config']['model']
+    embedding = m['vocab_size'] * m['d_model']
+    ideal = (2 * 4 * embedding + 2 * (found['parameters'] - embedding)) / chips  # float32 and bfloat16, of each chip's part
     assert moved('data, between slices') < 1.1 * ideal
-    found, moved = report(**{'mesh.context': 4, 'mesh.fsdp': 4, 'data.batch_size': 4})
-    keys_and_values = 2 * 4 * 2048 * 256 * 2
+    rows = chips // context
+    found, moved = report(**{'mesh.context': context, 'mesh.fsdp': rows, 'data.batch_size': rows})
+    keys_and_values = 2 * m['attention']['n_kv_heads'] * L * m['attention']['head_dim'] * 2
     # In each layer, forward, backward's second forward, and the sum of the gradients.
     assert moved('context') < 2 * 4 * keys_and_values
 
