@@ -216,7 +216,8 @@ def test_a_slice_that_is_not_there(tmp_path):
 def test_what_does_not_fit_is_said(tmp_path):
     big = {'model.d_model': 4096, 'model.ffn.d_ff': 100000, 'model.n_layers': 8, 'data.batch_size': 4}
     big = [f'--config.{name}={value}' for name, value in big.items()]
-    done = compile_script(f'--config={ROOT}/configs/tiny.py', '--topology=v5e:2x2', f'--json={tmp_path}/r.json', '--noevaluation', *big)
+    words = f'--config={ROOT}/configs/tiny.py', '--topology=v5e:2x2', f'--json={tmp_path}/r.json', '--noevaluation'
+    done = compile_script(*words, *big)
     assert json.loads((tmp_path / 'r.json').read_text())['fits'] is False
     assert done.returncode == 2 and 'lower data.batch_size' in done.stderr.splitlines()[-1], done.stderr
 
