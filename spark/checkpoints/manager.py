@@ -56,7 +56,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The saved steps, ascending. Those that this object has deleted may be among them."""
-        return sorted(self._manager.all_steps())
+        return sorted(map(int, self._manager.all_steps()))  # as another process tells them they are int32
 
     def last_saved(self) -> int | None:
         """The newest step that a run is known to have saved here, 0 if it has saved none; None if nothing is known."""
