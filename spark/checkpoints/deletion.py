@@ -29,9 +29,12 @@ class Deletion:
 
     def unfinished(self) -> None:
         """Deletes what a killed save has left. No save may be under way."""
-        for path in self._directory.iterdir():
-            if _is_unfinished(path):
-                self._delete(path)
+        try:
+            left = [path for path in self._directory.iterdir() if _is_unfinished(path)]
+        except FileNotFoundError:  # a bucket in which nothing has been saved
+            return
+        for path in left:
+            self._delete(path)
 
     def old(self) -> None:
         """Starts to delete the checkpoints that are not kept; what comes while that runs is left to the next call."""

@@ -56,12 +56,15 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The saved steps, ascending. Those that this object has deleted may be among them."""
-        return sorted(self._manager.all_steps())
+        return sorted(map(int, self._manager.all_steps()))  # as another process tells them they are int32
 
     def last_saved(self) -> int | None:
         """The newest step that a run is known to have saved here, 0 if it has saved none; None if nothing is known."""
         path = self.directory.parent / LAST_SAVED
-        return json.loads(path.read_text())['step'] if path.exists() else None
+        try:
+            return int(json.loads(path.read_text())['step']) if path.exists() else None
+        except (ValueError, LookupError, TypeError) as e:
+            raise CheckpointError(f'{path}: want {{"step": the newest step that was saved}}: {root_cause(e)}') from e
 
     def begin(self, step: int) -> None:
         """Called by a run that has restored this step, or starts at 0, before it saves.
@@ -84,15 +87,17 @@ class Checkpoints:
         items = ocp.args.Composite(state=chunked, data=ocp.args.JsonSave(metadata))
         try:
             if _anywhere(self._vanished()):
-                raise FileNotFoundError
-            self._manager.save(step, args=items, force=True)
-            self._saving = step
+                self._outcome = self._failure(f'step {step} cannot be saved', FileNotFoundError())
+            else:
+                self._manager.save(step, args=items, force=True)
+                self._saving = step
         except jax.errors.JaxRuntimeError:  # of the step that computes the state
             raise
         except Exception as e:
             self._outcome = self._failure(f'step {step} cannot be saved', e)
-            if jax.process_count() > 1 and not isinstance(e, FileNotFoundError):
+            if jax.process_count() > 1:
                 exit_now(self._outcome)  # the others wait for this process in a collective
+        if self._outcome:
             self.wait()
 
     def check(self) -> None:

@@ -24,9 +24,8 @@ def test_another_tokenizer_of_the_same_size_is_told(trained, tmp_path, capsys):
     summary, _, _ = train(small(**corpus(tmp_path), **fields), tmp_path / 'run')
     said = capsys.readouterr().out
     assert summary['steps'] == 3
-    other = "data.tokenizer = 'bytes' (bos '', eos 'none') gives other ids than 'bytes'"
-    want = f'Warning: {other}, with which {workdir} was trained'
-    assert want in said
+    names = "data.tokenizer = 'bytes' (bos '', eos 'none') gives other ids than 'bytes'"
+    assert f'Warning: {names}, with which {workdir} was trained' in said
 
 
 def test_nothing_is_lost(tmp_path):
