@@ -44,7 +44,7 @@ def from_file(path: str | pathlib.Path, variant: str | None = None) -> ConfigDic
 
 def check_flags(argv: list[str]) -> None:
     """Raises a ConfigError for a --config whose file is missing, or a --config.FIELD that does not exist."""
-    for arg, following in zip(argv, [*argv[1:], ''], strict=True):
+    for arg, following in zip(argv, [*argv, ''][1:], strict=True):
         name, equals, value = arg.lstrip('-').partition('=')
         if not arg.startswith('-'):
             continue

@@ -91,7 +91,7 @@ class Run:
             origin = self._restore_or_start(cfg)
             directory.by_first_process(lambda: directory.claim(workdir, cfg, extend))  # by a start that worked
             environment.record(workdir)
-            self.checkpoints.begin(self.step)
+            self.checkpoints.begin(self.saved or 0)
             self.period = Period(cfg.train.save_every_minutes, self.step)
             if origin:
                 start.record(workdir, origin, self.step)

@@ -403,7 +403,7 @@ def test_the_script(tmp_path, corpus):
     assert process.returncode == 0, err
     assert '| split | documents | tokens | bytes | bytes per token |' in out
     assert f'--config.data.source=tokens:{tmp_path}/out' in out
-    assert 'Tokenizing' in err and '100%' in err
+    assert not err  # the bar of a short job is for terminals
     splits = json.loads((tmp_path / 'j').read_text())['splits']
     assert sum(split['documents'] for split in splits.values()) == len(texts)
     assert sum(split['bytes'] for split in splits.values()) == sum(len(text.encode()) for text in texts)

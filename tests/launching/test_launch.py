@@ -350,12 +350,12 @@ def test_what_a_job_needs_of_the_package():
 
 @pytest.mark.parametrize('join', ['=', ' '])
 def test_the_flags_of_the_training_are_passed_on(join):
-    given = [f'--config{join}{ROOT}/configs/tiny.py:dense', f'--config.train.steps{join}7', f'--config.data.source{join}a + b']
+    given = [f'--config{join}{ROOT}/configs/tiny.py:dense', f'--config.train.steps{join}70', f'--config.data.source{join}a + b']
     words = [word for arg in given for word in (arg.split(' ', 1) if join == ' ' else [arg])]
     process = launch_script(*words, '--workdir=/run', '--dry_run', '--env=A=b', '--', '--restore_from=/other')
     out, _ = process.communicate(timeout=60)
     assert out.endswith(
-        f'/scripts/train.py --config={ROOT}/configs/tiny.py:dense --config.train.steps=7 '
+        f'/scripts/train.py --config={ROOT}/configs/tiny.py:dense --config.train.steps=70 '
         "'--config.data.source=a + b' --workdir=/run --restore_from=/other\n"
     )
 

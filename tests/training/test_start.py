@@ -1,6 +1,7 @@
 """Where a run starts from: other weights, and nothing where something must have been."""
 
 import pytest
+from etils import epath
 
 from spark.errors import CheckpointError
 from spark.training.run import train
@@ -12,7 +13,8 @@ from tests.helpers import corpus, small
 @pytest.mark.parametrize('suffix', ['', '/', '/checkpoints', '/checkpoints/', '/checkpoints/10', '/checkpoints/10/'])
 def test_a_run_is_named_in_any_way(trained, suffix, capsys):
     workdir, _ = trained('spark')
-    initial_state(Trainer(small(**{'train.restore_from': f'{workdir}{suffix}', 'data.source': 'text:x'})))
+    own = {'train.restore_from': f'{workdir}{suffix}', 'data.source': 'text:x', 'model.vocab_size': 258}
+    initial_state(Trainer(small(**own)))
     said = capsys.readouterr().out
     assert f'Starting from the parameters of {workdir}/checkpoints/10' in said and 'Warning' not in said
 
@@ -30,6 +32,7 @@ def test_another_tokenizer_of_the_same_size_is_told(trained, tmp_path, capsys):
 
 def test_nothing_is_lost(tmp_path):
     """A run that was killed before its first save starts over; one that has saved does not, however short it is."""
+    tmp_path = epath.Path(tmp_path)
     check_nothing_lost(tmp_path, None, 5)
     (tmp_path / 'metrics.jsonl').write_text('{"step": 11, "split": "train"}\n')
     check_nothing_lost(tmp_path, 0, 5)
