@@ -116,7 +116,7 @@ def in_bucket(path: epath.PathLike) -> bool:
     return '://' in str(path)
 
 
-def absolute(path: epath.Path) -> epath.Path:
+def absolute(path: Path) -> Path:
     """A local path from the root. One in a bucket stays as it is; its own `absolute` puts the working directory before it."""
     return path if in_bucket(path) else path.absolute()
 

@@ -83,8 +83,8 @@ def test_killed_and_damaged_in_a_bucket(place, tmp_path):
     for name in found.names(f'run/checkpoints/{STEPS}/state/'):
         if '/d/' in name:
             found.write(name, b'damaged')
-    ((out, said),) = run(config, workdir, **found.environment)
-    assert f'Resuming from step {STEPS - 4}' in out and 'It was moved to damaged/' in said
+    ((out, _),) = run(config, workdir, **found.environment)
+    assert f'Resuming from step {STEPS - 4}' in out and 'It was moved to damaged/' in out
     assert found.names(f'run/damaged/{STEPS}/')
     assert_same_run(fetched(found, 'run', tmp_path / 'again'), straight, STEPS)
 

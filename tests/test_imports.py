@@ -16,7 +16,7 @@ ALLOWED = {
     'kernels': {'ops'},
     'nn': {'ops', 'kernels', 'config', 'errors'},
     'data': {'config', 'errors', 'runtime'},
-    'checkpoints': {'config', 'errors'},
+    'checkpoints': {'config', 'errors', 'runtime'},
     'training': {'nn', 'ops', 'data', 'checkpoints', *LEAVES},
     'inference': {'nn', 'ops', 'kernels', 'data', 'checkpoints', *LEAVES},
     'evaluation': RUNS | LEAVES,

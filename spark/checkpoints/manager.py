@@ -14,7 +14,7 @@ from tqdm import tqdm
 from spark.checkpoints.checksums import by_path, checksums, json_crc
 from spark.checkpoints.stored import StoredArray
 from spark.errors import CheckpointError, DamagedError, root_cause
-from spark.runtime import absolute
+from spark.runtime import absolute, in_bucket, write_text
 
 CHUNK = 16 << 20  # bytes: a larger array is stored in chunks of this size, and no chunk spans two of its stacked layers
 DAMAGED_DIR = 'damaged'  # damaged checkpoints are moved to WORKDIR/damaged
@@ -186,6 +186,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             target = self.directory.parent / DAMAGED_DIR
             target.mkdir(exist_ok=True)
+            if in_bucket(target):  # where a directory is there when something is in it, and nothing can be moved to one before
+                write_text(target / 'README', 'Checkpoints that could not be restored.\n', CheckpointError)
             names = (f'{step}' + f'-{i}' * (i > 0) for i in range(1000))
             self._path(step).rename(next(target / name for name in names if not (target / name).exists()))
         if jax.process_count() > 1:

@@ -68,7 +68,7 @@ def execute(command: list[str], out: Path, name: str, tick: Callable[[], None] =
 def _appended(log):
     """A file to append to and to read, which no other process has open. In a bucket it appears, whole, at the end."""
     if not in_bucket(log):
-        with filelock.FileLock(log.with_suffix('.lock'), timeout=0), log.open('ab+') as output:
+        with filelock.FileLock(log.with_suffix('.lock'), timeout=0), open(log, 'ab+') as output:
             yield output
         return
     with tempfile.TemporaryFile() as output:  # no lock: the run directory refuses a second process
