@@ -28,7 +28,7 @@ from tests.helpers import ROOT
 class Bucket:
     """gs://bkt of an emulator at a port of this machine, and the variables by which clients find it."""
 
-    url, needs = 'gs://bkt', ('gcp_storage_emulator', 'gcsfs')
+    url, needs, authorization = 'gs://bkt', ('gcp_storage_emulator', 'gcsfs'), ''
 
     def __init__(self, port: int):
         self._server = f'http://localhost:{port}'
@@ -59,7 +59,7 @@ class Bucket:
         self._ask(f'/storage/v1/b/bkt/o/{urllib.parse.quote(name, safe="")}', method='DELETE')
 
     def _ask(self, path, data=None, method='GET'):
-        headers = {} if data is None else {'Content-Type': 'application/octet-stream'}
+        headers = {'Authorization': self.authorization, 'Content-Type': 'application/octet-stream'}
         with urllib.request.urlopen(urllib.request.Request(self._server + path, data, headers, method=method)) as answer:
             return answer.read()
 
@@ -67,7 +67,8 @@ class Bucket:
 class S3Bucket(Bucket):
     """s3://bkt of an emulator."""
 
-    url, needs = 's3://bkt', ('moto', 's3fs')
+    # An object is not for everybody, but the emulator does not check a signature.
+    url, needs, authorization = 's3://bkt', ('moto', 's3fs'), 'AWS id:signature'
 
     @property
     def environment(self) -> dict[str, str]:

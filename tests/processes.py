@@ -37,7 +37,8 @@ def script(name, *args):
 def environment(directory, **more):
     """Variables of a process that has one device, and whose prepared corpora lie in the directory."""
     inherited = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS' and not k.startswith('JAX_COORD')}
-    return inherited | {'SPARK_CACHE': str(directory / 'cache'), 'PYTHONPATH': str(ROOT)} | more
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    return inherited | {'SPARK_CACHE': str(directory / 'cache'), 'PYTHONPATH': path} | more
 
 
 def start(config, workdir, *args, processes=1, devices=1, wrap=(), **env):

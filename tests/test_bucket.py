@@ -15,7 +15,11 @@ from tests.processes import assert_same_run, environment, error, run, script, st
 STEPS = 12
 
 
-@pytest.fixture(scope='module', params=[bucket.Bucket, bucket.S3Bucket], ids=['gs', 's3'])
+GS = pytest.mark.parametrize('place', [bucket.Bucket], ids=['gs'], indirect=True)
+S3 = pytest.mark.parametrize('place', [bucket.S3Bucket], ids=['s3'], indirect=True)
+
+
+@pytest.fixture(scope='module')
 def place(request, tmp_path_factory):
     """(a bucket with a token store, a config that reads it, the run of it on a disk, what it said)."""
     tmp = tmp_path_factory.mktemp('bucket')
@@ -64,6 +68,7 @@ def lines(said, *names):
 
 
 @pytest.mark.slow
+@GS
 def test_killed_and_damaged_in_a_bucket(place, tmp_path):
     found, config, straight, _ = place
     workdir = f'{found.url}/run'
@@ -83,13 +88,14 @@ def test_killed_and_damaged_in_a_bucket(place, tmp_path):
     for name in found.names(f'run/checkpoints/{STEPS}/state/'):
         if '/d/' in name:
             found.write(name, b'damaged')
-    ((out, said),) = run(config, workdir, **found.environment)
-    assert f'Resuming from step {STEPS - 4}' in out and 'It was moved to damaged/' in said
+    ((out, _),) = run(config, workdir, **found.environment)
+    assert f'Resuming from step {STEPS - 4}' in out and 'It was moved to damaged/' in out
     assert found.names(f'run/damaged/{STEPS}/')
     assert_same_run(fetched(found, 'run', tmp_path / 'again'), straight, STEPS)
 
 
 @pytest.mark.slow
+@GS
 def test_what_reads_a_run_in_a_bucket(place, tmp_path):
     found, config, straight, ((local_out, local_said),) = place
     workdir = f'{found.url}/whole'
@@ -110,6 +116,7 @@ def test_what_reads_a_run_in_a_bucket(place, tmp_path):
 
 
 @pytest.mark.slow
+@GS
 def test_a_sweep_in_a_bucket(place):
     found, config, *_ = place
     words = f'--config={config}', f'--out={found.url}/sweep', '--config.train.steps=3'
@@ -123,9 +130,20 @@ def test_a_sweep_in_a_bucket(place):
 
 
 @pytest.mark.slow
+@GS
 def test_two_processes_share_a_bucket(place, tmp_path):
     found, config, straight, _ = place
     run(config, f'{found.url}/two', processes=2, devices=2, **found.environment)
     for ours, theirs in zip(records(fetched(found, 'two', tmp_path)), records(straight), strict=True):
         assert ours.get('batch_crc') == theirs.get('batch_crc')
         assert ours['loss'] == pytest.approx(theirs['loss'], rel=1e-4)
+
+
+@pytest.mark.slow
+@S3
+def test_s3_holds_data_but_no_runs(place):
+    """The run on the disk has read its tokenizer and its tokens there. Orbax cannot save there."""
+    found, config, straight, _ = place
+    assert len([r for r in records(straight) if r['split'] == 'train']) == STEPS
+    ((_, said),) = run(config, f'{found.url}/run', code=2, **found.environment)
+    assert f'--workdir={found.url}/run: checkpoints cannot be saved to s3://; want a directory or gs://BUCKET/…' in error(said)

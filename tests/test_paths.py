@@ -33,9 +33,8 @@ def test_the_home_directory(home):
     assert documents.cache_dir() == epath.Path(home / '.cache' / 'spark')
     cfg = DataConfig(source='text:~/*.txt', seq_len=8, batch_size=1)
     prepare.prepare(cfg, cfg.source, '~/store')
-    written, found = (store.Store(path).splits for path in (home / 'store', '~/store'))
-    assert [split.tokens for split in found.values()] == [split.tokens for split in written.values()]
-    assert not (pathlib.Path.cwd() / '~').exists()
+    assert store.Store('~/store').digest == store.Store(home / 'store').digest
+    assert not pathlib.Path('~').exists()
 
 
 @pytest.mark.parametrize('name', ['gcs://bkt/run', 'https://host/run'])

@@ -17,7 +17,7 @@ from spark.checkpoints.reading import PAUSES, checked, insistently, together
 from spark.checkpoints.stored import StoredArray
 from spark.errors import CheckpointError, DamagedError, exit_now, root_cause
 from spark.progress import tqdm
-from spark.runtime import absolute, write_json
+from spark.runtime import absolute, in_bucket, write_json, write_text
 
 CHUNK = 16 << 20  # bytes: a larger array is stored in chunks of this size, and no chunk spans two of its stacked layers
 DAMAGED_DIR = 'damaged'  # damaged checkpoints are moved to WORKDIR/damaged
@@ -255,6 +255,8 @@ class Checkpoints:
         def move():
             if jax.process_index() == 0:
                 target.mkdir(exist_ok=True)
+                if in_bucket(target):  # where a directory is there when something is in it, and nothing can be moved to one before
+                    write_text(target / 'README', 'Checkpoints that could not be restored.\n', CheckpointError)
                 names = (f'{step}' + f'-{i}' * (i > 0) for i in range(1000))
                 self._path(step).rename(next(target / name for name in names if not (target / name).exists()))
 

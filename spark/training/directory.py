@@ -21,6 +21,8 @@ def check(workdir: epath.Path, cfg: config.ExperimentConfig, extend: bool = Fals
 
     Raises a ConfigError otherwise, and if the directory holds what a run writes, but no config.json: it would be overwritten.
     """
+    if str(workdir).startswith('s3://'):  # Orbax lacks it
+        raise ConfigError(f'--workdir={workdir}: checkpoints cannot be saved to s3://; want a directory or gs://BUCKET/…')
     with _named(workdir):
         if (workdir / 'config.json').exists():
             previous = config.load(workdir / 'config.json')
