@@ -255,7 +255,7 @@ class Checkpoints:
         def move():
             if jax.process_index() == 0:
                 target.mkdir(exist_ok=True)
-                if in_bucket(target):  # where a directory is there when something is in it, and nothing can be moved to one before
+                if in_bucket(target):  # where a directory is there when something is in it, and nothing can move to one before
                     write_text(target / 'README', 'Checkpoints that could not be restored.\n', CheckpointError)
                 names = (f'{step}' + f'-{i}' * (i > 0) for i in range(1000))
                 self._path(step).rename(next(target / name for name in names if not (target / name).exists()))

@@ -284,6 +284,7 @@ IMMUTABLE = """
 save, faults = Checkpoints.save, FAULTS
 
 def faulty(self, step, *args):
+    self.wait()  # for the save before, which is to succeed
     if first:
         subprocess.run(['chattr', '+i' if step in faults else '-i', self.directory], check=True)
         if step in faults:
