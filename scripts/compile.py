@@ -3,10 +3,10 @@
     python scripts/compile.py --config=PATH[:VARIANT] --topology=v5e:16x16 [--config.x.y=value …] [--noevaluation] [--search]
         [--json=FILE]
 
-Prints bytes per chip against its memory, of the train step and of evaluation; FLOPs of the train step, collectives by kind and mesh
+Prints bytes per chip against its memory, of the train step and of evaluation; of the step FLOPs, collectives by kind and mesh
 axis, and the largest buffers with the line of source that makes each. --search tries rematerialisation policies and batch
-sizes, and prints the largest batch that fits for each policy. Needs libtpu (.[aot]). Exit codes: 0 it fits, 2 it does not, or a
-bad config.
+sizes, and prints the largest batch that fits for each policy. Needs libtpu (.[aot]).
+Exit codes: 0 it fits, 2 it does not, or a bad config.
 """
 
 import math

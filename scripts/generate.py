@@ -53,7 +53,8 @@ def main() -> None:
     serve = {name: value for name, value in changes.items() if value is not None}
     served = load(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve)
     if served.serving.platform == 'cpu' and not cpu.available():
-        print(f'The CPU kernels are not available ({cpu.why_unavailable()}); XLA computes lookups instead, more slowly.')
+        how = 'to build them, install a C++ compiler, then spark again with `pip install`'
+        print(f'The C++ kernels are not built ({cpu.why_unavailable()}); XLA computes lookups instead, more slowly; {how}.')
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
     emit = (lambda piece: print(piece, end='', flush=True)) if STREAM.value else None
     options = {'seed': SEED.value, 'chunk': CHUNK.value, 'stop': STOP.value, 'emit': emit}
