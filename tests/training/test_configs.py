@@ -66,9 +66,10 @@ WHERE = [f'{chips}x{kind}' for kind in ('v5e', 'v6e', 'v5p') for chips in (64, 2
 def test_every_size_divides_over_the_chips_that_it_names(size):
     """And trains the same function everywhere: the same rows in a step, the same model."""
     base = validate(shipped(f'gemma2_{size}.py', 'spark'))
-    for where in WHERE:
+    for where in WHERE[size == '27b' :]:  # 64 v5e are too few for 27B
         cfg = validate(shipped(f'gemma2_{size}.py', f'spark,{where}'))
         check_devices(cfg, int(where.split('x')[0]))
         assert not differences(base, cfg, ignore=('mesh', 'train.accumulate'))
-    with pytest.raises(ConfigError, match="'64xv7': want one of 64xv5e, "):
-        shipped(f'gemma2_{size}.py', 'spark,64xv7')
+    for wrong in ['64xv7', *WHERE[: size == '27b']]:
+        with pytest.raises(ConfigError, match=f"'{wrong}': want one of (64xv5e, )?256xv5e, "):
+            shipped(f'gemma2_{size}.py', f'spark,{wrong}')
