@@ -15,13 +15,15 @@ WHERE = [f'{chips}x{kind}' for kind in ('v5e', 'v6e', 'v5p') for chips in (64, 2
 def make(variant, rows, *, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, query_dim, lr):
     """The config of a variant. d_ff is the width of the gated FFN; a Spark FFN of equal size has 1.5 times as many neurons.
 
-    `rows` says how many rows a chip's memory takes at a time, by kind of chip or by CHIPSxKIND; ½: two chips share a row.
+    `rows` says how many rows a chip's memory takes at a time, by kind of chip or by CHIPSxKIND; ½: two chips share a row; 0: the
+    model does not fit.
     """
     variant, _, where = variant.partition(',')
     if variant not in VARIANTS:
         raise ConfigError(f'--config: variant {variant!r}: want one of {", ".join(VARIANTS)}')
-    if where and where not in WHERE:
-        raise ConfigError(f'--config: {where!r}: want one of {", ".join(WHERE)} after the variant')
+    fitting = [w for w in WHERE if rows.get(w, 1)]
+    if where and where not in fitting:
+        raise ConfigError(f'--config: {where!r}: want one of {", ".join(fitting)} after the variant')
     c = template()
     m, f, a = c.model, c.model.ffn, c.model.attention
     m.vocab_size = 256_128

@@ -9,6 +9,8 @@ which decoding read the cache and the weights (of a sparse lookup, the active en
 Exit codes: 0 done, 2 bad usage, 5 no such checkpoint.
 """
 
+import sys
+
 from absl import flags
 
 from spark import errors
@@ -53,7 +55,9 @@ def main() -> None:
     serve = {name: value for name, value in changes.items() if value is not None}
     served = load(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve)
     if served.serving.platform == 'cpu' and not cpu.available():
-        print(f'The CPU kernels are not available ({cpu.why_unavailable()}); XLA computes lookups instead, more slowly.')
+        how = 'to build them, install a C++ compiler, then spark again with `pip install`'
+        slower = f'The C++ kernels are not built ({cpu.why_unavailable()}), so lookups are computed by XLA, more slowly; {how}.'
+        print(slower, file=sys.stderr, flush=True)
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value)
     emit = (lambda piece: print(piece, end='', flush=True)) if STREAM.value else None
     options = {'seed': SEED.value, 'chunk': CHUNK.value, 'stop': STOP.value, 'emit': emit}

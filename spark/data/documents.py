@@ -218,8 +218,8 @@ def _tfds_builder(part, name):
         is_directory = '://' in name or os.path.isdir(directory)
         return tfds.builder_from_directory(directory) if is_directory else tfds.builder(name)
     except Exception as e:
-        message = ' '.join(str(e).split())
-        raise DataError(f'{part}: {message[:200]}{" …" * (len(message) > 200)}') from e
+        reason = ' '.join(str(e).partition('Available datasets')[0].split())[:200]  # there are a thousand
+        raise DataError(f'{part}: {reason} Want the name of a TFDS data set, or the directory of a prepared one.') from e
 
 
 def _tfds_files(part, builder, field):

@@ -46,7 +46,7 @@ def why_unavailable() -> str:
     if os.environ.get('SPARK_CPU_KERNELS') == 'none':
         return 'SPARK_CPU_KERNELS=none'
     report = pathlib.Path(__file__).with_name('cpu_build_error.txt')
-    return report.read_text('utf-8').strip() if report.exists() else 'they were never built; `pip install` builds them'
+    return report.read_text('utf-8').strip() if report.exists() else 'they were never built'
 
 
 def instruction_sets() -> tuple[str, ...]:

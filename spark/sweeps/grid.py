@@ -138,8 +138,12 @@ def prepare_directory(out: Path, base: config.ExperimentConfig, axes: dict[str, 
             recorded = json.loads(path.read_text())
             recorded_base = config.ExperimentConfig.model_validate_json(json.dumps(recorded['config']))
             recorded_axes = set(recorded['axes'])
-        except (ValueError, KeyError, TypeError) as e:
-            raise ConfigError(f'{path}: not the record of a sweep: {" ".join(str(e).split())}') from None
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            reason = ' '.join(str(getattr(e, 'strerror', None) or e).split())
+            raise ConfigError(
+                f'{path}: not the record of a sweep ({reason}): choose another --out; or delete this file and move {out}/runs '
+                'away, to start the sweep anew'
+            ) from None
         if recorded_axes != set(axes):
             raise ConfigError(f'--out={out} belongs to a sweep over {", ".join(sorted(recorded_axes))}: choose another directory')
         if different := config.differences(recorded_base, base, ignore=axes):

@@ -10,7 +10,7 @@ import numpy as np
 
 from spark import config, flops
 from spark.data.tokenizer import tokenizer_for
-from spark.errors import Preempted
+from spark.errors import ConfigError, Preempted
 from spark.runtime import Path, write_text
 from spark.sweeps import execute, grid, plots
 
@@ -123,7 +123,11 @@ def _row(out, name, cfg, axes):
     values = {field: config.fields(cfg)[field] for field in axes}
     summary, exit_record = out / 'runs' / name / 'summary.json', out / 'logs' / f'{name}.json'
     if summary.exists():
-        return Row(name, values, 'done', _result(cfg, json.loads(summary.read_text())))
+        try:
+            return Row(name, values, 'done', _result(cfg, json.loads(summary.read_text())))
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            why = f'{type(e).__name__}: {e}'
+            raise ConfigError(f'{summary}: not the summary of a run ({why}): delete it, and the sweep writes it again') from None
     end = json.loads(exit_record.read_text()) if exit_record.exists() else {}
     if end.get('exit_code') not in (None, 0, Preempted.exit_code):
         return Row(name, values, f'failed, exit code {end["exit_code"]}: {end["message"]}', {})

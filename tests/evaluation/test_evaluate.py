@@ -8,8 +8,9 @@ import pytest
 
 from spark.data.documents import split_of
 from spark.errors import CheckpointError, ConfigError, DataError
-from spark.evaluation import evaluate, plots
-from tests.helpers import BOTH
+from spark.evaluation import evaluate, neurons, plots, sparsity, tables
+from spark.training.step import Trainer
+from tests.helpers import BOTH, corpus, small
 
 
 @pytest.fixture(scope='module')
@@ -92,6 +93,50 @@ def test_flops_follow_what_was_measured(evaluated):
         short = evaluate.flops_report(cfg, 3, report['layers'])['decode']
         assert short['measured']['attention.V'] == 4 * 2 * 4 * 8 * 3
     json.dumps(found)
+
+
+def temporaries(f, trainer, *more):
+    """Bytes that a function of parameters and a batch needs beside its arguments."""
+    with trainer.context():
+        compiled = jax.jit(f).lower(trainer.abstract_state.params, trainer.abstract_batch(), *more).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_with_the_length_and_losses_cost_a_forward_pass(monkeypatch):
+    """Rows twice as long take at most about twice the memory, not four times; one layer's activations are one layer's."""
+    monkeypatch.setattr(sparsity, 'STRIP', 1 << 16)
+    found = {}
+    for L in (1024, 2048):
+        trainer = Trainer(small(**{'data.seq_len': L, 'data.batch_size': 4, 'model.attention.block': 64}), jax.devices()[:1])
+        steps = {statistics: evaluate.step_for(trainer, 0, statistics) for statistics in (True, False)}
+        found[L] = {statistics: temporaries(step, trainer, sums) for statistics, (step, sums) in steps.items()}
+        assert found[L][False] < 1.05 * temporaries(trainer.eval_step, trainer)
+        assert found[L][True] < 1.2 * found[L][False]
+    assert found[2048][True] < 2.2 * found[1024][True]
+
+    kept = {}
+    for n_layers in (4, 32):
+        trainer = Trainer(small(**{'model.n_layers': n_layers, 'data.batch_size': 64}), jax.devices()[:1])
+        kept[n_layers] = temporaries(lambda p, b, t=trainer: neurons.activations(t.model, p, b, 2), trainer)
+    assert kept[32] < 1.5 * kept[4]
+
+
+def test_losses_alone_are_the_same_losses(evaluated):
+    model, report, _ = evaluated
+    losses, _ = evaluate.evaluate(model, 'test', statistics=False)
+    assert losses.keys() == report.keys() - {'active', 'attended', 'layers', 'flops'}
+    assert losses['loss'] == pytest.approx(report['loss'], rel=1e-6) and losses['documents'] == report['documents']
+    assert losses['without_ends'] == pytest.approx(report['without_ends'], rel=1e-6)
+    assert tables.tables(report).startswith(tables.tables(losses).splitlines()[0])
+
+
+def test_the_last_evaluation_is_announced_and_bounded(tmp_path, capsys):
+    from spark.training.run import train
+
+    summary, trainer, _ = train(small(**corpus(tmp_path), **{'train.final_eval': 1, 'train.steps': 5}), tmp_path / 'run')
+    assert 'Evaluating the test split: 1 batches' in capsys.readouterr().out
+    assert 0 < summary['test']['tokens'] <= trainer.cfg.data.batch_size * trainer.cfg.data.seq_len
+    assert summary['test']['gzip_bits_per_byte'] is None  # of the whole split, which was not evaluated
 
 
 def test_plots_are_pictures_of_every_layer(evaluated, tmp_path):

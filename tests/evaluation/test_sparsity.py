@@ -13,6 +13,7 @@ from spark import ops
 from spark.evaluation import sparsity
 from spark.nn.layers import METRICS, sow
 from spark.nn.transformer import by_layer
+from spark.training.step import Trainer
 from tests.helpers import model_and_params, small
 
 KINDS = {
@@ -111,6 +112,35 @@ def test_sets_above_two_levels_are_nested(x, n, data):
     kept = np.asarray(ops.statistical_keep(jnp.asarray(x), k))
     largest = x >= np.sort(x)[-k]
     assert (kept & largest).sum() == min(kept.sum(), k)
+
+
+IN_BLOCKS = {'model.attention.block': 8, 'data.batch_size': 4}
+MESHES = {'one': {}, 'context': {'mesh.data': 2, 'mesh.context': 2, 'mesh.model': 2}}
+
+
+@pytest.mark.parametrize('kind', ['spark', 'dense'])
+@pytest.mark.parametrize('mesh', list(MESHES))
+def test_strips_on_many_devices_count_what_one_sees_at_once(kind, mesh, monkeypatch):
+    """Attention in blocks, a few scores at a time, against all scores at once on one device."""
+    whole = small(kind, **IN_BLOCKS, **{'model.attention.impl': 'full'})
+    model, params = model_and_params(whole)
+    rows = batch(whole, B=4)
+    expected = jax.jit(lambda rows: sparsity.observe(model, params, rows)[1])(rows)
+
+    monkeypatch.setattr(sparsity, 'STRIP', 1000)  # several strips, the last one not a whole one
+    cfg = small(kind, **IN_BLOCKS, **MESHES[mesh], **{'model.attention.impl': 'blockwise'})
+    trainer = Trainer(cfg, jax.devices()[: 8 if mesh == 'context' else 1])
+    with trainer.context():
+        observe = jax.jit(lambda params, rows: sparsity.observe(trainer.model, params, rows)[1])
+        found = observe(jax.device_put(params, trainer.state_shardings.params), trainer.put(rows))
+    assert found.keys() == expected.keys()
+    for name, want in expected.items():
+        got, want = np.asarray(found[name]), np.asarray(want)
+        if name.endswith('scores'):  # rounding may carry a score over a bin's edge
+            np.testing.assert_array_equal(got.sum(-1), want.sum(-1))
+            assert np.abs(np.cumsum(got, -1) - np.cumsum(want, -1)).max() <= 5
+        else:
+            np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)
 
 
 def test_gini_and_kolmogorov_smirnov_of_known_cases():

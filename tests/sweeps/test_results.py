@@ -1,8 +1,10 @@
 """From run directories to rows, from rows to means, tables and plots."""
 
 import numpy as np
+import pytest
 
 from spark import config
+from spark.errors import ConfigError
 from spark.sweeps import results
 from spark.sweeps.grid import prepare_directory
 from tests.helpers import grid
@@ -59,3 +61,6 @@ def test_config_of_a_run_is_what_its_row_says(tmp_path):
     rows = results.collect(tmp_path, axes, runs)
     assert rows[0].status == 'failed, exit code 4: DataError: gone'
     assert config.load(workdir / 'config.json') == runs[1].cfg
+    (workdir / 'summary.json').write_text('{"steps": ')
+    with pytest.raises(ConfigError, match=r'summary\.json: not the summary of a run .* delete it'):
+        results.collect(tmp_path, axes, runs)

@@ -5,8 +5,9 @@ import math
 import jax
 import pytest
 
-from spark.config import validate
+from spark.config import check_devices, differences, validate
 from spark.data.tokenizer import tokenizer_for
+from spark.errors import ConfigError
 from spark.training.step import Trainer
 from tests.helpers import shipped
 from tests.test_config import CONFIGS
@@ -56,3 +57,19 @@ def test_shipped_configs_compile(name, variant):
     batch = trainer.cfg.data.batch_size * trainer.cfg.data.seq_len * 5 * 4 // trainer.mesh.size
     assert memory.argument_size_in_bytes == pytest.approx(held(trainer) + batch, rel=1e-3)
     assert memory.alias_size_in_bytes == pytest.approx(held(trainer), rel=1e-3)
+
+
+WHERE = [f'{chips}x{kind}' for kind in ('v5e', 'v6e', 'v5p') for chips in (64, 256, 1024)] + ['64xh100']
+
+
+@pytest.mark.parametrize('size', ['2b', '9b', '27b'])
+def test_every_size_divides_over_the_chips_that_it_names(size):
+    """And trains the same function everywhere: the same rows in a step, the same model."""
+    base = validate(shipped(f'gemma2_{size}.py', 'spark'))
+    for where in WHERE[size == '27b' :]:  # 64 v5e are too few for 27B
+        cfg = validate(shipped(f'gemma2_{size}.py', f'spark,{where}'))
+        check_devices(cfg, int(where.split('x')[0]))
+        assert not differences(base, cfg, ignore=('mesh', 'train.accumulate'))
+    for wrong in ['64xv7', *WHERE[: size == '27b']]:
+        with pytest.raises(ConfigError, match=f"'{wrong}': want one of (64xv5e, )?256xv5e, "):
+            shipped(f'gemma2_{size}.py', f'spark,{wrong}')
