@@ -245,6 +245,67 @@ ffi::Error AttentionImpl(ffi::ThreadPool threads, int64_t set, int64_t k, int64_
   });
 }
 
+ffi::Error FFNForwardImpl(ffi::ThreadPool threads, int64_t set, float quantile, float huber, int64_t ddof, Floats scores, Floats x2,
+                          Floats k2, Floats v, ffi::Result<Floats> y, ffi::Result<Floats> statistics, ffi::Result<Ints> active) {
+  auto use = resolve(set);
+  if (use.has_error()) return use.error();
+  if (scores.dimensions().size() != 2 || x2.dimensions().size() != 2 || v.dimensions().size() != 2)
+    return wrong_shape("scores", scores, "two axes, as x2 and v");
+  const int64_t tokens = scores.dimensions()[0], neurons = scores.dimensions()[1], width = x2.dimensions()[1], D = v.dimensions()[1];
+  REQUIRE_SHAPE(x2, tokens, width);
+  REQUIRE_SHAPE(k2, neurons, width);
+  REQUIRE_SHAPE(v, neurons, D);
+  REQUIRE_SHAPE(*y, tokens, D);
+  REQUIRE_SHAPE(*statistics, tokens, 3);
+  REQUIRE_SHAPE(*active, tokens);
+  XlaPool pool(threads);
+  FFNForward m{int(tokens), int(neurons), int(width), int(D), quantile, huber, int(ddof), scores.typed_data(), x2.typed_data(),
+               k2.typed_data(), v.typed_data(), y->typed_data(), statistics->typed_data(), active->typed_data()};
+  compute(*use, m, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error FFNBackwardImpl(ffi::ThreadPool threads, int64_t set, float huber, Floats scores, Floats thetas, Floats x1, Floats x2, Floats dy,
+                           Floats k1, Floats k2, Floats v, ffi::Result<Floats> dx1, ffi::Result<Floats> dx2, ffi::Result<Floats> dk1,
+                           ffi::Result<Floats> dk2, ffi::Result<Floats> dv, ffi::Result<Floats> dtheta) {
+  auto use = resolve(set);
+  if (use.has_error()) return use.error();
+  if (scores.dimensions().size() != 2 || x1.dimensions().size() != 2 || x2.dimensions().size() != 2 || v.dimensions().size() != 2)
+    return wrong_shape("scores", scores, "two axes, as x1, x2 and v");
+  const int64_t tokens = scores.dimensions()[0], neurons = scores.dimensions()[1], D = v.dimensions()[1];
+  const int64_t r = x1.dimensions()[1], width = x2.dimensions()[1];
+  REQUIRE_SHAPE(thetas, tokens);
+  REQUIRE_SHAPE(x1, tokens, r);
+  REQUIRE_SHAPE(x2, tokens, width);
+  REQUIRE_SHAPE(dy, tokens, D);
+  REQUIRE_SHAPE(k1, neurons, r);
+  REQUIRE_SHAPE(k2, neurons, width);
+  REQUIRE_SHAPE(v, neurons, D);
+  REQUIRE_SHAPE(*dx1, tokens, r);
+  REQUIRE_SHAPE(*dx2, tokens, width);
+  REQUIRE_SHAPE(*dk1, neurons, r);
+  REQUIRE_SHAPE(*dk2, neurons, width);
+  REQUIRE_SHAPE(*dv, neurons, D);
+  REQUIRE_SHAPE(*dtheta, tokens);
+  XlaPool pool(threads);
+  FFNBackward m{int(tokens), int(neurons), int(r), int(width), int(D), huber, scores.typed_data(), thetas.typed_data(), x1.typed_data(),
+                x2.typed_data(), dy.typed_data(), k1.typed_data(), k2.typed_data(), v.typed_data(), dx1->typed_data(),
+                dx2->typed_data(), dk1->typed_data(), dk2->typed_data(), dv->typed_data(), dtheta->typed_data()};
+  compute(*use, m, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error TransposeImpl(ffi::ThreadPool threads, int64_t set, Floats x, ffi::Result<Floats> y) {
+  auto use = resolve(set);
+  if (use.has_error()) return use.error();
+  if (x.dimensions().size() != 2) return wrong_shape("x", x, "two axes");
+  const int64_t rows = x.dimensions()[0], columns = x.dimensions()[1];
+  REQUIRE_SHAPE(*y, columns, rows);
+  XlaPool pool(threads);
+  compute(*use, Transpose{int(rows), int(columns), x.typed_data(), y->typed_data()}, pool);
+  return ffi::Error::Success();
+}
+
 ffi::Error ReadImpl(ffi::ThreadPool threads, int64_t set, Floats x, ffi::Result<Floats> y) {
   auto use = resolve(set);
   if (use.has_error()) return use.error();
@@ -288,5 +349,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_attention, spark::AttentionImpl,
                                   .Attr<float>("cap").Arg<spark::Floats>().Arg<spark::Floats>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
                                   .Arg<spark::Ints>().Arg<spark::Ints>().Arg<spark::Floats>().Ret<spark::Floats>().Ret<spark::Ints>()
                                   .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_ffn_forward, spark::FFNForwardImpl,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set").Attr<float>("quantile").Attr<float>("huber")
+                                  .Attr<int64_t>("ddof").Arg<spark::Floats>().Arg<spark::Floats>().Arg<spark::Floats>()
+                                  .Arg<spark::Floats>().Ret<spark::Floats>().Ret<spark::Floats>().Ret<spark::Ints>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_ffn_backward, spark::FFNBackwardImpl,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set").Attr<float>("huber")
+                                  .Arg<spark::Floats>().Arg<spark::Floats>().Arg<spark::Floats>().Arg<spark::Floats>()
+                                  .Arg<spark::Floats>().Arg<spark::Floats>().Arg<spark::Floats>().Arg<spark::Floats>()
+                                  .Ret<spark::Floats>().Ret<spark::Floats>().Ret<spark::Floats>().Ret<spark::Floats>()
+                                  .Ret<spark::Floats>().Ret<spark::Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_transpose, spark::TransposeImpl,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set").Arg<spark::Floats>().Ret<spark::Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_read, spark::ReadImpl,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set").Arg<spark::Floats>().Ret<spark::Floats>());

@@ -76,6 +76,32 @@ struct Attention {
   int32_t* attended;  // (batch, heads, group, tokens) attended keys
 };
 
+// The Spark FFN for training, from its scores x1 . K1 (tokens, d_ff), without a predictor's or gate's own row where width is 0:
+// y[t] = sum over f with scores[t, f] > theta_t of GELU(scores[t, f] - theta_t) (k2[f] . x2[t]) v[f]
+struct FFNForward {
+  int tokens, d_ff, width, d_model;  // x2 (tokens, width), k2 (d_ff, width), v (d_ff, d_model)
+  float quantile, huber;             // as in FFN, but quantile is finite
+  int ddof;                          // the variance is a sum of squares over d_ff - ddof
+  const float *scores, *x2, *k2, *v;
+  float *y, *statistics;  // statistics (tokens, 3): theta, mean and standard deviation of the scores
+  int32_t* active;
+};
+
+// Its gradients, without those that flow through theta, of which it returns dtheta (tokens).
+struct FFNBackward {
+  int tokens, d_ff, r, width, d_model;  // x1 (tokens, r), k1 (d_ff, r)
+  float huber;
+  const float *scores, *thetas, *x1, *x2, *dy, *k1, *k2, *v;
+  float *dx1, *dx2, *dk1, *dk2, *dv, *dtheta;
+};
+
+// to[j, i] = from[i, j], from (rows, columns)
+struct Transpose {
+  int rows, columns;
+  const float* from;
+  float* to;
+};
+
 // y = the sum of x, which is the fastest way to read memory
 struct Read {
   int64_t n;
@@ -93,6 +119,9 @@ struct Read {
   void compute(const FFN<int8_t>&, Pool&);     \
   void compute(const Attention<float>&, Pool&);\
   void compute(const Attention<bf16>&, Pool&); \
+  void compute(const FFNForward&, Pool&);      \
+  void compute(const FFNBackward&, Pool&);     \
+  void compute(const Transpose&, Pool&);       \
   void compute(const Read&, Pool&);            \
   }
 SPARK_ENTRY_POINTS(portable)
