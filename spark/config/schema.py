@@ -48,6 +48,8 @@ class FFNConfig(_Section):
     r: int = Field(0, ge=0)  # predictor rank: a token's first r dimensions score the neurons; 0 for kinds without a predictor
     topk: Literal['statistical', 'exact', 'approx'] = 'statistical'  # the operator that selects the k
     huber: float = Field(0.0, ge=0)  # width of the smoothed threshold (Theorem 3.2); 0: a plain soft threshold
+    # masked: every neuron is computed. sparse: active ones only, forward and backward, by CPU kernels. auto: the faster one.
+    impl: Literal['auto', 'masked', 'sparse'] = 'auto'
 
     @property
     def traits(self) -> Kind:

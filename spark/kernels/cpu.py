@@ -31,7 +31,8 @@ def _library() -> ctypes.CDLL | None:
     if path in (None, 'none'):
         return None
     library = ctypes.CDLL(str(path))
-    for name in ('spark_matmul', 'spark_ffn', 'spark_ffn_forward', 'spark_ffn_backward', 'spark_transpose', 'spark_attention', 'spark_read'):
+    for name in ('matmul', 'ffn', 'ffn_forward', 'ffn_backward', 'transpose', 'attention', 'read'):
+        name = f'spark_{name}'
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform='cpu')
     return library
 

@@ -18,9 +18,6 @@ from scipy.special import ndtri
 
 from spark.kernels import cpu
 
-Inputs = Float[Array, 'T _']
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def ffn(
     x1: Float[Array, 'T r'], x2: Float[Array, 'T rest'], K1: Float[Array, 'r F'], K2: Float[Array, 'rest F'], V: Float[Array, 'F D'],

@@ -38,7 +38,7 @@ class Group(nn.Module):
         for i, window in enumerate(self.cfg.windows[: len(self.cfg.pattern)]):
             norm = lambda name, x, i=i: RMSNorm(name=f'{name}_{i}')(x)
             attention = Attention(self.cfg.attention, self.dtype, self.platform, name=f'attention_{i}')
-            ffn = FFN(self.cfg.ffn, self.dtype, name=f'ffn_{i}')
+            ffn = FFN(self.cfg.ffn, self.dtype, self.platform, name=f'ffn_{i}')
             x_BxLxD = block(x_BxLxD, norm, lambda x, f=attention, v=visible[window]: f(x, positions_BxL, v), ffn)
             x_BxLxD = nn.with_logical_constraint(x_BxLxD, ('batch', 'length', None))
         return x_BxLxD, None
