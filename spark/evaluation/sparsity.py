@@ -34,8 +34,9 @@ def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, d
       'ffn_scores', 'attention_scores' (bins): histograms of standardised scores; in attention, of those long queries.
     """
     cfg = model.cfg
-    # Blockwise attention does not call `activate`.
-    whole = model.clone(cfg=cfg.model_copy(update={'attention': cfg.attention.model_copy(update={'impl': 'full'})}))
+    # Only with all scores at once is `activate` called.
+    update = lambda half, impl: getattr(cfg, half).model_copy(update={'impl': impl})
+    whole = model.clone(cfg=cfg.model_copy(update={'attention': update('attention', 'full'), 'ffn': update('ffn', 'masked')}))
     real_BxL = batch['segments'] > 0
     with nn.intercept_methods(_statistics(cfg.attention.k, real_BxL)):
         hidden, state = whole.apply(params, batch['tokens'], batch['positions'], batch['segments'], mutable=[METRICS])

@@ -17,6 +17,10 @@ from jaxtyping import Array, Float32, Int32, Num
 from scipy.special import ndtri
 
 SETS = ('best', 'portable', 'avx2', 'avx512')  # instruction sets; 'portable' is SSE2 or NEON
+TARGETS = (
+    'matmul', 'ffn', 'attention', 'read',
+    'ffn_forward', 'ffn_backward', 'attention_forward', 'attention_backward', 'add_transposed',
+)  # fmt: skip
 AnyArray = Array | np.ndarray
 Tokens = Float32[AnyArray, 'T D']
 Keys = Num[AnyArray, 'B N S r']
@@ -31,7 +35,7 @@ def _library() -> ctypes.CDLL | None:
     if path in (None, 'none'):
         return None
     library = ctypes.CDLL(str(path))
-    for name in ('matmul', 'ffn', 'ffn_forward', 'ffn_backward', 'transpose', 'attention', 'read'):
+    for name in TARGETS:
         name = f'spark_{name}'
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform='cpu')
     return library
@@ -118,9 +122,11 @@ def quantiles(k: int, n: int) -> Float32[Array, ' {n}+1']:
     return jnp.asarray(np.where(i > k, -ndtri(np.minimum(k / np.maximum(i, 1), 1)), -np.inf), jnp.float32)
 
 
-def transpose(x: Float32[AnyArray, 'm n']) -> Float32[Array, 'n m']:
-    """xᵀ."""
-    return call('spark_transpose', jax.ShapeDtypeStruct(x.shape[::-1], jnp.float32))(x)
+def add_transposed(
+    y: Float32[AnyArray, 'n m'], x: Float32[AnyArray, 'm n'], bias: Float32[AnyArray, ' n']
+) -> Float32[Array, 'n m']:  # fmt: skip
+    """y + xᵀ + bias[:, None], in place where no one else needs y."""
+    return call('spark_add_transposed', jax.ShapeDtypeStruct(y.shape, jnp.float32), aliases={0: 0})(y, x, bias)
 
 
 def read(x: Float32[AnyArray, '...']) -> Float32[Array, '']:

@@ -1,11 +1,11 @@
 """The FFN with top-k for training on CPUs: forward and backward compute active neurons only, but for products of rank r.
 
-The scores s = x1 K1 take an ordinary product; C++ kernels (cpu/ffn_training.h) compute all else for the active neurons. Backward, the
-gradients through the threshold θ = mean + std · Q touch every score. With dθ_t, which the kernel returns,
+The scores s = x1 K1 take an ordinary product; C++ kernels (cpu/ffn_training.h) compute all else for the active neurons. Backward,
+the gradient through the threshold θ = mean + std · Q touches every score. With dθ_t, which the kernel returns,
 
     ds += α·1ᵀ + diag(β)·s        β_t = dθ_t · Q / ((F − ddof) · std_t)        α_t = dθ_t / F − β_t · mean_t
 
-and since s = x1 K1 has rank r, that adds to the gradients of K1 and x1 two small products instead of two with all neurons.
+and since s = x1 K1 has rank r, that adds two products to the gradients of K1 and x1: with s, or with K1 if r < T.
 """
 
 import functools
@@ -13,49 +13,56 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float32, Int32
 from scipy.special import ndtri
 
 from spark.kernels import cpu
+from spark.ops.topk import THRESHOLD
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def ffn(
-    x1: Float[Array, 'T r'], x2: Float[Array, 'T rest'], K1: Float[Array, 'r F'], K2: Float[Array, 'rest F'], V: Float[Array, 'F D'],
-    k: int, huber: float = 0.0, ddof: int = 1,
-) -> tuple[Float[Array, 'T D'], Int[Array, ' T']]:  # fmt: skip
-    """V · (GELU(StatTopK_k(K1ᵀ x1)) ⊙ K2ᵀ x2), and the number of active neurons of each token; in float32.
+    x1: Float32[Array, 'T r'], x2: Float32[Array, 'T rest'], K1: Float32[Array, 'r F'], K2: Float32[Array, 'rest F'],
+    V: Float32[Array, 'F D'], k: int, huber: float = 0.0, ddof: int = 1,
+) -> tuple[Float32[Array, 'T D'], Int32[Array, ' T']]:  # fmt: skip
+    """V · (GELU(StatTopK_k(K1ᵀ x1)) ⊙ K2ᵀ x2), and the number of active neurons of each token.
 
-    k, huber and ddof are those of `ops.statistical_topk`, with k < F.
+    Without a gate x2 and K2 have `rest` = 0. k < F, huber and ddof are those of `ops.statistical_topk`. There are at most 2³¹ − 1
+    scores. Where scores are not finite, y is NaN.
     """
     return _forward(x1, x2, K1, K2, V, k, huber, ddof)[0]
 
 
 def _forward(x1, x2, K1, K2, V, k, huber, ddof):
-    (T, F), D = (len(x1), len(V)), V.shape[1]
+    T, (F, D) = len(x1), V.shape
     s = x1 @ K1
-    shapes = (jax.ShapeDtypeStruct((T, n), jnp.float32) for n in (D, 3))
+    shapes = [*_floats((T, D), (T, 3)), jax.ShapeDtypeStruct((T,), jnp.int32)]
     attributes = {'quantile': np.float32(-ndtri(k / F)), 'huber': np.float32(huber), 'ddof': np.int64(ddof)}
-    call = cpu.call('spark_ffn_forward', (*shapes, jax.ShapeDtypeStruct((T,), jnp.int32)), **attributes)
-    y, statistics, active = call(s, x2, cpu.transpose(K2), V)
-    return (y, active), (x1, x2, K1, K2, V, s, statistics)
+    y, statistics, active = cpu.call('spark_ffn_forward', shapes, **attributes)(s, x2, K2, V)
+    return (y, active), (x1, x2, K1, K2, V, s, checkpoint_name(statistics, THRESHOLD))
 
 
 def _backward(k, huber, ddof, saved, gradients):
     (x1, x2, K1, K2, V, s, statistics), dy = saved, gradients[0]
     (T, r), F = x1.shape, len(V)
     theta, mean, std = statistics.T
-    widths = [(T, r), (T, x2.shape[1]), (F, r), (F, x2.shape[1]), V.shape, (T,)]
-    call = cpu.call('spark_ffn_backward', [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in widths], huber=np.float32(huber))
-    dx1, dx2, dK1, dK2, dV, dtheta = call(s, theta, x1, x2, dy, cpu.transpose(K1), cpu.transpose(K2), V)
+    shapes = _floats(x1.shape, x2.shape, (F, r), K2.shape, V.shape, (T,))
+    call = cpu.call('spark_ffn_backward', shapes, huber=np.float32(huber))
+    dx1, dx2, dK1_Fxr, dK2, dV, dtheta = call(s, theta, x1, x2, dy, K1, K2, V)
     beta = jnp.where(std > 0, dtheta * -ndtri(k / F) / (max(F - ddof, 1) * jnp.where(std > 0, std, 1)), 0)
     alpha = dtheta / F - beta * mean
-    if T > r:
-        dK1 = cpu.transpose(dK1) + (x1.T @ alpha)[:, None] + ((x1 * beta[:, None]).T @ x1) @ K1
-        dx1 = dx1 + alpha[:, None] * jnp.sum(K1, axis=1) + (x1 * beta[:, None]) @ _gram(K1)
+    scaled = x1 * beta[:, None]
+    if T <= r:
+        by_keys, by_tokens = beta[:, None] * (s @ K1.T), scaled.T @ s
     else:
-        ds = alpha[:, None] + beta[:, None] * s
-        dK1, dx1 = cpu.transpose(dK1) + x1.T @ ds, dx1 + ds @ K1.T
-    return dx1, dx2, dK1, cpu.transpose(dK2), dV
+        by_keys, by_tokens = scaled @ _gram(K1), (scaled.T @ x1) @ K1
+    dx1 = dx1 + by_keys + alpha[:, None] * jnp.sum(K1, axis=1)
+    return dx1, dx2, cpu.add_transposed(by_tokens, dK1_Fxr, alpha @ x1), dK2, dV
+
+
+def _floats(*shapes):
+    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
 
 def _gram(K):

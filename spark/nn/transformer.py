@@ -85,7 +85,8 @@ class Transformer(nn.Module):
         tokens = shard(tokens_BxL, ('replicas', None))
         x_BxLxD = shard(jnp.take(self.embedding, tokens, axis=0).astype(self.dtype), ('replicas', None, 'embed'))
         x_BxLxD = shard(embed(x_BxLxD, self.dtype), ('batch', 'length', None))
-        visible = {w: visible_to(self.cfg.attention, w, positions_BxL, segments_BxL) for w in sorted(set(self.cfg.windows))}
+        rows = positions_BxL, segments_BxL, self.dtype, self.platform
+        visible = {w: visible_to(self.cfg.attention, w, *rows) for w in sorted(set(self.cfg.windows))}
         x_BxLxD, _ = self.groups(x_BxLxD, positions_BxL, visible)
         return self.final_norm(x_BxLxD)
 

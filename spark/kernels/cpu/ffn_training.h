@@ -70,6 +70,14 @@ INLINE VecF gelu_slope(VecF x) {
   return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * (0.7978845608f * (1.0f + 0.134145f * x * x));
 }
 
+// The second scores of the active neurons.
+void second_scores(Pool& pool, const Active& active, Table x2, Table k2, float* s2) {
+  if (x2.width)
+    sampled(pool, active.pattern, active.columns, x2, k2, s2);
+  else
+    for (int p = 0; p < active.size; ++p) s2[p] = 1;
+}
+
 void ffn_training(const FFNForward& m, Pool& pool) {
   const int T = m.tokens, F = m.d_ff;
   Scratch<float> thetas(T);
@@ -86,10 +94,14 @@ void ffn_training(const FFNForward& m, Pool& pool) {
     m.active[t] = 0;
     for (int b = 0; b < active.pattern.blocks; ++b) m.active[t] += active.pattern.starts(b)[t + 1] - active.pattern.starts(b)[t];
   }
-  Scratch<float> s2(active.size);
-  sampled(pool, active.pattern, active.columns, {m.x2, m.width}, {m.k2, m.width}, s2);
+  Scratch<float> k2(size_t(F) * m.width), s2(active.size);
+  transpose(pool, m.width, F, m.k2, k2);
+  second_scores(pool, active, {m.x2, m.width}, {k2, m.width}, s2);
   active.parallel_vectors(pool, [&](int p) { store(s2 + p, gelu(smoothed(load(active.m + p), m.huber)) * load(s2 + p)); });
   weighted(pool, active.pattern, active.columns, s2, {m.v, m.d_model}, m.y);
+  for (int t = 0; t < T; ++t)  // scores that are not numbers have no active neurons: a run that diverged must not look sound
+    if (std::isnan(thetas[t]))
+      for (int i = 0; i < m.d_model; ++i) m.y[size_t(t) * m.d_model + i] = NAN;
 }
 
 void ffn_training(const FFNBackward& m, Pool& pool) {
@@ -98,9 +110,11 @@ void ffn_training(const FFNBackward& m, Pool& pool) {
   const Pattern& pattern = active.pattern;
   const int* columns = active.columns;
   // In place: s2 becomes ds2, u becomes dm, and m becomes the weight of V.
-  Scratch<float> ds2(active.size), dm(active.size);
+  Scratch<float> ds2(active.size), dm(active.size), k1(size_t(F) * m.r), k2(size_t(F) * m.width), dk2(size_t(F) * m.width);
   float* weight = active.m;
-  sampled(pool, pattern, columns, {m.x2, m.width}, {m.k2, m.width}, ds2);
+  transpose(pool, m.r, F, m.k1, k1);
+  transpose(pool, m.width, F, m.k2, k2);
+  second_scores(pool, active, {m.x2, m.width}, {k2, m.width}, ds2);
   sampled(pool, pattern, columns, {m.dy, m.d_model}, {m.v, m.d_model}, dm);
   active.parallel_vectors(pool, [&](int p) {
     const VecF above = load(weight + p), x = smoothed(above, m.huber), a = gelu(x), s2 = load(ds2 + p), u = load(dm + p);
@@ -114,11 +128,12 @@ void ffn_training(const FFNBackward& m, Pool& pool) {
       for (int p = pattern.starts(b)[t]; p < pattern.starts(b)[t + 1]; ++p) total += dm[p];
     m.dtheta[t] = -total;
   });
-  weighted(pool, pattern, columns, ds2, {m.k2, m.width}, m.dx2);
-  weighted(pool, pattern, columns, dm, {m.k1, m.r}, m.dx1);
+  weighted(pool, pattern, columns, ds2, {k2, m.width}, m.dx2);
+  weighted(pool, pattern, columns, dm, {k1, m.r}, m.dx1);
   const Transposed transposed(pool, pattern, columns);
   transposed.weighted(pool, weight, {m.dy, m.d_model}, m.dv);
-  transposed.weighted(pool, ds2, {m.x2, m.width}, m.dk2);
+  transposed.weighted(pool, ds2, {m.x2, m.width}, dk2);
+  transpose(pool, F, m.width, dk2, m.dk2);
   transposed.weighted(pool, dm, {m.x1, m.r}, m.dk1);
 }
 

@@ -20,7 +20,12 @@ constexpr int BLOCK_COLUMNS = 512;                          // columns of the sp
 constexpr int DOT_TILE = 256;                               // floats of a row of b that `sampled` takes at a time
 constexpr int SUM_VECTORS = 8, SUM_TILE = SUM_VECTORS * W;  // those of a row of out that `weighted` keeps in registers
 
-struct Table { const float* rows; int width; };  // (n, width)
+// (n, width), a row every `stride` floats
+struct Table {
+  const float* rows;
+  int width, stride;
+  Table(const float* rows, int width, int stride = 0) : rows(rows), width(width), stride(stride ? stride : width) {}
+};
 
 // Which entries of a sparse matrix there are: those of a block are contiguous, row by row.
 class Pattern {
@@ -63,17 +68,17 @@ void parallel_pieces(Pool& pool, int outer, int rows, F f) {
 void sampled(Pool& pool, const Pattern& pattern, const int* columns, Table a, Table b, float* values) {
   parallel_pieces(pool, pattern.blocks, pattern.rows, [&](int block, int lo, int hi) {
     const int* start = pattern.starts(block);
-    const float* first = b.rows + size_t(block) * BLOCK_COLUMNS * b.width;
+    const float* first = b.rows + size_t(block) * BLOCK_COLUMNS * b.stride;
     for (int at = 0; at < b.width; at += DOT_TILE) {
       const int n = min(DOT_TILE, b.width - at);
       for (int t = lo; t < hi; ++t) {
-        const float* query = a.rows + size_t(t) * a.width + at;
+        const float* query = a.rows + size_t(t) * a.stride + at;
         groups_of_four(start[t + 1] - start[t], [&](auto size, int i) {
           constexpr int R = decltype(size)::value;
           const int p = start[t] + i;
           const float* keys[R];
           float out[R][1];
-          for (int c = 0; c < R; ++c) keys[c] = first + size_t(columns[p + c]) * b.width + at;
+          for (int c = 0; c < R; ++c) keys[c] = first + size_t(columns[p + c]) * b.stride + at;
           dots<R, 1>(keys, &query, n, out);
           for (int c = 0; c < R; ++c) values[p + c] = at ? values[p + c] + out[c][0] : out[c][0];
         });
@@ -82,22 +87,25 @@ void sampled(Pool& pool, const Pattern& pattern, const int* columns, Table a, Ta
   });
 }
 
-// out[t] = sum over the entries p of row t of values[p] b[f], for all rows of the pattern.
-void weighted(Pool& pool, const Pattern& pattern, const int* columns, const float* values, Table b, float* out) {
+// out[t] = sum over the entries p of row t of values[p] b[f], for all rows of the pattern; `add`: out[t] += ...
+void weighted(Pool& pool, const Pattern& pattern, const int* columns, const float* values, Table b, float* out, int out_stride = 0,
+              bool add = false) {
+  if (!out_stride) out_stride = b.width;
   const int tiles = (b.width + SUM_TILE - 1) / SUM_TILE;
   parallel_pieces(pool, tiles, pattern.rows, [&](int tile, int lo, int hi) {
     const int at = tile * SUM_TILE, n = min(SUM_TILE, b.width - at);
     Scratch<float> packed(BLOCK_COLUMNS * SUM_TILE);  // where rows lie a power of two apart, few of them fit in a cache
     for (int block = 0; block < pattern.blocks; ++block) {
       const int* start = pattern.starts(block);
-      const float* from = b.rows + size_t(block) * BLOCK_COLUMNS * b.width + at;
+      const float* from = b.rows + size_t(block) * BLOCK_COLUMNS * b.stride + at;
       for (int f = 0; f < pattern.width(block); ++f) {
         float* row = packed + f * SUM_TILE;
-        std::memcpy(row, from + size_t(f) * b.width, sizeof(float) * n);
+        std::memcpy(row, from + size_t(f) * b.stride, sizeof(float) * n);
         std::memset(row + n, 0, sizeof(float) * (SUM_TILE - n));
       }
       for (int t = lo; t < hi; ++t) {
-        float* to = out + size_t(t) * b.width + at;
+        if (add && start[t] == start[t + 1]) continue;
+        float* to = out + size_t(t) * out_stride + at;
         VecF sums[SUM_VECTORS] = {};
         for (int p = start[t]; p < start[t + 1]; ++p) {
           const float* row = packed + columns[p] * SUM_TILE;
@@ -106,12 +114,12 @@ void weighted(Pool& pool, const Pattern& pattern, const int* columns, const floa
         }
         if (n == SUM_TILE) {
 #pragma GCC unroll 8
-          for (int c = 0; c < SUM_VECTORS; ++c) store(to + c * W, block ? load(to + c * W) + sums[c] : sums[c]);
+          for (int c = 0; c < SUM_VECTORS; ++c) store(to + c * W, block || add ? load(to + c * W) + sums[c] : sums[c]);
         } else {
           float tail[SUM_TILE];
 #pragma GCC unroll 8
           for (int c = 0; c < SUM_VECTORS; ++c) store(tail + c * W, sums[c]);
-          for (int c = 0; c < n; ++c) to[c] = block ? to[c] + tail[c] : tail[c];
+          for (int c = 0; c < n; ++c) to[c] = block || add ? to[c] + tail[c] : tail[c];
         }
       }
     }
@@ -129,12 +137,12 @@ class Transposed {
   }
 
   // out[f] = sum over the entries p of column f of values[p] a[t]
-  void weighted(Pool& pool, const float* values, Table a, float* out) const {
+  void weighted(Pool& pool, const float* values, Table a, float* out, int out_stride = 0, bool add = false) const {
     Scratch<float> permuted(room_);
     parallel(pool, pattern.blocks, [&](int b) {
       for (int p = pattern.starts(b)[0], end = pattern.starts(b)[pattern.rows]; p < end; ++p) permuted[p] = values[from_[p]];
     });
-    SPARK_SET::weighted(pool, pattern, columns_, permuted, a, out);
+    SPARK_SET::weighted(pool, pattern, columns_, permuted, a, out, out_stride, add);
   }
 
  private:
@@ -174,20 +182,34 @@ class Transposed {
   }
 };
 
-// to[j, i] = from[i, j], by tiles of whole cache lines that stay in the first-level cache
-void transpose(const Transpose& m, Pool& pool) {
+// put(j, i, values, n) for every column j of a matrix, n rows i, i + 1, ... at a time: by tiles of whole cache lines that stay in the
+// first-level cache.
+template <class F>
+void by_columns(Pool& pool, int rows, int columns, const float* from, F put) {
   constexpr int ROWS_IN = 32, COLUMNS_IN = 128;
-  parallel(pool, (m.columns + COLUMNS_IN - 1) / COLUMNS_IN, [&](int block) {
-    const int lo = block * COLUMNS_IN, n = min(COLUMNS_IN, m.columns - lo);
+  parallel(pool, (columns + COLUMNS_IN - 1) / COLUMNS_IN, [&](int block) {
+    const int lo = block * COLUMNS_IN, n = min(COLUMNS_IN, columns - lo);
     float tile[COLUMNS_IN][ROWS_IN];
-    for (int i0 = 0; i0 < m.rows; i0 += ROWS_IN) {
-      const int rows = min(ROWS_IN, m.rows - i0);
-      for (int i = 0; i < rows; ++i) {
-        const float* from = m.from + size_t(i0 + i) * m.columns + lo;
-        for (int j = 0; j < n; ++j) tile[j][i] = from[j];
-      }
-      for (int j = 0; j < n; ++j) std::memcpy(m.to + size_t(lo + j) * m.rows + i0, tile[j], sizeof(float) * rows);
+    for (int i = 0; i < rows; i += ROWS_IN) {
+      const int m = min(ROWS_IN, rows - i);
+      for (int k = 0; k < m; ++k)
+        for (int j = 0; j < n; ++j) tile[j][k] = from[size_t(i + k) * columns + lo + j];
+      for (int j = 0; j < n; ++j) put(lo + j, i, tile[j], m);
     }
+  });
+}
+
+// to[j, i] = from[i, j]
+void transpose(Pool& pool, int rows, int columns, const float* from, float* to) {
+  by_columns(pool, rows, columns, from, [&](int j, int i, const float* x, int n) {
+    std::memcpy(to + size_t(j) * rows + i, x, sizeof(float) * n);
+  });
+}
+
+void add_transposed(const AddTransposed& m, Pool& pool) {
+  by_columns(pool, m.rows, m.columns, m.x, [&](int j, int i, const float* x, int n) {
+    float* y = m.y + size_t(j) * m.rows + i;
+    for (int k = 0; k < n; ++k) y[k] += x[k] + m.bias[j];
   });
 }
 
