@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spark.errors import ConfigError
 from spark.kernels import blockwise, cpu, sparse_attention
 from spark.kernels.blockwise import Spec
+from spark.nn.attention import computes_survivors_only
+from tests.helpers import small
 from tests.kernels.test_blockwise import both, inputs, with_gradients
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason='the CPU kernels were not built')
@@ -79,6 +82,15 @@ def test_a_query_never_goes_without_a_key():
     assert (n >= 1).all() and all(jnp.isfinite(x).all() for x in (y, *gradients))
     y, _ = sparse_attention.attention(q.at[0, 0, 0, 7, 1].set(jnp.nan), k, v, starts, Spec(r=4, k=3))
     np.testing.assert_array_equal(jnp.isnan(y).any(axis=-1)[0, 0, 0], jnp.arange(40) == 7)
+
+
+def test_what_the_kernels_decline_is_refused_in_one_line():
+    cfg = lambda kind: small(kind, **{'model.attention.impl': 'sparse'}).model.attention
+    assert computes_survivors_only(cfg('spark'), jnp.float32, 'cpu', 32)
+    for declined in [(cfg('dense'), jnp.float32, 'cpu', 32), (cfg('spark'), jnp.bfloat16, 'cpu', 32),
+                     (cfg('spark'), jnp.float32, 'tpu', 32), (cfg('spark'), jnp.float32, 'cpu', 1 << 16)]:  # fmt: skip
+        with pytest.raises(ConfigError, match=r"^model.attention.impl = 'sparse': want 'auto', 'full' or 'blockwise': .*$"):
+            computes_survivors_only(*declined)
 
 
 @pytest.mark.parametrize('N', [1, 8])

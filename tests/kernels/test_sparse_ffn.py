@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from spark import ops
 from spark.errors import ConfigError
 from spark.kernels import cpu, sparse_ffn
-from spark.nn.ffn import FFN
+from spark.nn.ffn import FFN, computes_active_only
+from spark.training import sharding
 from tests.helpers import small
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason='the CPU kernels were not built')
@@ -145,6 +146,16 @@ def ffn_steps(kind, remat=False, **changes):
 def test_the_module_computes_the_same(kind, remat):
     masked, sparse = ffn_steps(kind, remat)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max())), sparse, masked)
+
+
+def test_several_devices_compute_every_neuron():
+    cfg = small(**{'mesh.data': 2})
+    chosen = lambda impl: computes_active_only(cfg.model.ffn.model_copy(update={'impl': impl}), jnp.float32, 'cpu', 256)
+    assert chosen('auto') and chosen('sparse') and not chosen('masked')
+    with jax.set_mesh(sharding.make_mesh(cfg)):
+        assert not chosen('auto')
+        with pytest.raises(ConfigError, match=r"model.ffn.impl = 'sparse': want 'auto' or 'masked': .* one CPU device"):
+            chosen('sparse')
 
 
 @pytest.mark.parametrize('changes', [{'model.ffn.topk': 'exact'}, {'model.ffn.k': 96}])

@@ -57,6 +57,7 @@ class Pattern {
 // f(block or tile, first row, last row + 1), for pieces of the rows that keep all threads busy.
 template <class F>
 void parallel_pieces(Pool& pool, int outer, int rows, F f) {
+  if (!outer) return;
   const int pieces = max(1, min((rows + 63) / 64, (4 * pool.threads() + outer - 1) / outer));
   parallel(pool, outer * pieces, [&](int i) {
     const int piece = i % pieces;
