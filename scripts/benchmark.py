@@ -1,15 +1,16 @@
 """Measure what this project claims: both sides in one run, medians of interleaved repeats.
 
-    python scripts/benchmark.py topk|ffn|attention|data|train_step|faults|compile|ffn_decode|decode|prefill [--repeats=N]
-        [--topology=v5e:2x2] [--json=FILE]
+    python scripts/benchmark.py topk|ffn|attention|data|train_step|train_step_30m|faults|compile|ffn_decode|decode|prefill
+        [--repeats=N] [--topology=v5e:2x2] [--json=FILE]
 
 topk        statistical top-k against exact, approximate and GELU, forward + backward, [4096, 13824], k 1106
-ffn         a Spark FFN against the gated FFN of equal parameters, forward + backward, D 2304, 1024 tokens;
+ffn         a Spark FFN against the gated FFN of equal parameters, forward + backward, D 2304, 1024 and 4096 tokens; the memory;
             with --topology: the TPU compiler's estimate of cycles, 8192 tokens, bfloat16; needs libtpu, but no TPU
-attention   Spark attention against dense attention, both blockwise, forward + backward, 2k and 8k tokens; and the memory
+attention   Spark attention against dense attention, both in linear memory, forward + backward, 2k and 8k tokens; and the memory
 data        batches from a token store against tokenizing in the loop, rows of 2048 and 8192 tokens; in the details, CPU seconds
             per million tokens of the job for one of 1, 8 and 64 processes, and opening a store of 1e11 tokens
 train_step  a training step of configs/tiny.py, Spark against dense; fails if a step after the first compiles anything
+train_step_30m  the same for D 512, 8 layers, rows of 1024 tokens
 faults      the cost of fault tolerance: a checkpoint, the watchdog and the guard against bad updates, on configs/tiny.py
 compile     compiling the training step of a model of 26 layers against one of 4, at small widths
 ffn_decode  decoding with the FFN alone, bfloat16, Spark against dense at the 2B shape; matrix-vector products against memory

@@ -4,10 +4,8 @@ Weights are random and uniform; scores, being sums of many products, come out Ga
 and the weights that one measurement reads are far larger than the last-level cache.
 """
 
-import contextlib
 import functools
 import itertools
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spark.benchmarks.timing import Rows, interleaved, row
+from spark.benchmarks.timing import Rows, interleaved, memory, reset_peak, row
 from spark.config import ExperimentConfig, ModelConfig
 from spark.inference import layout, model
 from spark.kernels import cpu
@@ -193,16 +191,3 @@ def prefill(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 1, 
     details = {f'{name}_ms_per_token': t / length for name, t in ms.items()}
     details |= {f'spark_{name}': x for name, x in sides['spark'].activity().items()}
     return [row(f'prefill: Spark against dense, {length} tokens in chunks of {chunk}', ms['spark'], ms['dense'], **details)]
-
-
-def memory(field: str) -> int:
-    """Bytes that this process holds, 'VmRSS', or held at its peak, 'VmHWM'; 0 except on Linux."""
-    status = pathlib.Path('/proc/self/status')
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
-
-
-def reset_peak() -> None:
-    """Makes `memory('VmHWM')` start anew, where the system allows it."""
-    with contextlib.suppress(OSError):
-        pathlib.Path('/proc/self/clear_refs').write_text('5')

@@ -9,10 +9,11 @@ from flax.core import meta
 from jax.sharding import SingleDeviceSharding
 
 from spark import ops
-from spark.benchmarks.timing import Rows, interleaved, row
+from spark.benchmarks.timing import Rows, interleaved, peak_mb, row
 from spark.compiling import aot
-from spark.config import FFNConfig
+from spark.config import AttentionConfig, FFNConfig
 from spark.kernels import blockwise
+from spark.nn.attention import Packed, in_blocks
 from spark.nn.ffn import FFN
 
 # Equal parameters, and equal matmul FLOPs in training.
@@ -46,19 +47,24 @@ def topk(repeats: int = 5) -> Rows:
     return [row(f'topk: {ours} against {baseline}', ms[ours], ms[baseline], **details) for ours, baseline in pairs]
 
 
-def ffn(repeats: int = 11) -> Rows:
-    """A Spark FFN against the gated FFN of equal parameters."""
-    tokens = 1024
+def _ffn_step(name, tokens):
+    """Forward and backward of an FFN, ready to be called."""
     x, cotangent = jax.random.normal(jax.random.key(0), (2, 1, tokens, D))
-    steps = {}
-    for name, cfg in FFNS.items():
-        module = FFN(cfg, jnp.float32)
-        variables = jax.jit(lambda key, module=module: module.init(key, x))(jax.random.key(1))
-        steps[name] = functools.partial(_forward_backward(module.apply), variables, x, cotangent)
-    ms = interleaved(steps, repeats)
-    flops = 3 * 2 * tokens * 3 * D * F
-    details = {'tokens': tokens, 'd_model': D, 'time_ratio': ms['spark'] / ms['gated'], 'gflops_per_s': flops / ms['spark'] / 1e6}
-    return [row('ffn: Spark against gated', ms['spark'], ms['gated'], **details)]
+    module = FFN(FFNS[name], jnp.float32, jax.default_backend())
+    variables = jax.jit(lambda key: module.init(key, x))(jax.random.key(1))
+    return functools.partial(_forward_backward(module.apply), variables, x, cotangent)
+
+
+def ffn(repeats: int = 7) -> Rows:
+    """A Spark FFN against the gated FFN of equal parameters."""
+    rows = []
+    for tokens in (1024, 4096):
+        ms = interleaved({name: _ffn_step(name, tokens) for name in FFNS}, repeats)
+        flops = 3 * 2 * tokens * 3 * D * F
+        details = {'tokens': tokens, 'time_ratio': ms['spark'] / ms['gated'], 'gated_gflops_per_s': flops / ms['gated'] / 1e6}
+        details |= _peaks(_ffn_step, FFNS, tokens)
+        rows.append(row(f'ffn: Spark against gated, {tokens} tokens', ms['spark'], ms['gated'], **details))
+    return rows
 
 
 def ffn_cycles(topology: str) -> Rows:
@@ -80,26 +86,38 @@ def ffn_cycles(topology: str) -> Rows:
     }]  # fmt: skip
 
 
+ATTENTIONS = {  # one layer of 2B with half the heads
+    'spark': AttentionConfig(kind='spark', n_heads=4, n_kv_heads=2, head_dim=256, r=128, k=256, logit_cap=50.0),
+    'dense': AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=256, logit_cap=50.0),
+}
+
+
+def _attend(cfg, *qkv):
+    segments = jnp.ones((1, qkv[0].shape[3]), jnp.int32)
+    return in_blocks(cfg, jax.default_backend(), *qkv, Packed(blockwise.visible_starts(segments), segments, 0))[0]
+
+
+def _shapes(L):
+    """Of q, k, v and a cotangent, batch 1."""
+    return [(1, 2, 2, L, 256), (1, 2, L, 256), (1, 2, L, 256), (1, 2, 2, L, 256)]
+
+
+def _attention_step(name, L):
+    """Forward and backward of the lookup, ready to be called."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, cotangent = (jax.random.normal(key, shape) for key, shape in zip(keys, _shapes(L), strict=True))
+    return functools.partial(_forward_backward(functools.partial(_attend, ATTENTIONS[name])), q / 16, k, v, cotangent)
+
+
 def attention(repeats: int = 3) -> Rows:
-    """Blockwise attention of one layer of 2B with half the heads, batch 1; and its temporary memory as compiled."""
-    N, G, d = 2, 2, 256
-    specs = {'spark': blockwise.Spec(r=128, k=256, logit_cap=50.0), 'dense': blockwise.Spec(logit_cap=50.0)}
-
-    def attend(spec, q, k, v):
-        starts = blockwise.visible_starts(jnp.ones((1, q.shape[3]), jnp.int32))
-        return blockwise.attention(q, k, v, starts, spec)[0]
-
-    steps = {name: _forward_backward(functools.partial(attend, spec)) for name, spec in specs.items()}
-    shapes = lambda L: [(1, N, G, L, d), (1, N, L, d), (1, N, L, d), (1, N, G, L, d)]
-    memory = {}
-    for L in (2048, 8192, 32768):
-        structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes(L)]
-        analysis = steps['spark'].lower(*structs).compile().memory_analysis()
-        memory[f'temporary_mb_at_{L}'] = analysis.temp_size_in_bytes / 1e6
+    """Attention in linear memory, Spark against dense."""
     rows = []
     for L in (2048, 8192):
-        keys = jax.random.split(jax.random.key(0), 4)
-        q, k, v, cotangent = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes(L), strict=True))
-        ms = interleaved({name: functools.partial(step, q / d**0.5, k, v, cotangent) for name, step in steps.items()}, repeats)
-        rows.append(row(f'attention: Spark against dense, {L} tokens', ms['spark'], ms['dense'], **memory))
+        ms = interleaved({name: _attention_step(name, L) for name in ATTENTIONS}, repeats)
+        details = {'time_ratio': ms['spark'] / ms['dense'], **_peaks(_attention_step, ATTENTIONS, L)}
+        rows.append(row(f'attention: Spark against dense, {L} tokens', ms['spark'], ms['dense'], **details))
     return rows
+
+
+def _peaks(build, names, *args):
+    return {f'{name}_peak_mb': peak_mb(build, name, *args) for name in names}

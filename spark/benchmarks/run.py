@@ -13,6 +13,7 @@ BENCHMARKS = {  # name: (function, the shipped config that it measures, its vari
     'attention': (lookups.attention, None, ()),
     'data': (data.data, 'tiny.py', ('spark',)),
     'train_step': (training.train_step, 'tiny.py', ('spark', 'dense')),
+    'train_step_30m': (training.train_step_30m, 'tiny.py', ('spark', 'dense')),
     'faults': (training.faults, 'tiny.py', ('spark',)),
     'compile': (training.compile_time, 'gemma2_2b.py', ('spark',)),
     'ffn_decode': (decoding.ffn_decode, 'gemma2_2b.py', ('spark', 'dense')),

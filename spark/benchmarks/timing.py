@@ -1,6 +1,10 @@
 """Timing several functions in one run, and the rows that report the result."""
 
+import concurrent.futures
+import contextlib
+import multiprocessing
 import os
+import pathlib
 import time
 from collections.abc import Callable, Mapping
 
@@ -25,6 +29,35 @@ def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> 
     return {name: float(np.median(t)) for name, t in times.items()}
 
 
+def peak_mb(build: Callable[..., Callable[[], object]], *args) -> float:
+    """The peak memory of `build(*args)()` in a process of its own, in MB: its arrays and what a call needs, not the compiler."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process:
+        return process.submit(_peak_mb, build, args).result()
+
+
+def _peak_mb(build, args):
+    jax.block_until_ready(jax.jit(lambda x: x + 1)(0.0))
+    before = memory('VmRSS')
+    f = build(*args)
+    jax.block_until_ready(f())
+    reset_peak()
+    jax.block_until_ready(f())
+    return (memory('VmHWM') - before) / 1e6
+
+
+def memory(field: str) -> int:
+    """Bytes that this process holds, 'VmRSS', or held at its peak, 'VmHWM'; 0 except on Linux."""
+    status = pathlib.Path('/proc/self/status')
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+
+
+def reset_peak() -> None:
+    """Makes `memory('VmHWM')` start anew, where the system allows it."""
+    with contextlib.suppress(OSError):
+        pathlib.Path('/proc/self/clear_refs').write_text('5')
+
+
 def row(name: str, ours: float, baseline: float, **details) -> dict:
     """One comparison of two times in milliseconds."""
     device = jax.devices()[0]
@@ -37,5 +70,8 @@ def table(rows: Rows) -> str:
     lines = [f'Backend: {rows[0]["backend"]}', '', '| benchmark | ours, ms | baseline, ms | speed-up |', '|---|---|---|---|']
     lines += [f'| {r["name"]} | {r["ours_ms"]:.1f} | {r["baseline_ms"]:.1f} | {r["speedup"]:.2f}× |' for r in rows]
     columns = {'name', 'backend', 'ours_ms', 'baseline_ms', 'speedup'}
-    details = {k: round(v, 4) if isinstance(v, float) else v for k, v in rows[0].items() if k not in columns}
-    return '\n'.join([*lines, '', ', '.join(f'{k} {v}' for k, v in details.items())])
+    lines.append('')
+    for r in rows if rows[0].get('spark_peak_mb') else rows[:1]:
+        details = {k: round(v, 4) if isinstance(v, float) else v for k, v in r.items() if k not in columns}
+        lines.append(', '.join(f'{k} {v}' for k, v in details.items()))
+    return '\n'.join(lines)

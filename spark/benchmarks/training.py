@@ -10,7 +10,7 @@ from unittest import mock
 import jax
 
 from spark import config
-from spark.benchmarks.timing import Rows, interleaved, row
+from spark.benchmarks.timing import Rows, interleaved, peak_mb, row
 from spark.checkpoints.manager import Checkpoints
 from spark.data import rows
 from spark.data.tokenizer import tokenizer_for
@@ -36,6 +36,22 @@ class _Steps:
         return sums
 
 
+def _of_30m(cfg):
+    """`cfg` at a shape of 33 million parameters with the proportions of 2B, on rows of 1024 tokens."""
+    raw, sparse = cfg.model_dump(), cfg.model.ffn.kind == 'spark'
+    raw['model'] |= {'d_model': 512, 'n_layers': 8}
+    raw['model']['ffn'] |= {'d_ff': 3072, 'k': 246, 'r': 228} if sparse else {'d_ff': 2048}
+    raw['model']['attention'] |= {'n_heads': 4, 'n_kv_heads': 2, 'head_dim': 128, 'window': 512}
+    raw['model']['attention'] |= {'k': 128, 'r': 64} if sparse else {}
+    raw['data'] |= {'seq_len': 1024, 'batch_size': 4}
+    return config.validate(raw)
+
+
+def train_step_30m(spark: config.ExperimentConfig, dense: config.ExperimentConfig, repeats: int = 5) -> Rows:
+    """`train_step` for a larger model."""
+    return train_step(_of_30m(spark), _of_30m(dense), repeats)
+
+
 def train_step(spark: config.ExperimentConfig, dense: config.ExperimentConfig, repeats: int = 11) -> Rows:
     """A training step, Spark against dense. Fails if a step after the first compiles anything."""
     steps = {'spark': _Steps(spark), 'dense': _Steps(dense)}
@@ -45,6 +61,7 @@ def train_step(spark: config.ExperimentConfig, dense: config.ExperimentConfig, r
     tokens = spark.data.batch_size * spark.data.seq_len
     details = {f'{name}_tokens_per_second': 1e3 * tokens / t for name, t in ms.items()}
     details |= {'time_ratio': ms['spark'] / ms['dense'], 'compilations': compiled}
+    details |= {f'{name}_peak_mb': peak_mb(_Steps, cfg) for name, cfg in (('spark', spark), ('dense', dense))}
     return [row('train_step: Spark against dense', ms['spark'], ms['dense'], **details)]
 
 

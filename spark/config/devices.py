@@ -36,7 +36,8 @@ def check_devices(cfg: ExperimentConfig, n_devices: int) -> dict[str, int]:
         for name in names:
             require(values[name] % parts == 0, name, f'a multiple of mesh.{axis} = {parts}')
     if mesh.context > 1:
-        require(a.impl != 'full', 'model.attention.impl', "'auto', 'blockwise' or 'pallas': mesh.context splits the rows")
+        want = "'auto', 'blockwise' or 'pallas': mesh.context splits the rows"
+        require(a.impl not in ('full', 'sparse'), 'model.attention.impl', want)
         divisor = f'a divisor of data.seq_len / mesh.context = {local}, or at least that'
         require(local % min(local, a.block) == 0, 'model.attention.block', divisor)
         tiled = local % 128 == 0 == min(local, a.block) % 128

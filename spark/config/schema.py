@@ -53,6 +53,8 @@ class FFNConfig(_Section):
     r: int = Field(0, ge=0)  # predictor rank: a token's first r dimensions score the neurons; 0 for kinds without a predictor
     topk: Literal['statistical', 'exact', 'approx'] = 'statistical'  # the operator that selects the k
     huber: float = Field(0.0, ge=0)  # width of the smoothed threshold (Theorem 3.2); 0: a plain soft threshold
+    # masked: every neuron is computed. sparse: active ones only, forward and backward, by CPU kernels. auto: the faster one.
+    impl: Literal['auto', 'masked', 'sparse'] = 'auto'
 
     @property
     def traits(self) -> Kind:
@@ -83,8 +85,9 @@ class AttentionConfig(_Section):
     logit_cap: float = Field(0.0, ge=0)  # soft-cap of the softmax's logits; 0: none
     rope_base: float = Field(10_000.0, gt=0)
     # full: all scores at once. blockwise: in linear memory, by XLA. pallas: in linear memory, by TPU kernels, which other
-    # platforms interpret slowly. auto: full up to one block of tokens; above that, the fastest for the platform.
-    impl: Literal['auto', 'full', 'blockwise', 'pallas'] = 'auto'
+    # platforms interpret slowly. sparse: surviving keys only, by CPU kernels. auto: full up to one block of tokens; above
+    # that, and where CPU kernels are faster, the fastest for the platform.
+    impl: Literal['auto', 'full', 'blockwise', 'pallas', 'sparse'] = 'auto'
     block: int = Field(512, gt=0)  # tokens per block of blockwise and pallas; on TPU a multiple of 128
     query_dim: float = Field(0.0, ge=0)  # queries are scaled by 1/sqrt(this); 0: head_dim
     documents: Literal['apart', 'joined'] = 'apart'  # in a row: a token sees only its own document, or all tokens before it

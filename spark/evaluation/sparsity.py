@@ -52,8 +52,9 @@ def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, d
             sow(module, f'sum_{name}', sums)
         return out
 
+    masked = cfg.ffn.model_copy(update={'impl': 'masked'})  # kernels for active neurons do not call `activate`
     with nn.intercept_methods(interceptor):
-        hidden, state = model.apply(params, batch['tokens'], positions_BxL, batch['segments'], mutable=[METRICS])
+        hidden, state = model.clone(cfg=cfg.model_copy(update={'ffn': masked})).apply(params, batch['tokens'], positions_BxL, batch['segments'], mutable=[METRICS])
     halves = {'attention': ['long', 'attention_scores', 'attended', 'by_position'], 'ffn': ['ffn_scores']}
     halves['ffn'] += ['active', 'fired'] if cfg.ffn.traits.sparse else []
     sums = {name: by_layer(cfg, state[METRICS], half, f'sum_{name}') for half, names in halves.items() for name in names}

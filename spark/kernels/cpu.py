@@ -17,6 +17,10 @@ from jaxtyping import Array, Float32, Int32, Num
 from scipy.special import ndtri
 
 SETS = ('best', 'portable', 'avx2', 'avx512')  # instruction sets; 'portable' is SSE2 or NEON
+TARGETS = (
+    'matmul', 'ffn', 'attention', 'read',
+    'ffn_forward', 'ffn_backward', 'attention_forward', 'attention_backward', 'add_transposed',
+)  # fmt: skip
 AnyArray = Array | np.ndarray
 Tokens = Float32[AnyArray, 'T D']
 Keys = Num[AnyArray, 'B N S r']
@@ -31,7 +35,8 @@ def _library() -> ctypes.CDLL | None:
     if path in (None, 'none'):
         return None
     library = ctypes.CDLL(str(path))
-    for name in ('spark_matmul', 'spark_ffn', 'spark_attention', 'spark_read'):
+    for name in TARGETS:
+        name = f'spark_{name}'
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform='cpu')
     return library
 
@@ -64,7 +69,7 @@ def matmul(
 ) -> Float32[Array, 'T O']:
     """x Wᵀ; `scales` are those of int8 rows."""
     y = jax.ShapeDtypeStruct((x_TxD.shape[0], W_OxD.shape[0]), jnp.float32)
-    return _call('spark_matmul', y, instructions)(x_TxD, W_OxD, _scales(scales))
+    return call('spark_matmul', y, instructions)(x_TxD, W_OxD, _scales(scales))
 
 
 def ffn(
@@ -80,8 +85,8 @@ def ffn(
     T, F = x_TxD.shape[0], K1_Fxr.shape[0]
     quantile = -ndtri(k / F) if k < F else -np.inf
     shapes = jax.ShapeDtypeStruct(x_TxD.shape, jnp.float32), jax.ShapeDtypeStruct((T,), jnp.int32)
-    call = _call('spark_ffn', shapes, instructions, quantile=np.float32(quantile), huber=np.float32(huber))
-    return call(x_TxD, K1_Fxr, _scales(K1_scales), records_FxR, _scales(record_scales))
+    run = call('spark_ffn', shapes, instructions, quantile=np.float32(quantile), huber=np.float32(huber))
+    return run(x_TxD, K1_Fxr, _scales(K1_scales), records_FxR, _scales(record_scales))
 
 
 def attention(
@@ -107,8 +112,8 @@ def attention(
     shapes = [jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:-1], jnp.int32)]
     shapes += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, records)]
     attrs = {'k': np.int64(k), 'window': np.int64(window), 'cap': np.float32(cap)}
-    call = _call('spark_attention', shapes, instructions, {2: 2, 3: 3}, **attrs)
-    return tuple(call(q, new, keys, records, first, length, quantiles(k, keys.shape[2])))
+    run = call('spark_attention', shapes, instructions, {2: 2, 3: 3}, **attrs)
+    return tuple(run(q, new, keys, records, first, length, quantiles(k, keys.shape[2])))
 
 
 def quantiles(k: int, n: int) -> Float32[Array, ' {n}+1']:
@@ -117,16 +122,23 @@ def quantiles(k: int, n: int) -> Float32[Array, ' {n}+1']:
     return jnp.asarray(np.where(i > k, -ndtri(np.minimum(k / np.maximum(i, 1), 1)), -np.inf), jnp.float32)
 
 
+def add_transposed(
+    y: Float32[AnyArray, 'n m'], x: Float32[AnyArray, 'm n'], bias: Float32[AnyArray, ' n']
+) -> Float32[Array, 'n m']:  # fmt: skip
+    """y + xᵀ + bias[:, None], in place where no one else needs y."""
+    return call('spark_add_transposed', jax.ShapeDtypeStruct(y.shape, jnp.float32), aliases={0: 0})(y, x, bias)
+
+
 def read(x: Float32[AnyArray, '...']) -> Float32[Array, '']:
     """The sum of an array: the fastest way to read memory, with which the other kernels are compared."""
-    return _call('spark_read', jax.ShapeDtypeStruct((), jnp.float32), 'best')(x)
+    return call('spark_read', jax.ShapeDtypeStruct((), jnp.float32), 'best')(x)
 
 
-def _call(name, shapes, instructions, aliases=None, **attrs):
+def call(name, shapes, instructions='best', aliases=None, **attrs):
     _library()
     chosen = preferred() if instructions == 'best' else instructions
-    call = jax.ffi.ffi_call(name, shapes, input_output_aliases=aliases)
-    return functools.partial(call, set=np.int64(SETS.index(chosen)), **attrs)
+    function = jax.ffi.ffi_call(name, shapes, input_output_aliases=aliases)
+    return functools.partial(function, set=np.int64(SETS.index(chosen)), **attrs)
 
 
 def _scales(scales):

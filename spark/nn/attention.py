@@ -14,13 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 from spark import ops
 from spark.config import AttentionConfig, Kind
 from spark.errors import ConfigError
-from spark.kernels import blockwise, gpu, tpu
+from spark.kernels import blockwise, cpu, gpu, sparse_attention, tpu
 from spark.kernels.blockwise import Keys, PerQuery, Queries
 from spark.nn.block import Hidden, Integers
 from spark.nn.layers import by_token, matrix, mesh_axes, shards, sow
 
 # What attention kernels compute: blockwise and Pallas for training, C++ for decoding. They decline every other kind.
 KERNEL_KINDS = (Kind('softmax'), Kind('softmax', gate='softplus', topk=True, predictor=True))
+SPARSE_KINDS = KERNEL_KINDS[1:]  # what the CPU kernels for training compute
 
 ArrayOrNumpy = Array | np.ndarray
 OfQueries = Int[ArrayOrNumpy, '#B L']
@@ -53,17 +54,33 @@ class Packed:
 Visible = Bool[ArrayOrNumpy, 'B L L'] | Packed  # the mask of `visible_keys`, or for attention in blocks, `Packed`
 
 
-def visible_to(cfg: AttentionConfig, window: int, positions: Integers, segments: Integers) -> Visible:
+def visible_to(
+    cfg: AttentionConfig, window: int, positions: Integers, segments: Integers, dtype: DTypeLike, platform: str
+) -> Visible:  # fmt: skip
     """What each query sees, in the form that `cfg.impl` takes; a ConfigError if its kernels decline this kind."""
     sharded, has_kernel = shards('length') > 1, cfg.traits in KERNEL_KINDS
     if cfg.impl in ('blockwise', 'pallas') and not has_kernel:
         raise ConfigError(f"model.attention.impl = {cfg.impl!r}: want 'auto' or 'full' for kind {cfg.kind!r}")
     if sharded and not has_kernel:
         raise ConfigError(f'mesh.context = {shards("length")}: want 1, since no kernel in blocks computes kind {cfg.kind!r}')
-    long = positions.shape[1] > cfg.block or sharded
-    if cfg.impl in ('blockwise', 'pallas') or (cfg.impl == 'auto' and long and has_kernel):
+    L = positions.shape[1]
+    long, sparse = L > cfg.block or sharded, computes_survivors_only(cfg, dtype, platform, L)
+    if cfg.impl in ('blockwise', 'pallas') or sparse or (cfg.impl == 'auto' and long and has_kernel):
         return Packed(blockwise.visible_starts(segments, window), segments, window)
     return visible_keys(positions, positions, segments, segments, window)
+
+
+def computes_survivors_only(cfg: AttentionConfig, dtype: DTypeLike, platform: str, length: int) -> bool:
+    """True if kernels that compute surviving keys only run this lookup; a ConfigError if `cfg.impl` wants them and they cannot.
+
+    They compute in float32 on one CPU device. 'auto' takes them where they were measured to be faster: for at least 128 tokens.
+    """
+    covered = cfg.traits in SPARSE_KINDS and length**2 * cfg.n_heads // cfg.n_kv_heads < 2**31 and dtype == jnp.float32
+    able = covered and platform == 'cpu' and jax.sharding.get_abstract_mesh().size <= 1 and cpu.available()
+    if cfg.impl == 'sparse' and not able:
+        kernels = 'kernels compute Spark attention, in float32, on one CPU device, if they were built'
+        raise ConfigError(f"model.attention.impl = 'sparse': want 'auto', 'full' or 'blockwise': {kernels}")
+    return able and (cfg.impl == 'sparse' or (cfg.impl == 'auto' and length >= 128))
 
 
 class Attention(nn.Module):
@@ -174,6 +191,8 @@ def in_blocks(cfg: AttentionConfig, platform: str, q: Queries, k: Keys, v: Keys,
 def _kernel(cfg, platform, length_axes, q, k, v, packed):
     """Chooses the kernel for one device's queries; `length_axes` are the mesh axes that shard the length, or None."""
     L, spec = q.shape[3], blockwise.Spec(cfg.r, cfg.k, cfg.logit_cap, cfg.block)
+    if computes_survivors_only(cfg, q.dtype, platform, L):
+        return sparse_attention.attention(q, k, v, jnp.broadcast_to(packed.starts, (len(q), L)), spec)
     pallas, interpret = cfg.impl == 'pallas' or (cfg.impl == 'auto' and platform == 'tpu'), platform != 'tpu'
     if pallas and not spec.k and not length_axes and L % tpu.LANES == 0 and L % min(L, spec.block) == 0:
         return tpu.splash_attention(q, k, v, packed.segments, spec, packed.window, interpret=interpret)

@@ -1,14 +1,24 @@
 """The feed-forward half of a layer: a lookup in a table of neurons."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from spark import ops
-from spark.config import FFNConfig
+from spark.config import FFNConfig, Kind
+from spark.errors import ConfigError
+from spark.kernels import cpu, sparse_ffn
 from spark.nn.block import Hidden
 from spark.nn.layers import by_token, matrix, sow
+
+# What the kernels for training compute, with a statistical top-k. They decline every other kind.
+KERNEL_KINDS = (
+    Kind('gelu', gate='identity', topk=True, predictor=True),
+    Kind('gelu', gate='identity', topk=True, ddof=0),
+    Kind('gelu', topk=True),
+)
 
 Scores = Float[Array, '*tokens F']
 
@@ -22,6 +32,7 @@ class FFN(nn.Module):
 
     cfg: FFNConfig
     dtype: DTypeLike
+    platform: str = 'cpu'
 
     @nn.compact
     def __call__(self, x_BxLxD: Hidden) -> Hidden:
@@ -32,9 +43,15 @@ class FFN(nn.Module):
         if kind.gated:
             q1, q2 = (x_TxD[..., :r], x_TxD[..., r:]) if kind.predictor else (x_TxD, x_TxD)
             K1, K2 = keys('K1', q1.shape[-1]), keys('K2', q2.shape[-1])
+        else:  # no second score
+            q1, q2, K1, K2 = x_TxD, x_TxD[..., :0], keys('K', D), jnp.zeros((0, F), self.dtype)
+        if computes_active_only(self.cfg, self.dtype, self.platform, x_BxLxD.size // D):
+            y_TxD, active = sparse_ffn.ffn(q1, q2, K1, K2, V_FxD, self.cfg.k, self.cfg.huber, kind.ddof)
+            sow(self, 'active', active.astype(jnp.float32))
+        elif kind.gated:
             y_TxD = ops.spark_lookup(q1, q2, K1, K2, V_FxD, self.activate, ops.ACTIVATIONS[kind.gate])
         else:
-            y_TxD = ops.dense_lookup(x_TxD, keys('K', D), V_FxD, self.activate)
+            y_TxD = ops.dense_lookup(q1, K1, V_FxD, self.activate)
         return y_TxD.reshape(x_BxLxD.shape)
 
     def activate(self, s_TxF: Scores) -> Scores:
@@ -44,6 +61,21 @@ class FFN(nn.Module):
         if active is not None:
             sow(self, 'active', jnp.sum(active, axis=-1, dtype=jnp.float32))
         return a_TxF
+
+
+def computes_active_only(cfg: FFNConfig, dtype: DTypeLike, platform: str, tokens: int) -> bool:
+    """True if kernels that compute active neurons only run this lookup; a ConfigError if `cfg.impl` wants them and they cannot.
+
+    They compute in float32 on one CPU device. 'auto' takes them where they were measured to be faster: for at least 128 tokens,
+    and at most a quarter of the neurons.
+    """
+    covered = cfg.traits in KERNEL_KINDS and cfg.topk == 'statistical' and cfg.k < cfg.d_ff and tokens * cfg.d_ff < 2**31
+    alone = platform == 'cpu' and jax.sharding.get_abstract_mesh().size <= 1 and cpu.available()
+    able = covered and alone and dtype == jnp.float32
+    if cfg.impl == 'sparse' and not able:
+        kernels = 'kernels compute a statistical top-k of k < d_ff neurons, in float32, on one CPU device, if they were built'
+        raise ConfigError(f"model.ffn.impl = 'sparse': want 'auto' or 'masked': {kernels}")
+    return able and (cfg.impl == 'sparse' or (cfg.impl == 'auto' and tokens >= 128 and 4 * cfg.k <= cfg.d_ff))
 
 
 def activations(cfg: FFNConfig, s: Scores) -> tuple[Scores, Bool[Array, '*tokens F'] | None]:

@@ -38,7 +38,7 @@ class Group(nn.Module):
         for i, window in enumerate(self.cfg.windows[: len(self.cfg.pattern)]):
             norm = lambda name, x, i=i: RMSNorm(name=f'{name}_{i}')(x)
             attention = Attention(self.cfg.attention, self.dtype, self.platform, name=f'attention_{i}')
-            ffn = FFN(self.cfg.ffn, self.dtype, name=f'ffn_{i}')
+            ffn = FFN(self.cfg.ffn, self.dtype, self.platform, name=f'ffn_{i}')
             x_BxLxD = block(x_BxLxD, norm, lambda x, f=attention, v=visible[window]: f(x, positions_BxL, v), ffn)
             x_BxLxD = nn.with_logical_constraint(x_BxLxD, ('batch', 'length', None))
         return x_BxLxD, None
@@ -86,7 +86,8 @@ class Transformer(nn.Module):
         tokens = shard(tokens_BxL, ('replicas', None))
         x_BxLxD = shard(jnp.take(self.embedding, tokens, axis=0).astype(self.dtype), ('replicas', None, 'embed'))
         x_BxLxD = shard(embed(x_BxLxD, self.dtype), ('batch', 'length', None))
-        visible = {w: visible_to(self.cfg.attention, w, positions_BxL, segments_BxL) for w in sorted(set(self.cfg.windows))}
+        rows = positions_BxL, segments_BxL, self.dtype, self.platform
+        visible = {w: visible_to(self.cfg.attention, w, *rows) for w in sorted(set(self.cfg.windows))}
         x_BxLxD, _ = self.groups(x_BxLxD, positions_BxL, visible)
         return self.final_norm(x_BxLxD)
 

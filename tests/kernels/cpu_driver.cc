@@ -23,6 +23,7 @@ void free_scratch(void* latest) { std::free(latest); }
 namespace {
 using namespace spark;
 using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
 
 struct SerialPool final : Pool {
   bool backwards;
@@ -87,9 +88,10 @@ struct Matrix {
   Rows<T> rows() const { return {values.data(), scales.empty() ? nullptr : scales.data()}; }
 };
 
-double dot(const double* w, const float* x, int n) {
+template <class T>
+double dot(const T* w, const float* x, int n) {
   double sum = 0;
-  for (int i = 0; i < n; ++i) sum += w[i] * x[i];
+  for (int i = 0; i < n; ++i) sum += double(w[i]) * x[i];
   return sum;
 }
 double gelu(double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
@@ -97,6 +99,10 @@ double largest(const std::vector<double>& x) {
   double m = 0;
   for (double v : x) m = std::fmax(m, std::abs(v));
   return m;
+}
+void all_close(const std::string& what, const Floats& found, const Doubles& expected) {
+  const double scale = largest(expected);
+  for (size_t i = 0; i < found.size(); ++i) close(what, found[i], expected[i], scale);
 }
 double threshold(const std::vector<double>& s, double quantile) {
   double mean = 0, squares = 0;
@@ -229,6 +235,166 @@ void check_attention(const std::string& set, bool dense) {
   if (differ > 0.05 * heads * G * L + (dense ? 0 : 1)) fail("attention: the numbers of attended keys differ");
 }
 
+// The FFN for training, forward and backward, with theta held.
+void check_ffn_training(const std::string& set) {
+  const int T = uniform(1, 90), F = uniform(2, 1200), r = uniform(1, 70), w = uniform(0, 300), D = uniform(1, 200), ddof = uniform(0, 1);
+  const float quantile = Floats{0, 1, 1.5}[uniform(0, 2)], huber = uniform(0, 1) * 0.3f;
+  const Floats s = normal(size_t(T) * F), x1 = normal(size_t(T) * r), x2 = normal(size_t(T) * w), k1 = normal(size_t(r) * F);
+  const Floats k2 = normal(size_t(w) * F), v = normal(size_t(F) * D), dy = normal(size_t(T) * D);
+  struct Results {
+    Floats y, statistics, thetas, dx1, dx2, dk1, dk2, dv, dtheta;
+    std::vector<int32_t> active;
+  } found[2];
+  for (int i = 0; i < 2; ++i) {
+    Results& f = found[i];
+    f = {Floats(size_t(T) * D), Floats(3 * T), Floats(T), Floats(x1.size()), Floats(x2.size()), Floats(k1.size()), Floats(k2.size()),
+         Floats(v.size()), Floats(T), std::vector<int32_t>(T)};
+    compute(set, FFNForward{T, F, w, D, quantile, huber, ddof, s.data(), x2.data(), k2.data(), v.data(), f.y.data(), f.statistics.data(),
+                            f.active.data()}, i);
+    for (int t = 0; t < T; ++t) f.thetas[t] = f.statistics[3 * t];
+    compute(set, FFNBackward{T, F, r, w, D, huber, s.data(), f.thetas.data(), x1.data(), x2.data(), dy.data(), k1.data(), k2.data(),
+                             v.data(), f.dx1.data(), f.dx2.data(), f.dk1.data(), f.dk2.data(), f.dv.data(), f.dtheta.data()}, i);
+  }
+  const Results& f = found[0];
+  if (f.y != found[1].y || f.dx1 != found[1].dx1 || f.dx2 != found[1].dx2 || f.dk1 != found[1].dk1 || f.dk2 != found[1].dk2 ||
+      f.dv != found[1].dv || f.dtheta != found[1].dtheta)
+    fail("ffn_training depends on the order of tasks");
+  Doubles y(f.y.size()), dx1(x1.size()), dx2(x2.size()), dk1(k1.size()), dk2(k2.size()), dv(v.size()), dtheta(T);
+  for (int t = 0; t < T; ++t) {
+    double mean = 0, squares = 0;
+    for (int i = 0; i < F; ++i) mean += s[size_t(t) * F + i] / double(F);
+    for (int i = 0; i < F; ++i) squares += std::pow(s[size_t(t) * F + i] - mean, 2);
+    close("theta", f.thetas[t], mean + quantile * std::sqrt(squares / std::fmax(1, F - ddof)), 1);
+    int count = 0;
+    for (int n = 0; n < F; ++n) {
+      const float score = s[size_t(t) * F + n], theta = f.thetas[t];
+      if (!(score > theta)) continue;
+      ++count;
+      double m = double(score) - theta, s2 = w ? 0 : 1, u = 0;
+      const double slope = huber > 0 && m < huber ? m / huber : 1, step = 1e-4;
+      if (huber > 0) m = m < huber ? m * m / (2 * huber) : m - huber / 2;
+      for (int i = 0; i < w; ++i) s2 += double(x2[t * w + i]) * k2[size_t(i) * F + n];
+      for (int i = 0; i < D; ++i) u += double(dy[t * D + i]) * v[size_t(n) * D + i];
+      const double a = gelu(m), dm = u * s2 * slope * (gelu(m + step) - gelu(m - step)) / (2 * step);
+      dtheta[t] -= dm;
+      for (int i = 0; i < D; ++i) {
+        y[t * D + i] += a * s2 * v[size_t(n) * D + i];
+        dv[size_t(n) * D + i] += a * s2 * dy[t * D + i];
+      }
+      for (int i = 0; i < r; ++i) {
+        dx1[t * r + i] += dm * k1[size_t(i) * F + n];
+        dk1[size_t(n) * r + i] += dm * x1[t * r + i];
+      }
+      for (int i = 0; i < w; ++i) {
+        dx2[t * w + i] += u * a * k2[size_t(i) * F + n];
+        dk2[size_t(i) * F + n] += u * a * x2[t * w + i];
+      }
+    }
+    close("active neurons", f.active[t], count, 0);
+  }
+  all_close("ffn_training's y", f.y, y);
+  all_close("dx1", f.dx1, dx1);
+  all_close("dx2", f.dx2, dx2);
+  all_close("dk1", f.dk1, dk1);
+  all_close("dk2", f.dk2, dk2);
+  all_close("dv", f.dv, dv);
+  all_close("dtheta", f.dtheta, dtheta);
+}
+
+// Attention for training, forward and backward, with the survivors that its own thresholds pick.
+void check_attention_training(const std::string& set) {
+  const int B = uniform(1, 2), N = uniform(1, 3), G = uniform(1, 3), L = uniform(0, 2) ? uniform(1, 90) : 600, d = uniform(2, 150);
+  const int r = uniform(1, d - 1), keep = uniform(1, 30), window = uniform(0, 1) * uniform(1, 60), heads = B * N;
+  const float cap = uniform(0, 1) * 5.0f;
+  const Floats q = normal(size_t(heads) * G * L * d, 1 / std::sqrt(float(d))), k = normal(size_t(heads) * L * d), v = normal(k.size());
+  const Floats dy = normal(q.size());
+  std::vector<int32_t> starts(size_t(B) * L);
+  for (int i = 0; i < B * L; ++i) {
+    const int l = i % L, document = l && uniform(0, 30) ? starts[i - 1] : l;
+    starts[i] = std::fmax(document, window ? l - window + 1 : 0);
+  }
+  Floats quantiles(L + 1);
+  for (int i = 0; i <= L; ++i) quantiles[i] = i > keep ? std::log(double(i) / keep) / 2 : -INFINITY;
+  struct Results { Floats y, thetas, log_z, attended, dq, dk, dv; } found[2];
+  for (int i = 0; i < 2; ++i) {
+    Results& f = found[i];
+    const size_t queries = q.size() / d;
+    f = {Floats(q.size()), Floats(queries), Floats(queries), Floats(queries), Floats(q.size()), Floats(k.size()), Floats(k.size())};
+    const AttentionInputs in{B, N, G, L, d, r, cap, starts.data(), q.data(), k.data(), v.data()};
+    compute(set, AttentionForward{in, keep, quantiles.data(), f.y.data(), f.thetas.data(), f.log_z.data(), f.attended.data()}, i);
+    compute(set, AttentionBackward{in, f.thetas.data(), f.log_z.data(), f.y.data(), dy.data(), f.dq.data(), f.dk.data(), f.dv.data()}, i);
+  }
+  const Results& f = found[0];
+  if (f.y != found[1].y || f.dq != found[1].dq || f.dk != found[1].dk || f.dv != found[1].dv)
+    fail("attention_training depends on the order of tasks");
+  Doubles y(q.size()), dq(q.size()), dk(k.size()), dv(k.size());
+  for (int i = 0; i < heads * G * L; ++i) {
+    const int head = i / (G * L), l = i % L, lo = starts[head / N * L + l], n = l + 1 - lo;
+    const size_t first = (size_t(head) * L + lo) * d;
+    const float *query = &q[size_t(i) * d], *gradient = &dy[size_t(i) * d];
+    Doubles s(n), weight(n), gate(n), slope(n), u(n);
+    double top = -INFINITY, total = 0, delta = 0;
+    for (int j = 0; j < n; ++j) top = std::fmax(top, s[j] = dot(query, &k[first + j * d], r));
+    const double theta = n > keep ? std::fmin(threshold(s, quantiles[n]), top) : -INFINITY;
+    if (n > keep) close("the threshold of a query", f.thetas[i], theta, 1);
+    int count = 0;
+    std::vector<bool> kept(n);
+    double nearest = INFINITY;
+    for (int j = 0; j < n; ++j) {
+      kept[j] = s[j] >= theta;
+      if (theta < top) nearest = std::fmin(nearest, std::abs(s[j] - theta));
+      count += kept[j];
+    }
+    // A score within rounding of the threshold may go either way: then take what the kernel took, the nearest one.
+    if (count != int(f.attended[i])) {
+      if (nearest > 1e-5 || std::abs(count - f.attended[i]) > 1) fail("attention_training: the numbers of attended keys differ");
+      for (int j = 0; j < n; ++j)
+        if (std::abs(s[j] - theta) == nearest) kept[j] = !kept[j];
+    }
+    auto logit = [&](int j) { return cap ? cap * std::tanh(s[j] / cap) : s[j]; };
+    for (int j = 0; j < n; ++j)
+      if (kept[j]) total += std::exp(logit(j));
+    close("log Z", f.log_z[i], std::log(total), 1);
+    for (int j = 0; j < n; ++j) {
+      if (!kept[j]) continue;
+      const float *key = &k[first + size_t(j) * d], *value = &v[first + size_t(j) * d];
+      const double s2 = dot(query + r, key + r, d - r);
+      weight[j] = std::exp(logit(j)) / total;
+      gate[j] = std::log1p(std::exp(s2));
+      slope[j] = 1 / (1 + std::exp(-s2));
+      u[j] = dot(gradient, value, d);
+      delta += weight[j] * gate[j] * u[j];
+      for (int c = 0; c < d; ++c) {
+        y[size_t(i) * d + c] += weight[j] * gate[j] * value[c];
+        dv[first + size_t(j) * d + c] += weight[j] * gate[j] * gradient[c];
+      }
+    }
+    for (int j = 0; j < n; ++j) {
+      if (!kept[j]) continue;
+      const double ds = weight[j] * (gate[j] * u[j] - delta) * (cap ? 1 - std::pow(logit(j) / cap, 2) : 1);
+      const double ds2 = weight[j] * u[j] * slope[j];
+      for (int c = 0; c < d; ++c) {
+        dq[size_t(i) * d + c] += (c < r ? ds : ds2) * k[first + size_t(j) * d + c];
+        dk[first + size_t(j) * d + c] += (c < r ? ds : ds2) * query[c];
+      }
+    }
+  }
+  all_close("attention_training's y", f.y, y);
+  all_close("dq", f.dq, dq);
+  all_close("dk", f.dk, dk);
+  all_close("dv of attention", f.dv, dv);
+}
+
+void check_add_transposed(const std::string& set) {
+  const int rows = uniform(1, 200), columns = uniform(1, 300);
+  const Floats x = normal(size_t(rows) * columns), bias = normal(columns), before = normal(x.size());
+  Floats y = before;
+  compute(set, AddTransposed{rows, columns, x.data(), bias.data(), y.data()}, false);
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; ++j)
+      close("add_transposed", y[size_t(j) * rows + i], double(before[size_t(j) * rows + i]) + x[size_t(i) * columns + j] + bias[j], 1);
+}
+
 void check_read(const std::string& set) {
   const Floats x = normal(uniform(1, 200000));
   double expected = 0;
@@ -256,9 +422,13 @@ int main() {
     sets.push_back("avx512");
 #endif
   for (const std::string& set : sets) {
+    generator.seed(0);  // the same inputs for each
     check_type<float>(set);
     check_type<bf16>(set);
     check_type<int8_t>(set);
+    for (int i = 0; i < 10; ++i) check_ffn_training(set);
+    for (int i = 0; i < 15; ++i) check_attention_training(set);
+    for (int i = 0; i < 5; ++i) check_add_transposed(set);
     check_read(set);
     std::printf("%s: ok\n", set.c_str());
   }

@@ -277,7 +277,7 @@ def test_without_jax(target, tmp_path):
 
 @pytest.mark.slow
 def test_under_sanitizers(tmp_path):
-    """These tests again, on a library with AddressSanitizer and UndefinedBehaviorSanitizer in it."""
+    """The kernels' tests again, on a library with AddressSanitizer and UndefinedBehaviorSanitizer in it."""
     compiler = os.environ.get('CXX') or compiler_or_skip('g++')
     where = lambda name: subprocess.run([compiler, f'-print-file-name={name}'], capture_output=True, text=True).stdout.strip()
     runtime = [where(name) for name in ('libasan.so', 'libstdc++.so')]
@@ -292,9 +292,10 @@ def test_under_sanitizers(tmp_path):
         'SPARK_CPU_KERNELS': str(library), 'LD_PRELOAD': ' '.join(runtime), 'ASAN_OPTIONS': 'detect_leaks=0:abort_on_error=1',
         'PYTHONPATH': str(ROOT),
     }  # fmt: skip
-    tests = ['test_matmul', 'test_spark_ffn', 'test_a_selection', 'test_attention', 'test_shapes', 'test_results']
+    tests = ['test_matmul', 'test_spark_ffn', 'test_a_selection', 'test_attention', 'test_shapes', 'test_results', 'test_values']
+    files = [__file__, *(str(ROOT / f'tests/kernels/test_sparse_{half}.py') for half in ('ffn', 'attention'))]
     done = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', __file__, '-k', ' or '.join(tests)],
+        [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', *files, '-k', ' or '.join(tests)],
         env=env, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from spark.config import validate
+from spark.kernels import cpu
 from spark.nn.layers import METRICS
 from spark.nn.transformer import REMAT, Transformer, activity, compute_dtype
 from tests.helpers import model_and_params, random_rows, shipped, small
@@ -156,7 +157,9 @@ def test_attention_in_blocks_is_the_same_model(kind):
     with_ = lambda **more: Transformer(cfg.model_copy(update={'attention': cfg.attention.model_copy(update=more)}))
     (value, counts), gradients = run(with_(), params)
     # A dense model calls both kernels at the same place, and tests/kernels compares them.
-    for other in ({'impl': 'blockwise', 'block': 8}, {'impl': 'pallas'})[: 1 + (kind == 'spark')]:
+    others = [{'impl': 'blockwise', 'block': 8}]
+    others += [{'impl': 'pallas'}, *[{'impl': 'sparse'}] * cpu.available()] * (kind == 'spark')
+    for other in others:
         (value_, counts_), gradients_ = run(with_(**other), params)
         np.testing.assert_allclose(value, value_, rtol=1e-5)
         jax.tree.map(np.testing.assert_array_equal, counts, counts_)

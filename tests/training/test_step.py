@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spark.kernels import cpu
 from spark.nn.layers import METRICS
 from spark.nn.transformer import activity
 from spark.training import loss, optimizer, sharding
@@ -75,7 +76,10 @@ MESHES = [
     {'mesh.fsdp': 2, 'mesh.context': 4, 'model.attention.block': 4, 'train.accumulate': 2},
     {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.context': 2, 'model.remat': 'full'},
     {'mesh.data': 1, 'train.accumulate': 4, 'train.loss_pieces': 8, 'train.activity': False},
+    {'mesh.data': 1, 'model.ffn.impl': 'masked', 'train.activity': False},
+    {'mesh.data': 1, 'model.ffn.impl': 'sparse', 'model.attention.impl': 'sparse', 'train.accumulate': 2, 'model.remat': 'full'},
 ]
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason='the CPU kernels were not built')
 
 
 # Every axis, and every two of them, is there with Spark. A dense model is sharded by the same table: once over all axes, and once
@@ -87,6 +91,7 @@ def slow(kind, mesh):
 KINDS_AND_MESHES = [
     ('dense', MESHES[0]), ('spark', MESHES[1]), slow('spark', MESHES[2]), slow('spark', MESHES[3]), ('spark', MESHES[4]),
     slow('dense', MESHES[4]), slow('spark', MESHES[5]), slow('spark', MESHES[6]), ('spark', MESHES[7]),
+    ('spark', MESHES[8]), pytest.param('spark', MESHES[9], marks=needs_kernels),
 ]  # fmt: skip
 
 

@@ -3,7 +3,9 @@
 #pragma once
 
 #include "attention.h"
+#include "attention_training.h"
 #include "ffn.h"
+#include "ffn_training.h"
 #include "product.h"
 
 namespace spark::SPARK_SET {
@@ -16,6 +18,11 @@ void compute(const FFN<bf16>& m, Pool& pool) { ffn(m, pool); }
 void compute(const FFN<int8_t>& m, Pool& pool) { ffn(m, pool); }
 void compute(const Attention<float>& m, Pool& pool) { attention(m, pool); }
 void compute(const Attention<bf16>& m, Pool& pool) { attention(m, pool); }
+void compute(const FFNForward& m, Pool& pool) { ffn_training(m, pool); }
+void compute(const FFNBackward& m, Pool& pool) { ffn_training(m, pool); }
+void compute(const AttentionForward& m, Pool& pool) { attention_training(m, pool); }
+void compute(const AttentionBackward& m, Pool& pool) { attention_training(m, pool); }
+void compute(const AddTransposed& m, Pool& pool) { add_transposed(m, pool); }
 void compute(const Read& m, Pool& pool) { read(m, pool); }
 
 }  // namespace spark::SPARK_SET

@@ -1,152 +1,11 @@
-// The kernels as custom calls of XLA: checks shapes, picks the instruction set, and runs on XLA's own threads, so that no second pool
-// of threads competes with it.
+// The kernels of decoding and prefill as custom calls of XLA.
 
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <initializer_list>
-#include <memory>
-#include <string>
-#include <thread>
 #include <type_traits>
-#include <vector>
 
-#include "kernels.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "ffi.h"
 
 namespace spark {
 namespace {
-
-// Runs the loops of one call on XLA's threads. Waking a thread takes as long as reading a megabyte, so helpers are scheduled once per
-// call and spin between its loops. The calling thread works too, and waits for tasks to be done, not for helpers to start. So a helper
-// that XLA starts late finds nothing to do, and a busy thread pool cannot cause a deadlock.
-class XlaPool final : public Pool {
- public:
-  explicit XlaPool(ffi::ThreadPool pool) : pool_(pool), threads_(std::max<int64_t>(1, pool.num_threads())) {}
-  ~XlaPool() {
-    if (state_) state_->closed = true;
-  }
-
-  int threads() const override { return threads_; }
-
-  void run(int n, void (*task)(void*, int), void* context) override {
-    const int helpers = std::min(threads_, n) - 1;
-    if (helpers <= 0) {
-      for (int i = 0; i < n; ++i) task(context, i);
-      return;
-    }
-    if (!state_) state_ = std::make_shared<State>();
-    State& state = *state_;
-    state.task = task;
-    state.context = context;
-    state.n = n;
-    state.next = state.done = 0;
-    state.loop = ++loops_;  // opens the loop to helpers
-    for (; scheduled_ < helpers; ++scheduled_) pool_.Schedule([shared = state_] { shared->help(); });
-    state.work();
-    wait([&] { return state.done == n; });
-    state.loop = 0;
-    wait([&] { return state.inside == 0; });  // no helper may still read this loop's task
-  }
-
- private:
-  template <class F>
-  static void wait(F ready) {
-    for (int spins = 0; !ready(); ++spins)
-      if (spins > 2000) std::this_thread::yield();
-  }
-
-  struct State {
-    std::atomic<bool> closed{false};
-    std::atomic<int> loop{0};  // number of the open loop; 0: none
-    std::atomic<int> inside{0}, next{0}, done{0};  // helpers in the loop; next task; tasks that are done
-    void (*task)(void*, int) = nullptr;
-    void* context = nullptr;
-    int n = 0;
-
-    void work() {
-      for (int i; (i = next++) < n; ++done) task(context, i);
-    }
-    void help() {
-      for (int last = 0; !closed;) {
-        wait([&] { return closed || (loop && loop != last); });
-        ++inside;
-        if (const int now = loop) {
-          work();
-          last = now;
-        }
-        --inside;
-      }
-    }
-  };
-
-  ffi::ThreadPool pool_;
-  int threads_, scheduled_ = 0, loops_ = 0;
-  std::shared_ptr<State> state_;
-};
-
-// A thread's stack of scratch buffers: the first `depth` are in use, the others are kept for reuse.
-struct ScratchStack {
-  struct Buffer { void* address; size_t bytes; };
-  std::vector<Buffer> buffers;
-  size_t depth = 0;
-  ~ScratchStack() {
-    for (Buffer& b : buffers) std::free(b.address);
-  }
-};
-thread_local ScratchStack scratch;
-
-enum InstructionSet { kBest = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3 };
-
-InstructionSet best() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
-#endif
-  return kPortable;
-}
-
-template <class M>
-void compute(InstructionSet set, const M& m, Pool& pool) {
-#if defined(__x86_64__)
-  if (set == kAvx512) return avx512::compute(m, pool);
-  if (set == kAvx2) return avx2::compute(m, pool);
-#endif
-  return portable::compute(m, pool);
-}
-
-ffi::ErrorOr<InstructionSet> resolve(int64_t set) {
-  static const InstructionSet supported = best();
-  if (set > supported) return ffi::Unexpected(ffi::Error::InvalidArgument("this processor does not support the requested instruction set"));
-  return set == kBest ? supported : static_cast<InstructionSet>(set);
-}
-
-using Dims = ffi::AnyBuffer::Dimensions;
-
-std::string text(Dims dims) {
-  std::string s = "(";
-  for (size_t i = 0; i < dims.size(); ++i) s += (i ? ", " : "") + std::to_string(dims[i]);
-  return s + ")";
-}
-
-template <class B>
-ffi::Error wrong_shape(const char* name, B got, const std::string& want) {
-  return ffi::Error::InvalidArgument(std::string(name) + " has shape " + text(got.dimensions()) + ": want " + want);
-}
-
-template <class B>
-bool has_shape(B b, std::initializer_list<int64_t> shape) {
-  Dims dims = b.dimensions();
-  return dims.size() == shape.size() && std::equal(dims.begin(), dims.end(), shape.begin());
-}
-
-#define REQUIRE_SHAPE(BUFFER, ...) \
-  if (!has_shape(BUFFER, {__VA_ARGS__})) return wrong_shape(#BUFFER, BUFFER, #__VA_ARGS__)
 
 // f(a value of the weights' element type)
 template <class F>
@@ -163,9 +22,6 @@ template <class T>
 Rows<T> rows(ffi::AnyBuffer values, ffi::Buffer<ffi::F32> scales) {
   return {static_cast<const T*>(values.untyped_data()), std::is_same_v<T, int8_t> ? scales.typed_data() : nullptr};
 }
-
-using Floats = ffi::Buffer<ffi::F32>;
-using Ints = ffi::Buffer<ffi::S32>;
 
 ffi::Error MatmulImpl(ffi::ThreadPool threads, int64_t set, Floats x, ffi::AnyBuffer w, Floats scales, ffi::Result<Floats> y) {
   auto use = resolve(set);
@@ -254,24 +110,6 @@ ffi::Error ReadImpl(ffi::ThreadPool threads, int64_t set, Floats x, ffi::Result<
 }
 
 }  // namespace
-
-#if defined(__SANITIZE_ADDRESS__)  // it checks malloc's buffers, not ours
-void* allocate_scratch(size_t bytes) { return std::malloc(bytes ? bytes : 1); }
-void free_scratch(void* latest) { std::free(latest); }
-#else
-void* allocate_scratch(size_t bytes) {
-  if (scratch.depth == scratch.buffers.size()) scratch.buffers.push_back({nullptr, 0});
-  ScratchStack::Buffer& b = scratch.buffers[scratch.depth++];
-  if (b.bytes < bytes || !b.address) {
-    std::free(b.address);
-    b.bytes = (bytes + 127) / 64 * 64;
-    b.address = std::aligned_alloc(64, b.bytes);
-    if (!b.address) std::abort();
-  }
-  return b.address;
-}
-void free_scratch(void*) { --scratch.depth; }
-#endif
 }  // namespace spark
 
 extern "C" int spark_best_set() { return spark::best(); }

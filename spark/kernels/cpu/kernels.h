@@ -1,7 +1,8 @@
-// The interface of the CPU kernels: both lookups of a Spark Transformer, for decoding and prefill.
+// The interface of the CPU kernels: both lookups of a Spark Transformer, for decoding and prefill, and for training.
 //
-// vec.h, product.h, topk.h, ffn.h and attention.h state the code once, on vectors of SPARK_WIDTH floats. portable.cc, avx2.cc and
-// avx512.cc compile it, each for its own instruction set and in its own namespace. ffi.cc checks XLA's buffers and picks a set.
+// The other headers state the code once, on vectors of SPARK_WIDTH floats. portable.cc, avx2.cc and
+// avx512.cc compile it, each for its own instruction set and in its own namespace. ffi.cc and ffi_training.cc check XLA's buffers and
+// pick a set.
 //
 // GCC 12 and clang 14 build it without warnings. On 64-bit ARM it was tested under emulation (qemu), as built by either compiler, by
 // tests/kernels/cpu_driver.cc, which found no difference; its speed there is unknown.
@@ -24,8 +25,8 @@ class Pool {
   ~Pool() = default;
 };
 
-// Temporary memory, aligned to cache lines, freed in the opposite order of allocation. Each thread keeps its buffers for the next
-// call: memory fresh from the operating system has to be cleared first, which took a tenth of a prompt's FFN.
+// Temporary memory, aligned to cache lines, freed in the opposite order of allocation. Buffers are kept for the next call: memory fresh
+// from the operating system has to be cleared first, which took a tenth of a prompt's FFN.
 void* allocate_scratch(size_t bytes);
 void free_scratch(void* latest);
 
@@ -76,6 +77,52 @@ struct Attention {
   int32_t* attended;  // (batch, heads, group, tokens) attended keys
 };
 
+// The FFN with top-k for training, from its scores x1 . K1 (tokens, d_ff):
+// y[t] = sum over f with scores[t, f] > theta_t of GELU(scores[t, f] - theta_t) (x2[t] . k2[:, f]) v[f]
+// Without a gate width is 0, and the second score is 1.
+struct FFNForward {
+  int tokens, d_ff, width, d_model;  // x2 (tokens, width), k2 (width, d_ff), v (d_ff, d_model)
+  float quantile, huber;             // as in FFN, but quantile is finite
+  int ddof;                          // the variance is a sum of squares over d_ff - ddof
+  const float *scores, *x2, *k2, *v;
+  float *y, *statistics;  // statistics (tokens, 3): theta, mean and standard deviation of the scores
+  int32_t* active;
+};
+
+// Its gradients, without those that flow through theta, of which it returns dtheta (tokens). dk1 is transposed, (d_ff, r).
+struct FFNBackward {
+  int tokens, d_ff, r, width, d_model;  // x1 (tokens, r), k1 (r, d_ff)
+  float huber;
+  const float *scores, *thetas, *x1, *x2, *dy, *k1, *k2, *v;
+  float *dx1, *dx2, *dk1, *dk2, *dv, *dtheta;
+};
+
+// Spark attention for training. Each of `heads` key-value heads serves `group` heads of queries.
+struct AttentionInputs {
+  int batch, heads, group, length, head_dim, r;
+  float cap;              // soft-cap of the scores; 0: none
+  const int32_t* starts;  // (batch, length) the first key that each query sees; does not decrease within a row
+  const float *q, *k, *v;  // q (batch, heads, group, length, head_dim); k and v (batch, heads, length, head_dim)
+};
+struct AttentionForward {
+  AttentionInputs in;
+  int keep;                // keys kept per query, approximately
+  const float* quantiles;  // (length + 1), as in Attention
+  float *y, *thetas, *log_z, *attended;  // y as q; the others (batch, heads, group, length)
+};
+struct AttentionBackward {
+  AttentionInputs in;
+  const float *thetas, *log_z, *y, *dy;
+  float *dq, *dk, *dv;
+};
+
+// y[j, i] += x[i, j] + bias[j], x (rows, columns)
+struct AddTransposed {
+  int rows, columns;
+  const float *x, *bias;
+  float* y;
+};
+
 // y = the sum of x, which is the fastest way to read memory
 struct Read {
   int64_t n;
@@ -93,6 +140,11 @@ struct Read {
   void compute(const FFN<int8_t>&, Pool&);     \
   void compute(const Attention<float>&, Pool&);\
   void compute(const Attention<bf16>&, Pool&); \
+  void compute(const FFNForward&, Pool&);      \
+  void compute(const FFNBackward&, Pool&);     \
+  void compute(const AttentionForward&, Pool&);\
+  void compute(const AttentionBackward&, Pool&);\
+  void compute(const AddTransposed&, Pool&);   \
   void compute(const Read&, Pool&);            \
   }
 SPARK_ENTRY_POINTS(portable)

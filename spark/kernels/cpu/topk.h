@@ -10,8 +10,8 @@ namespace {
 
 struct Moments { float mean, std; };
 
-// In two passes, of which the second is cheap because the scores are in cache; the variance is over n - 1.
-INLINE Moments moments(const float* s, int n) {
+// In two passes, of which the second is cheap because the scores are in cache; the variance is over n - ddof.
+INLINE Moments moments(const float* s, int n, int ddof = 1) {
   VecF total = {};
   int i = 0;
   for (; i + W <= n; i += W) total += load(s + i);
@@ -25,7 +25,7 @@ INLINE Moments moments(const float* s, int n) {
   }
   float variance = horizontal_sum(squares);
   for (; i < n; ++i) variance += (s[i] - mean) * (s[i] - mean);
-  return {mean, std::sqrt(variance / max(n - 1, 1))};
+  return {mean, std::sqrt(variance / max(n - ddof, 1))};
 }
 
 INLINE float maximum(const float* s, int n) {

@@ -1,0 +1,76 @@
+"""The FFN with top-k for training on CPUs: forward and backward compute active neurons only, but for products of rank r.
+
+The scores s = x1 K1 take an ordinary product; C++ kernels (cpu/ffn_training.h) compute all else for the active neurons. Backward,
+the gradient through the threshold θ = mean + std · Q touches every score. With dθ_t, which the kernel returns,
+
+    ds += α·1ᵀ + diag(β)·s        β_t = dθ_t · Q / ((F − ddof) · std_t)        α_t = dθ_t / F − β_t · mean_t
+
+and since s = x1 K1 has rank r, that adds two products to the gradients of K1 and x1: with s, or with K1 if r < T.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float32, Int32
+from scipy.special import ndtri
+
+from spark.kernels import cpu
+from spark.ops.topk import THRESHOLD
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def ffn(
+    x1: Float32[Array, 'T r'], x2: Float32[Array, 'T rest'], K1: Float32[Array, 'r F'], K2: Float32[Array, 'rest F'],
+    V: Float32[Array, 'F D'], k: int, huber: float = 0.0, ddof: int = 1,
+) -> tuple[Float32[Array, 'T D'], Int32[Array, ' T']]:  # fmt: skip
+    """V · (GELU(StatTopK_k(K1ᵀ x1)) ⊙ K2ᵀ x2), and the number of active neurons of each token.
+
+    Without a gate x2 and K2 have `rest` = 0. k < F, huber and ddof are those of `ops.statistical_topk`. There are at most 2³¹ − 1
+    scores. Where scores are not finite, y is NaN.
+    """
+    return _forward(x1, x2, K1, K2, V, k, huber, ddof)[0]
+
+
+def _forward(x1, x2, K1, K2, V, k, huber, ddof):
+    T, (F, D) = len(x1), V.shape
+    s = x1 @ K1
+    shapes = [*_floats((T, D), (T, 3)), jax.ShapeDtypeStruct((T,), jnp.int32)]
+    attributes = {'quantile': np.float32(-ndtri(k / F)), 'huber': np.float32(huber), 'ddof': np.int64(ddof)}
+    y, statistics, active = cpu.call('spark_ffn_forward', shapes, **attributes)(s, x2, K2, V)
+    return (y, active), (x1, x2, K1, K2, V, s, checkpoint_name(statistics, THRESHOLD))
+
+
+def _backward(k, huber, ddof, saved, gradients):
+    (x1, x2, K1, K2, V, s, statistics), dy = saved, gradients[0]
+    (T, r), F = x1.shape, len(V)
+    theta, mean, std = statistics.T
+    shapes = _floats(x1.shape, x2.shape, (F, r), K2.shape, V.shape, (T,))
+    call = cpu.call('spark_ffn_backward', shapes, huber=np.float32(huber))
+    dx1, dx2, dK1_Fxr, dK2, dV, dtheta = call(s, theta, x1, x2, dy, K1, K2, V)
+    beta = jnp.where(std > 0, dtheta * -ndtri(k / F) / (max(F - ddof, 1) * jnp.where(std > 0, std, 1)), 0)
+    alpha = dtheta / F - beta * mean
+    scaled = x1 * beta[:, None]
+    if T <= r:
+        by_keys, by_tokens = beta[:, None] * (s @ K1.T), scaled.T @ s
+    else:
+        by_keys, by_tokens = scaled @ _gram(K1), (scaled.T @ x1) @ K1
+    dx1 = dx1 + by_keys + alpha[:, None] * jnp.sum(K1, axis=1)
+    return dx1, dx2, cpu.add_transposed(by_tokens, dK1_Fxr, alpha @ x1), dK2, dV
+
+
+def _floats(*shapes):
+    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+
+def _gram(K):
+    """K Kᵀ. Half of a symmetric product is computed by blocks, and mirrored: of 4 × 4 blocks, 10."""
+    n = -(-len(K) // 4)
+    rows = [K[i : i + n] for i in range(0, len(K), n)]
+    blocks = {(i, j): a @ b.T for i, a in enumerate(rows) for j, b in enumerate(rows) if i <= j}
+    return jnp.block([[blocks[i, j] if i <= j else blocks[j, i].T for j in range(len(rows))] for i in range(len(rows))])
+
+
+ffn.defvjp(_forward, _backward)
