@@ -54,7 +54,8 @@ def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, d
 
     masked = cfg.ffn.model_copy(update={'impl': 'masked'})  # kernels for active neurons do not call `activate`
     with nn.intercept_methods(interceptor):
-        hidden, state = model.clone(cfg=cfg.model_copy(update={'ffn': masked})).apply(params, batch['tokens'], positions_BxL, batch['segments'], mutable=[METRICS])
+        observed = model.clone(cfg=cfg.model_copy(update={'ffn': masked}))
+        hidden, state = observed.apply(params, batch['tokens'], positions_BxL, batch['segments'], mutable=[METRICS])
     halves = {'attention': ['long', 'attention_scores', 'attended', 'by_position'], 'ffn': ['ffn_scores']}
     halves['ffn'] += ['active', 'fired'] if cfg.ffn.traits.sparse else []
     sums = {name: by_layer(cfg, state[METRICS], half, f'sum_{name}') for half, names in halves.items() for name in names}
