@@ -10,6 +10,7 @@ again), 124 stalled.
 """
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -50,38 +51,46 @@ def main() -> None:
     from spark.training.run import train
 
     workdir = run_directory(WORKDIR.value)
-    summary, trainer, state = train(cfg, workdir, extend=EXTEND.value)
-    write_summary(workdir, summary | {'sample': None})  # whatever becomes of the sample, the run is done
-    try:
-        sample = continuation(trainer, state)
-    except Exception as e:  # such as a model that generation does not know, or memory that is short
-        sample = None
-        errors.show_traceback(e)
-        print(f'Warning: no sample: {" ".join(errors.root_cause(e).split())}', file=sys.stderr, flush=True)
-    write_summary(workdir, summary | {'sample': sample})
+    with contextlib.ExitStack() as holder:
+        summary, trainer, state = train(cfg, workdir, extend=EXTEND.value, holder=holder)
+        write_summary(workdir, summary | {'sample': None})  # whatever becomes of the sample, the run is done
+        if jax.process_count() == 1:
+            sample = continuation(trainer, state)
+            write_summary(workdir, summary | {'sample': sample})
+        else:  # if it failed in one process, the others would wait for that one
+            sample = None
+            print(f'No sample by several processes; see scripts/generate.py --workdir={workdir}', file=sys.stderr, flush=True)
     if jax.process_index() == 0:
         print(table(cfg, summary | {'sample': sample}))
 
 
 def write_summary(workdir, summary) -> None:
     """Writes summary.json, and the file of --json."""
-    import jax
+    from spark.checkpoints.reading import by_first_process
 
-    if jax.process_index() == 0:
-        for path in filter(None, (workdir / 'summary.json', JSON.value)):
-            write_json(path, summary)
+    for path in filter(None, (workdir / 'summary.json', JSON.value)):
+        by_first_process(lambda path=path: write_json(path, summary), f'{path}')
 
 
 def continuation(trainer, state) -> str | None:
-    """sample.prompt and what the model writes after it; None if the config asks for no sample."""
+    """sample.prompt and what the model writes after it; None if the config asks for no sample, or if that fails."""
+    if not trainer.cfg.sample.tokens:
+        return None
+    try:
+        return _continuation(trainer, state)
+    except Exception as e:  # such as a model that generation does not know, or memory that is short
+        errors.show_traceback(e)
+        print(f'Warning: no sample: {" ".join(errors.root_cause(e).split())}', file=sys.stderr, flush=True)
+        return None
+
+
+def _continuation(trainer, state):
     import jax
 
     from spark.data.tokenizer import of_config
     from spark.inference import decoder, layout, sampling
 
     cfg = trainer.cfg
-    if not cfg.sample.tokens:
-        return None
     text = of_config(cfg.data)
     prompt = jax.numpy.asarray(text.start([cfg.sample.prompt]))
     with jax.set_mesh(trainer.mesh):  # but no rules for activations, since a single row cannot be sharded

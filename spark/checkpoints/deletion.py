@@ -9,6 +9,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from spark.errors import root_cause
 from spark.progress import tqdm
+from spark.runtime import entries
 
 
 class Deletion:
@@ -28,10 +29,11 @@ class Deletion:
         self._kept = policies.AnyPreservationPolicy(kept)
 
     def unfinished(self) -> None:
-        """Deletes what a killed save has left. No save may be under way."""
+        """Deletes what a save has left that was killed or failed. No save may be under way."""
         try:
-            left = [path for path in self._directory.iterdir() if _is_unfinished(path)]
-        except FileNotFoundError:  # a bucket in which nothing has been saved
+            left = [path for path in entries(self._directory) if _is_unfinished(path)]
+        except Exception as e:
+            tqdm.write(f'Warning: {self._directory}: what unfinished saves have left cannot be listed: {root_cause(e)}')
             return
         for path in left:
             self._delete(path)

@@ -1,5 +1,6 @@
 """Checkpoints: Orbax saves the training state asynchronously, with the position in the data and checksums of every array."""
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from spark.checkpoints.checksums import by_path, checksums, json_crc
 from spark.checkpoints.deletion import Deletion
-from spark.checkpoints.reading import PAUSES, checked, insistently, together
+from spark.checkpoints.reading import PAUSES, by_first_process, checked, insistently, together
 from spark.checkpoints.stored import StoredArray
 from spark.errors import CheckpointError, DamagedError, exit_now, root_cause
 from spark.progress import tqdm
@@ -38,13 +39,14 @@ class Checkpoints:
     A run that saves calls `begin`. Of its checkpoints it keeps the newest `keep` (None: all), every multiple of `keep_every`
     (0: no more), and one per `keep_minutes` (0: no more); the others are deleted in the background.
 
-    A save that fails is a warning. Where three have failed in a row, the methods raise a CheckpointError; a job of several
-    processes ends then, since Orbax's threads may wait for one another for long.
+    A save that fails, anywhere in a job, is a warning. Where three have failed in a row, `wait` raises a CheckpointError; a job
+    of several processes ends then, since Orbax's threads may wait for one another for long. `wait` is the one place where the
+    processes agree about a save.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int | None = None, keep_every: int = 0, keep_minutes: float = 0.0):
         self.directory = epath.Path(directory)
-        self._saving, self._outcome, self._failures = None, None, 0
+        self._saving, self._failures = None, 0  # a function that waits for the save under way, and returns its error or None
         self._deletion = Deletion(self._path(), keep, keep_every, keep_minutes)
         # If a directory cannot be created, Orbax's other threads wait for it for minutes, and the process cannot end. In a job
         # of several processes the others would wait for ever if it were not created in the background.
@@ -67,14 +69,13 @@ class Checkpoints:
             raise CheckpointError(f'{path}: want {{"step": the newest step that was saved}}: {root_cause(e)}') from e
 
     def begin(self, step: int) -> None:
-        """Called by a run that has restored this step, or starts at 0, before it saves.
+        """Called by the first process of a run that has restored this step, or starts at 0, before it saves.
 
         Deletes what a killed save has left, and the checkpoints that are no longer kept.
         """
-        if jax.process_index() == 0:
-            self._remember(step)
-            self._deletion.unfinished()
-            self._deletion.old()
+        self._remember(step)
+        self._deletion.unfinished()
+        self._deletion.old()
 
     def save(self, step: int, state: Any, data: Any) -> None:
         """Starts to save a tree of arrays, and `data`: JSON values. Returns once the arrays are copied.
@@ -85,37 +86,36 @@ class Checkpoints:
         metadata = {'step': step, 'data': data, 'checksums': checksums(state), 'crc': json_crc(data)}
         chunked = ocp.args.StandardSave(state, save_args=jax.tree.map(_save_args, state))
         items = ocp.args.Composite(state=chunked, data=ocp.args.JsonSave(metadata))
+        error = None
         try:
-            if _anywhere(self._vanished()):
-                self._outcome = self._failure(f'step {step} cannot be saved', FileNotFoundError())
-            else:
-                self._manager.save(step, args=items, force=True)
-                self._saving = step
+            # Whether `directory` exists says nothing: a write that was under way creates it again.
+            if not by_first_process((self.directory.parent / 'config.json').exists, f'{self.directory}'):
+                raise CheckpointError('the run directory has vanished')
+            self._manager.save(step, args=items, force=True)
         except jax.errors.JaxRuntimeError:  # of the step that computes the state
             raise
         except Exception as e:
-            self._outcome = self._failure(f'step {step} cannot be saved', e)
-            if jax.process_count() > 1:
-                exit_now(self._outcome)  # the others wait for this process in a collective
-        if self._outcome:
-            self.wait()
+            error = e
+        self._saving = functools.cache(lambda: self._ended(step, error))
 
     def check(self) -> None:
         """Notices that a save has ended in the background; does not wait for one that is under way."""
-        if self._saving is not None and not self._manager.is_saving_in_progress():
-            self._join()
+        if self._saving and not self._manager.is_saving_in_progress():
+            self._saving()
             if jax.process_count() == 1:  # several agree when they come to the next save
                 self.wait()
 
     def wait(self) -> bool:
         """Waits for a save under way. Whether the last one succeeded, in all processes."""
-        self._join()
-        if self._outcome is not None:
-            failure, self._outcome = self._outcome or None, None
+        saving, self._saving = self._saving, None
+        if saving:
+            failure = saving()
             self._failures = self._failures + 1 if _anywhere(failure is not None) else 0
+            if self._failures and jax.process_index() == 0:
+                self._deletion.unfinished()
             if self._failures:
                 failure = failure or CheckpointError(f'{self.directory}: the last save failed in another process')
-                if self._failures == MAX_FAILURES:
+                if self._failures >= MAX_FAILURES:
                     if jax.process_count() > 1:
                         exit_now(failure)
                     raise failure
@@ -130,25 +130,24 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for a save and a deletion under way, and ends Orbax's threads."""
-        self._join()
-        if self._outcome:
-            tqdm.write(f'Warning: {self._outcome}')
+        if self._saving and (failure := self._saving()):
+            tqdm.write(f'Warning: {failure}')
         self._deletion.join()
         self._manager.close()
 
-    def _join(self):
-        """Waits, in this process, for a save under way. `_outcome` becomes its error, or False if there was none."""
-        if self._saving is None:
-            return
-        step, self._saving = self._saving, None
+    def _ended(self, step, error):
+        """Waits, in this process, for the end of a save, which an `error` may have kept from starting; its error or None."""
         try:
+            if error:
+                raise error
             self._manager.wait_until_finished()  # unlike Orbax's check_for_errors, this also raises errors of finalizing
-            self._outcome = False
             if jax.process_index() == 0:
                 self._remember(step)
                 self._deletion.old()
         except Exception as e:
-            self._outcome = self._failure(f'the save of step {step} failed', e)
+            message = f'the save of step {step} failed: {root_cause(e)}; earlier checkpoints are as they were'
+            return CheckpointError(f'{self.directory}: {message}')
+        return None
 
     def _remember(self, step):
         write_json(self.directory.parent / LAST_SAVED, {'step': step}, CheckpointError)
@@ -266,19 +265,11 @@ class Checkpoints:
     def _path(self, step=''):
         return absolute(self.directory) / str(step)
 
-    def _vanished(self):
-        # Whether `directory` exists says nothing: a write that was under way creates it again.
-        return not (self.directory.parent / 'config.json').exists()
-
-    def _failure(self, what, error):
-        cause = 'the run directory has vanished' if self._vanished() else root_cause(error)
-        return CheckpointError(f'{self.directory}: {what}: {cause}; earlier checkpoints are as they were')
-
 
 def open_checkpoint(workdir: epath.PathLike, step: int | None = None) -> tuple[Checkpoints, int]:
     """(the Checkpoints of a run, the step that was asked for or the newest); a CheckpointError if there is none."""
     directory = epath.Path(workdir) / 'checkpoints'
-    checkpoints = Checkpoints(directory) if directory.is_dir() else None
+    checkpoints = Checkpoints(directory) if by_first_process(directory.is_dir, f'{directory}') else None
     steps = checkpoints.steps() if checkpoints else []
     if not steps:
         raise CheckpointError(f'{directory}: no checkpoint yet; train first')

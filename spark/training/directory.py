@@ -1,15 +1,12 @@
 """The run directory: whose it is, and what may change in its config."""
 
 import contextlib
-from collections.abc import Callable
 
-import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from spark import config
-from spark.errors import ConfigError, SparkError, root_cause
+from spark.checkpoints.reading import accessed, by_first_process
+from spark.errors import ConfigError
 from spark.runtime import in_bucket, write_text
 from spark.training import lease
 
@@ -23,19 +20,22 @@ def check(workdir: epath.Path, cfg: config.ExperimentConfig, extend: bool = Fals
     """
     if str(workdir).startswith('s3://'):  # Orbax lacks it
         raise ConfigError(f'--workdir={workdir}: checkpoints cannot be saved to s3://; want a directory or gs://BUCKET/…')
-    with _named(workdir):
-        if (workdir / 'config.json').exists():
-            previous = config.load(workdir / 'config.json')
-            differences = lambda *ignore: config.differences(previous, cfg, ignore=ignore)
-            beyond_schedule = differences(*config.RESUMABLE, *config.SCHEDULE)
-            if different := beyond_schedule if extend else differences(*config.RESUMABLE):
-                hint = '' if beyond_schedule else 'add --extend to go on so, or '
-                raise ConfigError(f'--workdir={workdir} belongs to a run with {different}: {hint}choose another directory')
-            return config.differences(previous, cfg)
-        # A start that failed leaves an empty checkpoints/.
-        there = lambda path: path.exists() and not (path.name == 'checkpoints' and _is_empty(path))
-        if others := [name for name in WRITTEN if there(workdir / name)]:
-            raise ConfigError(f'--workdir={workdir} holds {others[0]!r} but no config.json: choose another directory')
+    return accessed(lambda: _check(workdir, cfg, extend), f'--workdir={workdir}')
+
+
+def _check(workdir, cfg, extend):
+    if (workdir / 'config.json').exists():
+        previous = config.load(workdir / 'config.json')
+        differences = lambda *ignore: config.differences(previous, cfg, ignore=ignore)
+        beyond_schedule = differences(*config.RESUMABLE, *config.SCHEDULE)
+        if different := beyond_schedule if extend else differences(*config.RESUMABLE):
+            hint = '' if beyond_schedule else 'add --extend to go on so, or '
+            raise ConfigError(f'--workdir={workdir} belongs to a run with {different}: {hint}choose another directory')
+        return config.differences(previous, cfg)
+    # A start that failed leaves an empty checkpoints/.
+    there = lambda path: path.exists() and not (path.name == 'checkpoints' and _is_empty(path))
+    if others := [name for name in WRITTEN if there(workdir / name)]:
+        raise ConfigError(f'--workdir={workdir} holds {others[0]!r} but no config.json: choose another directory')
     return ''
 
 
@@ -56,42 +56,13 @@ def hold(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
         make(workdir)
         stack.enter_context(lease.held(workdir))
 
-    by_first_process(first)
-
-
-def by_first_process(function: Callable[[], None]) -> None:
-    """Calls a function in the first process of a job, for which the others wait. If it raises, all do, with its message."""
-    error, text = None, np.zeros(2000, np.uint8)
-    if jax.process_index() == 0:
-        try:
-            function()
-        except Exception as e:
-            error, found = e, np.frombuffer(str(e).encode()[: text.size], np.uint8)
-            text[: found.size] = found
-    if jax.process_count() > 1:
-        text = np.asarray(multihost_utils.broadcast_one_to_all(text))
-        if text.any() and not error:
-            error = ConfigError(text.tobytes().rstrip(b'\0').decode(errors='replace'))
-    if error:
-        raise error
+    by_first_process(first, f'--workdir={workdir}')
 
 
 def make(workdir: epath.Path) -> None:
     """Creates the directory. Raises a ConfigError if that cannot be done."""
     if not in_bucket(workdir):
-        with _named(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-
-
-@contextlib.contextmanager
-def _named(workdir):
-    """Turns what filesystems and the clients of buckets raise into a ConfigError that names the directory."""
-    try:
-        yield
-    except SparkError:
-        raise
-    except Exception as e:
-        raise ConfigError(f'--workdir={workdir}: {getattr(e, "strerror", None) or root_cause(e)}') from None
+        accessed(lambda: workdir.mkdir(parents=True, exist_ok=True), f'--workdir={workdir}')
 
 
 def _is_empty(path):

@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import platform
 
-import jax
 from etils import epath
 
 from spark.runtime import write_json
@@ -19,9 +18,7 @@ def versions() -> dict[str, str]:
 
 
 def record(workdir: epath.Path) -> None:
-    """Writes them to a run directory; if the run had others, says which."""
-    if jax.process_index() != 0:
-        return
+    """Writes them to a run directory, in the first process; if the run had others, says which."""
     path, now = workdir / FILE, versions()
     try:
         before = json.loads(path.read_text())

@@ -18,10 +18,12 @@ from typing import Any
 import tensorstore as ts
 from etils import epath
 
+from spark.checkpoints.reading import accessed
 from spark.data.store import kvstore
-from spark.errors import ConfigError, exit_now, root_cause
+from spark.errors import ConfigError, exit_now
 
 NAME = 'lease'
+PROC = pathlib.Path('/proc')
 RENEWED_EVERY, LOST_AFTER = 10.0, 60.0  # seconds
 
 
@@ -29,17 +31,13 @@ RENEWED_EVERY, LOST_AFTER = 10.0, 60.0  # seconds
 def held(workdir: epath.Path) -> Iterator[None]:
     """Inside, this process has the run directory to itself. Raises a ConfigError that names the process which has it.
 
-    If another process takes the lease, since this one stood still for long, this process ends with that error.
+    If another process takes the lease, since this one stood still for long, or if a user has removed it for one, this process
+    ends with that error.
     """
     me = {'id': uuid.uuid4().hex, 'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.time(), **_process(os.getpid())}
-    try:
-        store = ts.KvStore.open(kvstore(workdir)).result()
-        lease = _Lease(workdir, store, me)
-        lease.take()
-    except ConfigError:
-        raise
-    except Exception as e:  # clients of buckets raise exceptions of their own
-        raise ConfigError(f'--workdir={workdir}: {root_cause(e)}') from None
+    what = f'--workdir={workdir}'
+    lease = _Lease(workdir, accessed(lambda: ts.KvStore.open(kvstore(workdir)).result(), what), me)
+    accessed(lease.take, what)
     ended = threading.Event()
     renewal = threading.Thread(target=lease.renew, args=(ended,), daemon=True, name='lease')
     renewal.start()
@@ -80,17 +78,18 @@ class _Lease:
             time.sleep(1)
 
     def renew(self, ended: threading.Event) -> None:
-        """Renews the lease until `ended` is set, or somebody has removed the file."""
+        """Renews the lease until `ended` is set; ends the process if that is no longer possible."""
         while not ended.wait(RENEWED_EVERY):
             with contextlib.suppress(Exception):  # the storage may answer next time
                 if self._write(self._generation):
                     continue
                 other, generation = self._read()
-                if not other:
-                    return
-                if other.get('id') != self._me['id']:
+                if other.get('id') == self._me['id']:
+                    self._generation = generation
+                elif other:
                     exit_now(ConfigError(f'--workdir={self._workdir}: {_name(other)} took it while this one stood still'))
-                self._generation = generation
+                elif self._workdir.exists():  # else the next save says that it has vanished
+                    exit_now(ConfigError(f'--workdir={self._workdir}: its lease was removed, so that another process takes it'))
 
     def release(self) -> None:
         """Gives the lease back, if this process has it."""
@@ -116,11 +115,10 @@ class _Lease:
 
 def _process(pid):
     """What tells a process of this machine from all others, as far as the system says; its job in SLURM, and the life of that."""
-    proc = pathlib.Path('/proc')
     found = {'slurm': [os.environ[name] for name in ('SLURM_CLUSTER_NAME', 'SLURM_JOB_ID') if name in os.environ]}
     found['life'] = os.environ.get('SLURM_RESTART_COUNT', '0')
     with contextlib.suppress(OSError):
-        found['machine'] = [(proc / 'sys/kernel/random/boot_id').read_text().strip(), os.readlink(proc / 'self/ns/pid')]
+        found['machine'] = [(PROC / 'sys/kernel/random/boot_id').read_text().strip(), os.readlink(PROC / 'self/ns/pid')]
         found['started'] = _started(pid)
     return found
 
@@ -128,7 +126,7 @@ def _process(pid):
 def _started(pid):
     """When a process of this machine started; None if there is none, or it is a zombie."""
     try:
-        state, *fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+        state, *fields = (PROC / str(pid) / 'stat').read_text().rpartition(')')[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if state in 'ZX' else fields[18]
@@ -138,7 +136,10 @@ def _is_alive(other):
     """Is another process alive? None if that cannot be told from here."""
     here = _process(os.getpid())
     if here.get('machine') and here['machine'] == other.get('machine'):
-        return _started(other.get('pid')) == other.get('started')
+        started = _started(other.get('pid'))
+        if started is None and not (PROC / '1').exists():  # hidepid=2: other users' processes are not shown
+            return None
+        return started == other.get('started')
     # SLURM starts a job again when all its processes have ended.
     if len(here['slurm']) == 2 and here['slurm'] == other.get('slurm') and here['life'] != other.get('life'):
         return False

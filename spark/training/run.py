@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from spark import config
 from spark.checkpoints.manager import Checkpoints
 from spark.checkpoints.period import Period
+from spark.checkpoints.reading import by_first_process
 from spark.data import documents, rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, translated_xla_errors
@@ -34,7 +35,7 @@ Batches = Iterable[dict] | Callable[[int], Iterable[dict]]
 
 def train(
     cfg: config.ExperimentConfig, workdir: epath.PathLike, batches: Batches | None = None,
-    held_out: dict[str, Iterable[dict]] | None = None, extend: bool = False,
+    held_out: dict[str, Iterable[dict]] | None = None, extend: bool = False, holder: contextlib.ExitStack | None = None,
 ) -> tuple[dict, Trainer, TrainState]:  # fmt: skip
     """Trains to cfg.train.steps, from the newest checkpoint in `workdir` if there is one; (summary, trainer, final state).
 
@@ -46,12 +47,13 @@ def train(
         function of their number that returns the others.
       held_out: batches of 'validation' and 'test' in place of those of data.eval_source or data.source, to iterate repeatedly.
       extend: may the steps and the learning rate (`config.SCHEDULE`) differ from those that the run in `workdir` had?
+      holder: keeps other jobs off `workdir` until it is closed; by default until this function returns.
 
     Raises a SparkError with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
     """
     # XLA's errors are translated before anything is closed, since closing may wait for processes that have died.
     with contextlib.ExitStack() as stack, translated_xla_errors():
-        run = Run(cfg, epath.Path(workdir), stack, batches, held_out, extend)
+        run = Run(cfg, epath.Path(workdir), stack, batches, held_out, extend, holder)
         run.loop()
         return run.report(), run.trainer, run.state
 
@@ -62,14 +64,15 @@ class Run:
     def __init__(
         self, cfg: config.ExperimentConfig, workdir: epath.Path, stack: contextlib.ExitStack,
         batches: Batches | None = None, held_out: dict[str, Iterable[dict]] | None = None, extend: bool = False,
+        holder: contextlib.ExitStack | None = None,
     ):  # fmt: skip
-        self.workdir, self.clock = workdir, Clock()
+        self.workdir, self.clock, self.writer = workdir, Clock(), None  # the first process has a writer
         self.about = {'config': cfg.model_dump(mode='json'), **revision()}
         with self.clock.during('start'):
             self.tokenizer, self.cfg = tokenizer_for(cfg)
             config.check_devices(self.cfg, jax.device_count())
             self.trainer = Trainer(self.cfg)
-            directory.by_first_process(lambda: directory.check(workdir, cfg, extend))
+            self._first(lambda: directory.check(workdir, cfg, extend))
             # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
             # A source that is not prepared is prepared now, before the watchdog looks on: that may take hours.
             opened = {}
@@ -84,25 +87,20 @@ class Run:
             self.profiler = Profiler(cfg.train, workdir, stack)
             if cfg.train.cache == 'on' or (cfg.train.cache == 'auto' and jax.default_backend() != 'cpu'):
                 jax.config.update('jax_compilation_cache_dir', os.environ.get(CACHE_DIR) or str(workdir / 'xla_cache'))
-            directory.hold(workdir, stack)
+            directory.hold(workdir, holder or stack)
             kept = cfg.train.keep, cfg.train.keep_every, cfg.train.keep_every_minutes
             self.checkpoints = Checkpoints(workdir / 'checkpoints', *kept)
             stack.enter_context(self.trainer.context())
             origin = self._restore_or_start(cfg)
-            directory.by_first_process(lambda: directory.claim(workdir, cfg, extend))  # by a start that worked
-            environment.record(workdir)
-            self.checkpoints.begin(self.saved or 0)
+            self._first(lambda: self._claim(cfg, extend, origin))  # by a start that worked
             self.period = Period(cfg.train.save_every_minutes, self.step)
             if origin:
-                start.record(workdir, origin, self.step)
                 self._save()  # from here on a branch needs no other run
                 self.checkpoints.wait()
             self.batches = self._open_batches(batches)
             if hasattr(self.batches, 'close'):
                 stack.callback(self.batches.close)
-            self.writer = trackers.MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
             if self.writer:
-                self.writer.describe(**{name: f'```\n{json.dumps(value, indent=2)}\n```' for name, value in self.about.items()})
                 stack.callback(self.writer.close)
             stack.callback(self.checkpoints.close)
         if self.step < cfg.train.steps:
@@ -177,8 +175,7 @@ class Run:
     def save(self) -> None:
         """Starts to save the state and the number of rows seen."""
         with self.log.paused('checkpoint'):
-            if self.writer:
-                self.writer.flush()
+            self._first(lambda: self.writer.flush())
             self._save()
 
     def _save(self):
@@ -195,7 +192,7 @@ class Run:
 
     def report(self) -> dict[str, Any]:
         """Evaluates both held-out splits, or train.final_eval batches of each; the summary of the run."""
-        reports, limit = {}, self.cfg.train.final_eval
+        reports, limit, origin = {}, self.cfg.train.final_eval, self.workdir / start.ORIGIN
         for split, data in self.held_out.items():
             length = operator.length_hint(data, limit)
             print(f'Evaluating the {split} split: {min(limit or length, length) or "all"} batches …', flush=True)
@@ -217,9 +214,23 @@ class Run:
             'train_loss': log.last_loss,
             **reports,
             **self.clock.report(),
-            'origin': json.loads(origin.read_text()) if (origin := self.workdir / start.ORIGIN).exists() else None,
+            'origin': self._first(lambda: json.loads(origin.read_text()) if origin.exists() else None),
             **self.about,
         }
+
+    def _first(self, act):
+        """What is done with the run directory, by the first process; all have its result, or its error."""
+        return by_first_process(act, f'--workdir={self.workdir}')
+
+    def _claim(self, cfg, extend, origin):
+        """Begins to write to the run directory; `origin` is that from which a new branch comes."""
+        directory.claim(self.workdir, cfg, extend)
+        environment.record(self.workdir)
+        self.checkpoints.begin(self.saved or 0)
+        if origin:
+            start.record(self.workdir, origin, self.step)
+        self.writer = trackers.MetricsWriter(self.workdir, self.step)
+        self.writer.describe(**{name: f'```\n{json.dumps(value, indent=2)}\n```' for name, value in self.about.items()})
 
     def _restore_or_start(self, cfg):
         """Sets step, state, evaluated, saved and rows_seen; the run directory from which a new branch comes, or None."""
@@ -233,7 +244,8 @@ class Run:
                 raise ConfigError(f'train.steps = {cfg.train.steps}: want at least {self.step}, which {self.workdir} has reached')
             print(f'Resuming from step {self.step} in {self.workdir}', flush=True)
         else:
-            start.check_nothing_lost(self.workdir, self.checkpoints.last_saved(), self.cfg.train.save_every)
+            save_every = self.cfg.train.save_every
+            self._first(lambda: start.check_nothing_lost(self.workdir, self.checkpoints.last_saved(), save_every))
             if cfg.train.branch_from:
                 self.step, self.state, data, origin = start.branch(self.trainer, cfg)
                 self.rows_seen, self.evaluated, self.saved = self._place_in_data(data['data'], origin), data['evaluated'], None

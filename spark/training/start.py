@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from spark import config
 from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints, open_checkpoint
+from spark.checkpoints.reading import by_first_process
 from spark.data.tokenizer import of_config
 from spark.errors import CheckpointError, ConfigError, SparkError
 from spark.runtime import absolute, path_of, write_json
@@ -51,22 +49,25 @@ def branch(trainer: Trainer, cfg: config.ExperimentConfig) -> tuple[int, TrainSt
     """
     source = cfg.train.branch_from
     workdir, checkpoints, step = open_source('train.branch_from', source)
-    ignored = (*config.RESUMABLE, *config.SCHEDULE, 'train.branch_from', 'train.restore_from')
-    if different := config.differences(config.load(workdir / 'config.json'), cfg, ignore=ignored):
-        want = f'want the same, or only the weights by --restore_from={source}'
-        raise ConfigError(f'train.branch_from = {source!r}: that run has {different}: {want}')
-    if step >= cfg.train.steps:
-        raise ConfigError(f'train.steps = {cfg.train.steps}: want more than {step}, where the branch of {workdir} starts')
+    by_first_process(lambda: _check_same(workdir, cfg, step), f'train.branch_from = {source!r}')
     state, data = checkpoints.restore(step, trainer.abstract_state)
     checkpoints.close()
     print(f'Branching from step {step} of {workdir}', flush=True)
     return step, state, data, workdir
 
 
+def _check_same(workdir, cfg, step):
+    source, ignored = cfg.train.branch_from, (*config.RESUMABLE, *config.SCHEDULE, 'train.branch_from', 'train.restore_from')
+    if different := config.differences(config.load(workdir / 'config.json'), cfg, ignore=ignored):
+        want = f'want the same, or only the weights by --restore_from={source}'
+        raise ConfigError(f'train.branch_from = {source!r}: that run has {different}: {want}')
+    if step >= cfg.train.steps:
+        raise ConfigError(f'train.steps = {cfg.train.steps}: want more than {step}, where the branch of {workdir} starts')
+
+
 def record(workdir: epath.Path, origin: epath.Path, step: int) -> None:
-    """Writes where a branch comes from into its run directory."""
-    if jax.process_index() == 0:
-        write_json(workdir / ORIGIN, {'branch_from': f'{absolute(origin)}/checkpoints/{step}', 'step': step})
+    """Writes where a branch comes from into its run directory, in the first process."""
+    write_json(workdir / ORIGIN, {'branch_from': f'{absolute(origin)}/checkpoints/{step}', 'step': step})
 
 
 def open_source(field: str, source: str) -> tuple[epath.Path, Checkpoints, int]:
@@ -74,18 +75,21 @@ def open_source(field: str, source: str) -> tuple[epath.Path, Checkpoints, int]:
 
     Raises a CheckpointError that names the field if there is none.
     """
-    path, step = path_of(source, f'{field} = {source!r}'), None
-    is_run = lambda: (path / 'config.json').exists()
-    if path.name.isdigit() and not is_run():
-        path, step = path.parent, int(path.name)
-    if path.name == 'checkpoints' and not is_run():
-        path = path.parent
+    named = path_of(source, f'{field} = {source!r}')
+
+    def find(path, step=None):
+        if (path / 'config.json').exists():
+            return str(path), step
+        if path.name.isdigit() and step is None:
+            return find(path.parent, int(path.name))
+        return str(path.parent if path.name == 'checkpoints' else path), step
+
+    path, step = by_first_process(lambda: find(named), f'{field} = {source!r}')
+    path = epath.Path(path)
     try:
         checkpoints, step = open_checkpoint(path, step)
     except CheckpointError as e:
         raise CheckpointError(f'{field} = {source!r}: want a run directory, or a checkpoints/STEP of one; {e}') from None
-    if jax.process_count() > 1:  # a run that still trains may have saved a step since
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     return path, checkpoints, step
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from spark.checkpoints import manager
 from spark.checkpoints.checksums import checksums
 from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints
 from spark.errors import CheckpointError, DamagedError
@@ -33,6 +34,12 @@ def abstract(like):
 
 def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    """Before damage is believed."""
+    monkeypatch.setattr('spark.checkpoints.reading.LOOK_AGAIN', 0)
 
 
 @pytest.fixture(scope='module')
@@ -204,6 +211,49 @@ def test_saves_that_fail_in_the_background(copy, monkeypatch, capfd):
     assert restore(copy)[0] == 5
 
 
+def test_a_save_that_cannot_start_in_one_of_two_processes(copy, monkeypatch, capfd):
+    """It is one of three that may fail; what it left is deleted; the processes agree in `wait`, once a save."""
+    checkpoints, agreed = Checkpoints(copy / 'checkpoints'), []
+    monkeypatch.setattr(manager, '_anywhere', lambda failed: agreed.append(failed) or True)
+    monkeypatch.setattr(manager, 'exit_now', lambda e: pytest.fail(f'exits: {e}'))
+
+    def full(step, **_):
+        (copy / 'checkpoints' / f'{step}.orbax-checkpoint-tmp').mkdir()
+        raise errors.pop(0)
+
+    errors = [OSError(28, 'No space left on device'), FileNotFoundError('gone')]  # as Orbax may raise them in one process
+    monkeypatch.setattr(checkpoints._manager, 'save', full)
+    monkeypatch.setattr(manager.jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(manager, 'by_first_process', lambda act, what: act())
+    for n, words in [(1, 'save of step 3 failed: OSError: [Errno 28]'), (2, 'save of step 4 failed: FileNotFoundError: gone')]:
+        checkpoints.save(2 + n, tree(3), PLACE)
+        assert not checkpoints.wait() and agreed == [True] * n
+        said = capfd.readouterr().out
+        assert words in said and f'this was save {n} of 3' in said
+        assert sorted(p.name for p in (copy / 'checkpoints').iterdir()) == ['1', '2']
+    monkeypatch.undo()
+    checkpoints.close()
+
+
+@pytest.mark.parametrize('fails', [1, 9])
+def test_storage_that_fails_when_a_save_starts(copy, monkeypatch, capfd, fails):
+    """Once: it is asked again. For long: this is a save that failed."""
+    checkpoints, left = Checkpoints(copy / 'checkpoints'), [OSError('503')] * fails
+    exists = type(checkpoints.directory).exists
+    monkeypatch.setattr('spark.checkpoints.reading.time.sleep', lambda s: None)
+
+    def flaky(path):
+        if path.name == 'config.json' and left:
+            raise left.pop()
+        return exists(path)
+
+    monkeypatch.setattr(type(checkpoints.directory), 'exists', flaky)
+    checkpoints.save(3, tree(3), PLACE)
+    assert checkpoints.wait() == (fails == 1)
+    assert ('step 3 failed: UnreadableError' in capfd.readouterr().out) == (fails > 1)
+    checkpoints.close()
+
+
 def test_the_last_save_is_repeated(copy, monkeypatch):
     """After a pause, as often as saves may fail; what a failed attempt has left is no obstacle."""
     checkpoints, waited, fails = Checkpoints(copy / 'checkpoints'), [], [28, 28]
@@ -234,10 +284,10 @@ def test_the_last_save_is_repeated(copy, monkeypatch):
 def test_a_directory_that_is_gone(copy):
     checkpoints = Checkpoints(copy / 'checkpoints')
     shutil.rmtree(copy)
-    for step in (3, 4):
+    for step in (3, 4, 5):
         checkpoints.save(step, tree(3), PLACE)
     with pytest.raises(CheckpointError, match='the run directory has vanished'):
-        checkpoints.save(5, tree(3), PLACE)
+        checkpoints.wait()
     assert not copy.exists()
 
 

@@ -11,8 +11,8 @@ import tensorstore as ts
 
 from spark.checkpoints import reading
 from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints
-from spark.checkpoints.reading import UnreadableError, checked, insistently
-from spark.errors import CheckpointError, ConfigError, DamagedError
+from spark.checkpoints.reading import UnreadableError, accessed, by_first_process, checked, insistently
+from spark.errors import CheckpointError, ConfigError, DamagedError, DataError, SparkError
 from tests.checkpoints.test_manager import abstract, assert_same, copy, restore, saved, tree  # noqa: F401
 
 RESTORE = ocp.PyTreeCheckpointHandler.restore
@@ -49,7 +49,10 @@ def test_what_fails_once_costs_nothing(copy, monkeypatch, pauses, capfd, error):
     assert step == 2 and not (copy / DAMAGED_DIR).exists()
     assert_same(state, tree(2))
     said = capfd.readouterr()
-    assert ('trying again in 1 s' in said.out + said.err) == bool(pauses) == ('503' in str(error))
+    if '503' in str(error):
+        assert 'trying again in 1 s' in said.out + said.err and pauses == [1]
+    else:
+        assert 'reading it once more in 5 s' in said.out + said.err and pauses == [5]
 
 
 def test_a_failure_that_stays_moves_nothing(copy, monkeypatch, pauses):  # noqa: F811
@@ -122,4 +125,59 @@ def test_damage_is_seen_twice(pauses):
 
     with pytest.raises(DamagedError, match='c'):
         insistently(read)
-    assert not errors and pauses == [1]
+    assert not errors and pauses == [reading.LOOK_AGAIN, 1]
+
+
+@pytest.mark.parametrize('error', [TypeError('argument'), AttributeError('no such'), NotImplementedError()], ids=repr)
+def test_an_error_of_the_program_is_no_damage(copy, monkeypatch, pauses, error):  # noqa: F811
+    fail(monkeypatch, error, 99)
+    with pytest.raises(CheckpointError, match=f'2: cannot be restored: {type(error).__name__}.*it is as it was') as e:
+        restore(copy)
+    assert not isinstance(e.value, DamagedError | UnreadableError) and not (copy / DAMAGED_DIR).exists()
+
+
+@pytest.mark.parametrize(('error', 'passes'), [
+    (OSError(5, 'Input/output error'), True), (OSError('503'), True), (ValueError('UNAVAILABLE: 503'), True),
+    (RuntimeError('the client gave up'), True), (OSError(28, 'No space left on device'), False),
+    (PermissionError(13, 'no'), False), (OSError('Forbidden: b/run'), False), (FileNotFoundError('b'), False),
+    (ValueError('no JSON'), False),
+], ids=repr)  # fmt: skip
+def test_what_a_start_tries_again(pauses, error, passes):
+    """Storage that fails for long ends a job so that it starts again; what a user must mend ends it."""
+
+    def wrapped():
+        try:
+            raise error
+        except Exception as e:
+            raise ConfigError('config.json: cannot be written') from None if passes else e
+
+    for act in (lambda: (_ for _ in ()).throw(error), wrapped):
+        pauses.clear()
+        with pytest.raises(UnreadableError if passes else ConfigError) as e:
+            accessed(act, '--workdir=x')
+        assert e.value.exit_code == (124 if passes else 2) and pauses == list(reading.PAUSES) * passes
+
+
+@pytest.mark.parametrize('error', [DamagedError('a'), ConfigError(''), DataError('b'), OSError(13, 'no'), TypeError()], ids=repr)
+def test_all_processes_end_as_the_first(monkeypatch, error):
+    """With its error, also one without words; or they have its result."""
+    sent = []
+    monkeypatch.setattr(reading.jax, 'process_count', lambda: 2)
+
+    def broadcast(x):
+        if not index:
+            sent.append(x)
+        return sent[-1]
+
+    monkeypatch.setattr(reading.multihost_utils, 'broadcast_one_to_all', broadcast)
+    monkeypatch.setattr(reading.jax, 'process_index', lambda: index)
+    monkeypatch.setattr(reading.time, 'sleep', lambda s: None)
+    for act in (lambda: (_ for _ in ()).throw(error), lambda: ['é' * 100, 3]):
+        said = []
+        for index in (0, 1):
+            try:
+                said.append(by_first_process(act if not index else pytest.fail, 'x'))
+            except Exception as e:
+                said.append((type(e) if isinstance(e, SparkError) else SparkError, str(e)))
+        assert said[0] == said[1]
+    assert said[0][1] == 3
