@@ -90,7 +90,7 @@ def may_go_on(file: pathlib.Path, workdir: epath.PathLike, restarts: int) -> boo
     lives = 0 if newest > step else lives + 1
     file.write_text(json.dumps([max(newest, step), lives]))
     if lives > restarts:
-        print(f'Not to be requeued: it was {restarts} times, without a new checkpoint', flush=True)
+        print(f'Not requeued: {lives} lives in a row made no new checkpoint', flush=True)
     return lives <= restarts
 
 
