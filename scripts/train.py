@@ -26,22 +26,15 @@ from ml_collections import config_flags
 
 from spark import config, distributed, errors
 from spark.runtime import run_directory, use_huge_pages, write_json
+from spark.training import flags as start
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with an optional variant: PATH[:VARIANT].')
-RESTORE = flags.DEFINE_string('restore_from', None, 'A run, or a checkpoints/STEP of one, whose weights a new run starts from.')
-BRANCH = flags.DEFINE_string(
-    'branch_from', None, 'A run, or a checkpoints/STEP of one, that a new run goes on from, with optimizer and place in the data.'
-)
-EXTEND = flags.DEFINE_bool('extend', False, 'Go on with other train.steps or learning rates than the run in --workdir had.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory, or gs://…: a new one, or that of a run to resume.')
-JSON = flags.DEFINE_string('json', None, 'Also write the summary to this file.')
+start.define()
 
 
 def main() -> None:
-    for field, flag in [('restore_from', RESTORE), ('branch_from', BRANCH)]:
-        if flag.value is not None:
-            CONFIG.value.train[field] = flag.value
-    cfg = config.validate(CONFIG.value)
+    cfg = config.validate(start.apply(CONFIG.value))
 
     # Imported here, so that a wrong config is reported before JAX starts.
     import jax
@@ -52,7 +45,7 @@ def main() -> None:
 
     workdir = run_directory(WORKDIR.value)
     with contextlib.ExitStack() as holder:
-        summary, trainer, state = train(cfg, workdir, extend=EXTEND.value, holder=holder)
+        summary, trainer, state = train(cfg, workdir, extend=flags.FLAGS.extend, holder=holder)
         write_summary(workdir, summary | {'sample': None})  # whatever becomes of the sample, the run is done
         if jax.process_count() == 1:
             sample = continuation(trainer, state)
@@ -68,7 +61,7 @@ def write_summary(workdir, summary) -> None:
     """Writes summary.json, and the file of --json."""
     from spark.checkpoints.reading import by_first_process
 
-    for path in filter(None, (workdir / 'summary.json', JSON.value)):
+    for path in filter(None, (workdir / 'summary.json', flags.FLAGS.json)):
         by_first_process(lambda path=path: write_json(path, summary), f'{path}')
 
 

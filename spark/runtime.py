@@ -144,6 +144,11 @@ def entries(directory: Path) -> list[Path]:
         return []
 
 
+def is_complete(checkpoint: Path) -> bool:
+    """Is the checkpoint in a directory complete? A local one has its name then; in a bucket Orbax writes a file last."""
+    return not in_bucket(checkpoint) or (checkpoint / 'commit_success.txt').exists()
+
+
 def check_bucket(name: str, path: epath.PathLike) -> None:
     """Raises a ConfigError that starts with `name` if `path` is in a bucket and support for its kind is not installed."""
     extra, module = BUCKETS.get(str(path).partition('://')[0], ('', ''))

@@ -79,7 +79,7 @@ def started(home: pathlib.Path, monkeypatch):
         yield
     finally:
         said('scancel', '--full', '-u', 'root')
-        with contextlib.suppress(AssertionError):
+        with contextlib.suppress(pytest.fail.Exception):
             wait(lambda: not said('squeue', '-h'), 'jobs do not end')
         for process in reversed(running):
             process.terminate()

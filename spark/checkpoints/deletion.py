@@ -9,7 +9,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from spark.errors import root_cause
 from spark.progress import tqdm
-from spark.runtime import entries
+from spark.runtime import entries, is_complete
 
 
 class Deletion:
@@ -69,6 +69,4 @@ class Deletion:
 
 
 def _is_unfinished(path):
-    if str(path).startswith('gs://') and path.name.isdigit():  # there a checkpoint is complete when it holds this file
-        return 'commit_success.txt' not in {p.name for p in path.iterdir()}
-    return '.orbax-checkpoint-tmp' in path.name
+    return not is_complete(path) if path.name.isdecimal() else '.orbax-checkpoint-tmp' in path.name

@@ -147,7 +147,7 @@ def open_part(part: str, field: str = 'text', cache: str = '') -> list[File]:
 
 def _listed(pattern):
     """The files that match a glob, sorted: local paths, or URLs."""
-    if '://' not in pattern:
+    if not in_bucket(pattern):
         paths = sorted(map(os.path.abspath, filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True))))
         return [File(path, os.path.getsize(path), str(os.stat(path).st_mtime)) for path in paths]
     fs, path = url_to_fs(pattern)
@@ -215,7 +215,7 @@ def _tfds_builder(part, name):
 
     try:
         directory = os.path.expanduser(name)
-        is_directory = '://' in name or os.path.isdir(directory)
+        is_directory = in_bucket(name) or os.path.isdir(directory)
         return tfds.builder_from_directory(directory) if is_directory else tfds.builder(name)
     except Exception as e:
         reason = ' '.join(str(e).partition('Available datasets')[0].split())[:200]  # there are a thousand

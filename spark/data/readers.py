@@ -22,7 +22,7 @@ import pyarrow.parquet
 from fsspec.core import url_to_fs
 
 from spark.errors import DataError, SparkError
-from spark.runtime import path_of
+from spark.runtime import in_bucket, path_of
 
 PIECE = 16 << 20  # bytes that a worker reads at once
 DOCUMENT = 64 << 10  # bytes; a longer .txt file becomes several documents. Divides PIECE
@@ -81,7 +81,7 @@ def cut(format: str, file: str, size: int) -> list[tuple[Span, int]]:
     elif format == 'parquet':
         with open_file(file) as f:
             items = pyarrow.parquet.ParquetFile(f).num_row_groups
-    elif '://' in file:  # each span would download it
+    elif in_bucket(file):  # each span would download it
         return whole
     else:
         with _records(file) as records:
@@ -120,7 +120,7 @@ class _File(io.RawIOBase):
     def __init__(self, file: str):
         self._name = file
         with reading(file):
-            self._file = fsspec.open(file, 'rb').open() if '://' in file else open(file, 'rb', buffering=0)
+            self._file = fsspec.open(file, 'rb').open() if in_bucket(file) else open(file, 'rb', buffering=0)
 
     def readinto(self, buffer) -> int:
         with reading(self._name):
@@ -163,7 +163,7 @@ def open_file(file: str) -> Iterator[io.BufferedReader]:
 @contextlib.contextmanager
 def local_copy(file: str) -> Iterator[str]:
     """The path of a file for libraries that open only local ones; a remote file is downloaded and deleted afterwards."""
-    if '://' not in file:
+    if not in_bucket(file):
         yield file
         return
     with tempfile.TemporaryDirectory() as scratch:

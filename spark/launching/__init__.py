@@ -10,11 +10,13 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 
 from spark.errors import ConfigError
 from spark.launching import gcloud, slurm, xpk
 from spark.launching.job import Job
 
+HIDDEN = 'HIDDEN'  # printed instead of the value of an environment variable
 ENGINES = {'slurm': slurm, 'gcloud': gcloud, 'xpk': xpk}
 
 
@@ -42,18 +44,30 @@ def parse_env(settings: list[str]) -> dict[str, str]:
 
 
 def launch(via: str, job: Job, root: pathlib.Path, dry_run: bool = False) -> None:
-    """Prints and runs the commands that launch a job, one after the other; if `dry_run`, only prints them."""
+    """Prints and runs the commands that launch a job, one after the other; if `dry_run`, only prints them.
+
+    Values of the job's environment may be secrets. They are not printed, and only this user can read the files that hold them.
+    """
+    with tempfile.TemporaryDirectory(prefix=f'{job.name}-') as staging:  # nobody else can know or enter it
+        _launch(via, job._replace(staging=staging), root, dry_run)
+
+
+def _launch(via, job, root, dry_run):
     commands = ENGINES[via].commands(job, root)
+    shown = ENGINES[via].commands(job._replace(env=dict.fromkeys(job.env, HIDDEN)), root)
     for program in ('uv', ENGINES[via].PROGRAM):
         if not dry_run and not shutil.which(program) and any(program in words for words, _ in commands):
             how = ' (pip install uv)' if program == 'uv' else ''
             raise ConfigError(f'--via={via}: {program} is not on the PATH{how}; --dry_run prints what would run')
-    for words, script in commands:
-        print(shlex.join(words), flush=True)
+    for (words, script), told in zip(commands, shown, strict=True):
+        print(shlex.join(told.words), flush=True)
         if dry_run:
-            print(f'\n{script}' if script else '', end='')
+            print(f'\n{told.script}' if script else '', end='')
             continue
         if script:
-            pathlib.Path(words[-1]).write_text(script)
+            path = pathlib.Path(words[-1])
+            path.touch(0o600)
+            path.chmod(0o600)  # also one of an earlier launch
+            path.write_text(script)
         if code := subprocess.run(words).returncode:
             raise ConfigError(f'--via={via}: {words[0]} ended with exit code {code}')

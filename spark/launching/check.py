@@ -10,9 +10,7 @@ from spark.config import ExperimentConfig
 from spark.data import documents, store, tokenizer
 from spark.errors import ConfigError
 from spark.launching.job import Job
-from spark.runtime import check_bucket
-
-NAMED = ('--restore_from=', '--branch_from=')  # flags of scripts/train.py whose value is a path
+from spark.runtime import check_bucket, in_bucket
 
 
 def check_names(cfg: ExperimentConfig, job: Job, root: pathlib.Path, shared: bool, mount: str = '') -> None:
@@ -30,7 +28,7 @@ def check_names(cfg: ExperimentConfig, job: Job, root: pathlib.Path, shared: boo
 
     def is_there(label, path):
         """Can it be looked for from here? An error if the job's hosts will not have it."""
-        if '://' in path:
+        if in_bucket(path):
             check_bucket(label, path)
             return True
         if not os.path.isabs(os.path.expanduser(path)):
@@ -50,9 +48,8 @@ def check_names(cfg: ExperimentConfig, job: Job, root: pathlib.Path, shared: boo
     for source in filter(None, (cfg.data.source, cfg.data.eval_source)):
         for part in dict.fromkeys(part for phase in documents.parse(source) for part in phase.weights):
             _check_part(cfg, part, is_there, shared or mounted)
-    flags = {f'train.restore_from = {cfg.train.restore_from!r}': cfg.train.restore_from}
-    flags |= {flag: flag.partition('=')[2] for flag in job.train if flag.startswith(NAMED)}
-    for label, path in flags.items():
+    for field, path in [('restore_from', cfg.train.restore_from), ('branch_from', cfg.train.branch_from)]:
+        label = f'train.{field} = {path!r}'
         if path and is_there(label, path) and not _holds_something(path):
             raise ConfigError(f'{label}: is not there; want a run directory, or a checkpoints/STEP of one')
 
@@ -60,8 +57,8 @@ def check_names(cfg: ExperimentConfig, job: Job, root: pathlib.Path, shared: boo
 def _check_part(cfg, part, is_there, local):
     """Raises an error if a part of a source cannot be opened."""
     kind, _, rest = part.partition(':')
-    if kind == 'tfds' and '://' not in rest and not os.path.isabs(os.path.expanduser(rest)):
-        if not local and '://' not in os.environ.get('TFDS_DATA_DIR', ''):
+    if kind == 'tfds' and not in_bucket(rest) and not os.path.isabs(os.path.expanduser(rest)):
+        if not local and not in_bucket(os.environ.get('TFDS_DATA_DIR', '')):
             raise ConfigError(f'{part}: want --env=TFDS_DATA_DIR=gs://…, where it is prepared, or the directory in its place')
         documents.open_part(part, cfg.data.text_field, cfg.data.cache_dir)
     elif kind == 'tokens' and is_there(part, rest):
@@ -77,8 +74,9 @@ def _holds_something(path):
         return False
 
 
-def extras(cfg: ExperimentConfig, workdir: str, accelerator: str) -> tuple[str, ...]:
+def extras(cfg: ExperimentConfig, workdir: str, accelerator: str, env: dict[str, str]) -> tuple[str, ...]:
     """The extras of the package that a job needs: for its devices ('tpu', 'cuda' or ''), buckets and sources."""
-    names = ' '.join([workdir, cfg.data.source, cfg.data.eval_source, cfg.data.tokenizer, cfg.train.restore_from])
-    wanted = {accelerator: bool(accelerator), 'gcs': 'gs://' in names, 's3': 's3://' in names, 'hf': 'hf:' in cfg.data.source}
+    sources = f'{cfg.data.source} {cfg.data.eval_source}'
+    paths = ' '.join([workdir, sources, cfg.data.tokenizer, cfg.train.restore_from, cfg.train.branch_from, *env.values()])
+    wanted = {accelerator: bool(accelerator), 'gcs': 'gs://' in paths, 's3': 's3://' in paths, 'hf': 'hf:' in sources}
     return tuple(extra for extra, is_needed in wanted.items() if is_needed)

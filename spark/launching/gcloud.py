@@ -2,7 +2,19 @@
 
 import pathlib
 
-from spark.launching.job import LINUX, LOCK, PYTHON, Command, Job, freeze, parse_topology, restarted, train_line, unpack
+from spark.launching.job import (
+    LINUX,
+    LOCK,
+    PYTHON,
+    Command,
+    Job,
+    freeze,
+    insistently,
+    parse_topology,
+    restarted,
+    train_line,
+    unpack,
+)  # fmt: skip
 
 PROGRAM = 'gcloud'
 OPTIONS = {'zone': None, 'project': '', 'spot': '', 'version': '', 'data-disk': ''}
@@ -21,8 +33,7 @@ install() {{
   uv venv --quiet --clear --python {python} .venv &&
     uv pip install --quiet --python .venv --require-hashes -r {lock} && touch .venv/installed
 }}
-for wait in 0 10 30 90; do sleep $wait; install && break; done
-[ -e .venv/installed ] || {{ echo "{lock} cannot be installed"; exit 1; }}
+{install} || {{ echo "{lock} cannot be installed"; exit 1; }}
 [ "$1" = install ] && exit 0
 exec {train}
 """
@@ -34,7 +45,8 @@ def commands(job: Job, root: pathlib.Path) -> list[Command]:
     tpu, name = ['gcloud', 'compute', 'tpus', 'tpu-vm'], job.name
     where = [f'--{option}={job.options[option]}' for option in ('zone', 'project') if option in job.options]
     train = restarted(job, train_line(job, devices, '.venv/bin/python'), '.venv/bin/python')
-    script = SCRIPT.format(what=f'Revision {job.revision}', uv=UV, python=PYTHON, lock=LOCK, train=train)
+    fields = {'what': f'Revision {job.revision}', 'install': insistently('install'), 'train': train}
+    script = SCRIPT.format(uv=UV, python=PYTHON, lock=LOCK, **fields)
     run = f'{name}/run.sh >> {name}.log 2>&1'
     start = (
         f'mkdir -p {name} && tar -xf {name}.tar -C {name} && {name}/run.sh install && '

@@ -30,11 +30,12 @@ class Job(NamedTuple):
     env: dict[str, str] = {}  # noqa: RUF012 a NamedTuple's, and nothing changes it
     extras: tuple[str, ...] = ()  # of the package, which the job needs
     restarts: int = 5  # without a new checkpoint
+    staging: str = '/tmp'  # a directory for the files of this launch alone
 
     @property
     def archive(self) -> str:
         """Where the revision is unpacked on this machine."""
-        return f'/tmp/{self.name}-{self.revision[:12]}'
+        return f'{self.staging}/{self.name}-{self.revision[:12]}'
 
 
 class Command(NamedTuple):
@@ -80,6 +81,11 @@ def freeze(job: Job, directory: str, platform: str = '') -> Command:
     target = [f'--python-version={PYTHON}', *([f'--python-platform={platform}'] if platform else [])]
     resolve = ['uv', 'pip', 'compile', '--quiet', '--generate-hashes', *target, *extras]
     return Command([*resolve, f'{directory}/setup.py', '-o', f'{directory}/{LOCK}'])
+
+
+def insistently(line: str) -> str:
+    """The line of shell that runs another line until it succeeds, at most four times; the package index may not answer."""
+    return f'for wait in 0 10 30 90; do sleep $wait; {line} && break; done'
 
 
 def train_line(job: Job, devices: int, python: str = 'python') -> str:

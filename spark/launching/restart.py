@@ -1,13 +1,16 @@
 """Starts a run again after what can pass: a stall, a dead peer, a signal, a crash; as long as it makes new checkpoints.
 
-    python -m spark.launching.restart --workdir=DIR [--restarts=N] [--pass_on=CODE] COMMAND …
+    python -m spark.launching.restart --workdir=DIR [--restarts=N] [--requeued=FILE] COMMAND …
 
-Exit codes 0, 2, 3, 4 and 5 end a run, since it would meet the same again. After any other the command is started again, at most N
-times without a new checkpoint in DIR. With --pass_on=75 a preemption is left to who started this. A SIGTERM is passed on to the
-command, and then nothing is started again. The engines of scripts/launch.py start their jobs with it.
+Exit codes 0, 2, 3, 4 and 5 end a run, since it would meet the same again. After any other the command is started again, at most
+N times without a new checkpoint in DIR. A SIGTERM is passed on to the command; then nothing is started again, and the exit code
+is 75, since the run can go on. With --requeued a preemption ends with 75, too, and who started this runs it again. FILE counts
+how often that made no new checkpoint; after N times the exit code is 1. The engines of launch.py start their jobs with it.
 """
 
 import argparse
+import json
+import pathlib
 import signal
 import subprocess
 import sys
@@ -16,9 +19,11 @@ from collections.abc import Callable, Collection
 
 from etils import epath
 
-from spark.runtime import received_signals
+from spark.errors import Preempted
+from spark.runtime import entries, is_complete, received_signals
 
 ENDS = (0, 2, 3, 4, 5)
+LONGEST = 60  # seconds before another start
 SRUN = 250  # srun tells the highest code of its tasks: they add this to one that ends a run, so that it is above those of signals
 
 
@@ -27,13 +32,18 @@ def until_done(
 ) -> tuple[int, bool]:
     """Calls `start` until the run has ended; returns what it then returned: (exit code, was it asked to stop).
 
-    `restarts` is how often it is called again without a new checkpoint; the wait before that grows, from a second.
+    `restarts` is how often it is called again without a new checkpoint; the wait before that grows, from a second to LONGEST.
     """
+    with received_signals() as signals:  # those that come while nothing runs
+        return _until_done(start, workdir, restarts, pass_on, signals)
+
+
+def _until_done(start, workdir, restarts, pass_on, signals):
     newest, without = newest_step(workdir), 0
     while True:
         code, stopped = start()
-        if stopped or code in ENDS or code in pass_on:
-            return code, stopped
+        if stopped or signals or code in ENDS or code in pass_on:
+            return code, bool(stopped or signals)
         before, newest = newest, max(newest, newest_step(workdir))
         without = 0 if newest > before else without
         place = f'step {newest}' if newest >= 0 else 'the start'
@@ -42,41 +52,63 @@ def until_done(
             return code, stopped
         without += 1
         print(f'Exit code {code}; starting again from {place} ({without} of {restarts} without a new checkpoint)', flush=True)
-        time.sleep(4 ** (without - 1))
+        until = time.monotonic() + min(4 ** (without - 1), LONGEST)
+        while time.monotonic() < until and not signals:
+            time.sleep(0.1)
+        if signals:
+            return code, True
 
 
 def newest_step(workdir: epath.PathLike) -> int:
     """The step of the newest checkpoint; -1 if there is none, or if they cannot be listed."""
-    directory, in_bucket = epath.Path(workdir) / 'checkpoints', '://' in str(workdir)
+    directory = epath.Path(workdir) / 'checkpoints'
     try:
-        steps = sorted((int(path.name) for path in directory.iterdir() if path.name.isdecimal()), reverse=True)
-        # In a bucket nothing is renamed when it is complete: Orbax then writes this file.
-        return next((n for n in steps if not in_bucket or (directory / str(n) / 'commit_success.txt').exists()), -1)
+        steps = sorted((int(path.name) for path in entries(directory) if path.name.isdecimal()), reverse=True)
+        return next((n for n in steps if is_complete(directory / str(n))), -1)
     except Exception:  # clients of buckets raise exceptions of their own
         return -1
 
 
 def run(command: list[str]) -> tuple[int, bool]:
     """Runs a command: (its exit code, 128 + the number of a signal; was this process asked to stop)."""
-    process = subprocess.Popen(command)
+    process = None
     # SLURM itself signals the tasks of a step, and srun kills them if it is signalled, too.
-    stop = process.terminate if command[0] != 'srun' else lambda: None
-    with received_signals(lambda n: stop() if process.poll() is None else None, (signal.SIGTERM,)) as signals:
+    stop = lambda n=0: process.terminate() if process and command[0] != 'srun' else None
+    with received_signals(stop, (signal.SIGTERM,)) as signals:
+        process = subprocess.Popen(command)
+        if signals:  # it came before there was a process
+            stop()
         code = process.wait()
     code -= SRUN if code - SRUN in ENDS[1:] else 0
     return code if code >= 0 else 128 - code, bool(signals)
+
+
+def may_go_on(file: pathlib.Path, workdir: epath.PathLike, restarts: int) -> bool:
+    """Has a job that would be requeued made a new checkpoint, now or at most `restarts` lives ago? `file` counts the lives."""
+    step, lives = json.loads(file.read_text()) if file.exists() else (-1, 0)
+    newest = newest_step(workdir)
+    lives = 0 if newest > step else lives + 1
+    file.write_text(json.dumps([max(newest, step), lives]))
+    if lives > restarts:
+        print(f'Not requeued: {lives} lives in a row made no new checkpoint', flush=True)
+    return lives <= restarts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workdir', required=True)
     parser.add_argument('--restarts', type=int, default=5)
-    parser.add_argument('--pass_on', type=int, action='append', default=[])
+    parser.add_argument('--requeued', type=pathlib.Path)
     parser.add_argument('command', nargs=argparse.REMAINDER)
     given = parser.parse_args()
-    code, stopped = until_done(lambda: run(given.command), given.workdir, given.restarts, given.pass_on)
-    # GKE would start a job again that ended by a signal.
-    sys.exit(1 if code > 126 and not stopped else code)
+    preempted = Preempted.exit_code
+    pass_on = (preempted,) if given.requeued else ()
+    code, stopped = until_done(lambda: run(given.command), given.workdir, given.restarts, pass_on)
+    if stopped and code not in ENDS:
+        code = preempted
+    if code == preempted and given.requeued and not may_go_on(given.requeued, given.workdir, given.restarts):
+        code = 1
+    sys.exit(1 if code > 126 else code)  # GKE would start a job again that ended by a signal
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """A SLURM cluster whose nodes share a file system with this machine."""
 
+import math
 import pathlib
 import re
 import shlex
@@ -13,7 +14,13 @@ OPTIONS = {
     'account': '', 'qos': '', 'constraint': '', 'exclude': '', 'python': '',
 }  # fmt: skip
 # srun's exit code is the highest one of its tasks: what ends a run must be above what that does to the other tasks.
-TASK = 'trap : TERM; {train}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $((250 + code)); exit $code'
+# SLURM tells the tasks, and not the batch script, that the time is up: what fails after that is not to be started again here.
+TASK = (
+    "trap stopped=1 TERM; {train}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $((250 + code)); "
+    '[ "$stopped" ] && [ $code -ne 0 ] && exit 75; exit $code'
+)
+LIVES = 'lives.json'  # counts those of a job that was requeued
+NOTICE = 10  # minutes before the time limit, when SLURM asks a job to stop
 
 
 def commands(job: Job, root: pathlib.Path) -> list[Command]:
@@ -22,6 +29,9 @@ def commands(job: Job, root: pathlib.Path) -> list[Command]:
     What crashes is started again inside of the allocation, and a job that was preempted is requeued. SLURM itself requeues one
     whose node fails. --set=python=… names the Python of an environment that is there and stays as it is.
     """
+    limit = job.options['time']
+    if minutes(limit) <= NOTICE:
+        raise ConfigError(f'--set=time={limit}: want more than the {NOTICE} minutes that a job has to save its state')
     source, python = f'{job.workdir.rstrip("/")}.source-{job.revision[:12]}', job.options.get('python', '.venv/bin/python')
     options = [f'#SBATCH --{name}={value}' for name, value in job.options.items() if name != 'python']
     task = TASK.format(train=train_line(job, devices(job.options), python))
@@ -31,11 +41,13 @@ def commands(job: Job, root: pathlib.Path) -> list[Command]:
     step = f'srun --wait=300 {cpus}bash -c {shlex.quote(task)}'
     script = '\n'.join([
         '#!/bin/bash', f'#SBATCH --job-name={job.name}', *options,
-        '#SBATCH --signal=TERM@600', '#SBATCH --requeue', '#SBATCH --open-mode=append', f'#SBATCH --output={job.name}-%j.log',
-        f'# Revision {job.revision}', f'cd {shlex.quote(source)} || exit 2',
+        f'#SBATCH --signal=TERM@{60 * NOTICE}', '#SBATCH --requeue', '#SBATCH --open-mode=append',
+        f'#SBATCH --output={job.name}-%j.log', f'# Revision {job.revision}', f'cd {shlex.quote(source)} || exit 2',
         'trap : TERM  # SLURM signals the tasks, too, and they save their state',
-        restarted(job, step, python, '--pass_on=75'), 'code=$?',
-        '[ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"', 'exit $code', '',
+        f'[ "${{SLURM_RESTART_COUNT:-0}}" -eq 0 ] && rm -f {LIVES}',
+        restarted(job, step, python, f'--requeued={LIVES}'), 'code=$?',
+        '[ $code -eq 75 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] && scontrol requeue "$SLURM_JOB_ID"',
+        'exit $code', '',
     ])  # fmt: skip
     install = (
         f'cd {shlex.quote(source)} && uv venv --quiet --allow-existing --python {PYTHON} .venv && '
@@ -43,6 +55,20 @@ def commands(job: Job, root: pathlib.Path) -> list[Command]:
     )
     environment = [] if 'python' in job.options else [freeze(job, source), Command(['bash', '-c', install])]
     return [unpack(job, root, source), *environment, Command(['sbatch', f'{source}/launch.sbatch'], script)]
+
+
+def minutes(time: str) -> float:
+    """The minutes of a time limit as SLURM writes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or UNLIMITED."""
+    if time.upper() in ('UNLIMITED', 'INFINITE'):
+        return math.inf
+    if not re.fullmatch(r'(\d+-\d+(:\d+){0,2})|(\d+(:\d+){0,2})', time):
+        raise ConfigError(f'--set=time={time}: want MINUTES, HOURS:MINUTES:SECONDS, or DAYS-HOURS')
+    days, dash, rest = time.rpartition('-')
+    parts = [int(part) for part in rest.split(':')]
+    if not dash and len(parts) < 3:
+        parts = [0, *parts]
+    hours, mins, seconds = (*parts, 0, 0)[:3]
+    return (int(days or 0) * 24 + hours) * 60 + mins + seconds / 60 or math.inf  # 0: no limit
 
 
 def devices(options: dict[str, str]) -> int:

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from spark.launching.job import LINUX, LOCK, Command, Job, freeze, parse_topology, restarted, train_line, unpack
+from spark.launching.job import LINUX, LOCK, Command, Job, freeze, insistently, parse_topology, restarted, train_line, unpack
 
 PROGRAM = 'xpk'
 OPTIONS = {
@@ -20,11 +20,12 @@ def commands(job: Job, root: pathlib.Path) -> list[Command]:
     """
     options = [f'--{name}={job.options[name]}' for name in OPTIONS if name in job.options]
     _, accelerator, devices = parse_topology(job.topology)
+    install = insistently(f'pip install -q --require-hashes -r {LOCK}')
     create = [
         'xpk', 'workload', 'create', f'--workload={job.name}', f'--tpu-type={accelerator}',
         f'--num-slices={job.slices}', *options, f'--script-dir={job.archive}',
         '--restart-on-exit-codes=75', '--termination-grace-period-seconds=600',
         # exec, so that SIGTERM reaches Python
-        f'--command=pip install -q --require-hashes -r {LOCK} && exec {restarted(job, train_line(job, devices * job.slices))}',
+        f'--command={install} && exec {restarted(job, train_line(job, devices * job.slices))}',
     ]  # fmt: skip
     return [unpack(job, root, job.archive), freeze(job, job.archive, LINUX), Command(create)]

@@ -13,7 +13,7 @@ from tensorboardX import record_writer
 
 from spark.errors import CheckpointError, root_cause
 from spark.progress import tqdm
-from spark.runtime import write_bytes, write_text
+from spark.runtime import in_bucket, write_bytes, write_text
 
 PART = 1 << 20  # bytes of a part of a file in a bucket
 FLUSH_SECONDS = 60  # between writes of metrics to a bucket, and of TensorBoard anywhere
@@ -29,7 +29,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: epath.Path, step: int):
-        self._path, self._in_bucket, self._due = workdir / 'metrics.jsonl', '://' in str(workdir), 0.0
+        self._path, self._in_bucket, self._due = workdir / 'metrics.jsonl', in_bucket(workdir), 0.0
         with self._write_errors():
             last, lines, found = self._dropped_after(workdir, step)
             self._written = {(r['step'], r['split']) for r in found}

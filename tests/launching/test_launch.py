@@ -1,21 +1,28 @@
 """What is handed to the engines, word for word; and local jobs, in real processes."""
 
+import itertools
+import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
+from spark import config, launching
 from spark.errors import ConfigError, DataError, Preempted
 from spark.launching import ENGINES, check, local, parse_env, parse_options, restart, slurm
-from spark.launching.job import Job, git_revision, parse_topology
+from spark.launching.job import Command, Job, git_revision, parse_topology
+from spark.training import flags as start
 from tests.helpers import ROOT, small
+from tests.processes import environment, write_config
 
 REVISION = '0123456789abcdef0123456789abcdef01234567'
 
@@ -59,8 +66,50 @@ def test_xpk():
         'xpk', 'workload', 'create', '--workload=big', '--tpu-type=v5litepod-256', '--num-slices=2', '--cluster=pod', '--zone=z',
         '--base-docker-image=python:3.12', '--max-restarts=100', '--script-dir=/tmp/big-0123456789ab',
         '--restart-on-exit-codes=75', '--termination-grace-period-seconds=600',
-        "--command=pip install -q --require-hashes -r requirements.lock && exec " + restarted(train(512, env=" A='b c'")),
+        '--command=for wait in 0 10 30 90; do sleep $wait; pip install -q --require-hashes -r requirements.lock && break; done'
+        ' && exec ' + restarted(train(512, env=" A='b c'")),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(('refused', 'waits', 'code'), [(2, '0 10 30', 0), (4, '0 10 30 90', 1)])
+def test_a_pod_installs_again_when_the_package_index_does_not_answer(tmp_path, refused, waits, code):
+    command = commands('xpk', job('xpk', 'cluster=pod'))[-1][-1].removeprefix('--command=')
+    pip = f'echo x >> pip.log; [ $(wc -l < pip.log) -gt {refused} ]'
+    for name, body in {'pip': pip, 'sleep': 'echo $1 >> sleep.log', 'python': 'echo trains'}.items():
+        (tmp_path / name).write_text(f'#!/bin/bash\n{body}\n')
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
+    done = subprocess.run(['bash', '-c', command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, '' if code else 'trains\n')
+    assert (tmp_path / 'sleep.log').read_text().split() == waits.split()
+
+
+@pytest.mark.parametrize(('via', 'settings'), [('xpk', ['cluster=pod']), ('gcloud', ['zone=z']), ('slurm', [])])
+def test_the_values_of_variables_are_not_printed(via, settings, capsys):
+    launching.launch(via, job(via, *settings, env={'HF_TOKEN': "it's secret"}), ROOT, dry_run=True)
+    said = capsys.readouterr().out
+    assert ('HF_TOKEN=HIDDEN' in said) and 'secret' not in said
+
+
+def test_only_this_user_reads_the_files_of_a_launch(tmp_path, monkeypatch, capsys):
+    """An engine that writes down what its command sees, and a script that lies there since an earlier launch."""
+    monkeypatch.chdir(tmp_path)
+    look = 'stat -c %a $0 >> seen; cat $0 >> seen; dirname $0 >> seen; stat -c %a $(dirname $0) >> seen'
+
+    def commands(job, root):
+        words = lambda directory: ['bash', '-c', look, f'{directory}/script']
+        return [Command(words(directory), f'{job.env["T"]}\n') for directory in (job.staging, tmp_path)]
+
+    monkeypatch.setitem(ENGINES, 'slurm', types.SimpleNamespace(PROGRAM='bash', OPTIONS={}, commands=commands))
+    (tmp_path / 'script').write_text('of an earlier launch')
+    (tmp_path / 'script').chmod(0o644)
+    for _ in range(2):
+        launching.launch('slurm', job('slurm', env={'T': 'secret'}), ROOT)
+    assert 'secret' not in capsys.readouterr().out
+    seen = (tmp_path / 'seen').read_text().split()
+    staging = [seen[2], seen[10]]
+    assert seen[0:2] == seen[4:6] == ['600', 'secret'] and seen[3] == '700'
+    assert staging[0] != staging[1] and not any(map(os.path.exists, staging))
 
 
 def test_gcloud():
@@ -124,7 +173,10 @@ def test_slurm():
     assert submit == ['sbatch', f'{source}/launch.sbatch']
     script = ENGINES['slurm'].commands(mine, pathlib.Path('/repo'))[-1].script
     line = train(32, '.venv/bin/python', workdir=shared)
-    task = f'trap : TERM; {line}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $((250 + code)); exit $code'
+    task = (
+        f'trap stopped=1 TERM; {line}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $((250 + code)); '
+        '[ "$stopped" ] && [ $code -ne 0 ] && exit 75; exit $code'
+    )
     step = f"srun --wait=300 bash -c '{task}'"
     assert script == f"""#!/bin/bash
 #SBATCH --job-name=big
@@ -139,9 +191,10 @@ def test_slurm():
 # Revision {REVISION}
 cd {source} || exit 2
 trap : TERM  # SLURM signals the tasks, too, and they save their state
-{restarted(step, '.venv/bin/python', ' --pass_on=75', shared)}
+[ "${{SLURM_RESTART_COUNT:-0}}" -eq 0 ] && rm -f lives.json
+{restarted(step, '.venv/bin/python', ' --requeued=lives.json', shared)}
 code=$?
-[ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
+[ $code -eq 75 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] && scontrol requeue "$SLURM_JOB_ID"
 exit $code
 """
     assert subprocess.run(['bash', '-n'], input=script, text=True).returncode == 0
@@ -151,6 +204,23 @@ exit $code
     script = ENGINES['slurm'].commands(mine, pathlib.Path('/'))[-1].script
     assert '\nenv PYTHONPATH=. /opt/python -m spark.launching.restart ' in script
     assert ' srun --wait=300 --cpus-per-task=12 bash ' in script
+
+
+@pytest.mark.parametrize(('code', 'ends'), [(0, 0), (1, 75), (124, 75), (75, 75), (2, 252), (5, 255)])
+def test_a_task_that_fails_after_slurm_has_told_it_to_stop_is_requeued(code, ends):
+    for signal_, expected in [(':', 250 + code if 2 <= code <= 5 else code), ('kill -TERM $$', ends)]:
+        task = slurm.TASK.format(train=f'{signal_}; bash -c "exit {code}"')
+        assert subprocess.run(['bash', '-c', task], timeout=60).returncode == expected
+
+
+def test_the_time_limit_of_a_slurm_job_leaves_it_time_to_save():
+    known = {'11': 11, '90:30': 90.5, '1:00:30': 60.5, '1-0': 1440, '1-2:3': 1563, '1-2:3:30': 1563.5}
+    known |= {'UNLIMITED': math.inf, '0': math.inf}
+    assert {text: slurm.minutes(text) for text in known} == known
+    with pytest.raises(ConfigError, match='--set=time=soon: want MINUTES, HOURS:MINUTES:SECONDS'):
+        slurm.minutes('soon')
+    with pytest.raises(ConfigError, match='--set=time=00:10:00: want more than the 10 minutes that a job has to save'):
+        commands('slurm', job('slurm', 'time=00:10:00', workdir='/shared/run'))
 
 
 def test_the_devices_of_a_slurm_job():
@@ -237,7 +307,8 @@ def turns(directory):
     ],
 )
 def test_what_is_started_again(tmp_path, monkeypatch, ends, code, starts):
-    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+    clock = itertools.count(step=1000)
+    monkeypatch.setattr(restart, 'time', types.SimpleNamespace(sleep=time.sleep, monotonic=lambda: next(clock)))
     command = ['restart', f'--workdir={tmp_path}', '--restarts=2', sys.executable, '-c', STEPS, str(tmp_path), ends]
     monkeypatch.setattr(sys, 'argv', command)
     with pytest.raises(SystemExit) as e:
@@ -246,14 +317,55 @@ def test_what_is_started_again(tmp_path, monkeypatch, ends, code, starts):
 
 
 def test_a_preemption_may_be_passed_on_and_a_signal_starts_nothing_again(tmp_path):
-    words = [sys.executable, '-m', 'spark.launching.restart', f'--workdir={tmp_path}', '--pass_on=75']
+    words = [sys.executable, '-m', 'spark.launching.restart', f'--workdir={tmp_path}', f'--requeued={tmp_path}/lives']
     env = os.environ | {'PYTHONPATH': str(ROOT)}
     assert subprocess.run([*words, sys.executable, '-c', STEPS, tmp_path, '75@1,0'], env=env, timeout=60).returncode == 75
-    waits = 'import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(124)); print("up", flush=True); time.sleep(60)'
-    process = subprocess.Popen([*words, sys.executable, '-c', waits], env=env, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == 'up\n'
-    process.terminate()
-    assert process.communicate(timeout=60)[0] == '' and process.returncode == 124
+    waits = 'import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit({})); print("up", flush=True); time.sleep(60)'
+    for code, ends in [(124, 75), (3, 3)]:
+        command = [*words, sys.executable, '-c', waits.format(code)]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == 'up\n'
+        process.terminate()
+        assert process.communicate(timeout=60)[0] == '' and process.returncode == ends
+
+
+def test_a_signal_between_two_starts_ends_the_wait_and_the_run_can_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(restart, 'LONGEST', 1000)
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(restart, 'time', types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    monkeypatch.setattr(sys, 'argv', ['restart', f'--workdir={tmp_path}', sys.executable, '-c', 'exit(1)'])
+    with pytest.raises(SystemExit) as e:
+        restart.main()
+    assert e.value.code == 75 and len(slept) == 1
+
+
+def test_the_wait_before_another_start_is_bounded(tmp_path, monkeypatch):
+    now = 0.0
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(restart, 'time', types.SimpleNamespace(sleep=sleep, monotonic=lambda: now))
+    began = []
+    restart.until_done(lambda: (began.append(now), (1, False))[1], tmp_path, 6)
+    assert [round(b - a) for a, b in itertools.pairwise(began)] == [1, 4, 16, 60, 60, 60]
+
+
+def test_a_job_that_is_requeued_again_and_again_makes_checkpoints(tmp_path, monkeypatch):
+    def ends(turn):
+        command = ['restart', f'--workdir={tmp_path}', f'--requeued={tmp_path}/lives', '--restarts=2']
+        monkeypatch.setattr(sys, 'argv', [*command, sys.executable, '-c', STEPS, str(tmp_path), f'{turn},' * 9])
+        with pytest.raises(SystemExit) as e:
+            restart.main()
+        return e.value.code
+
+    assert [ends(turn) for turn in ('75', '75', '75@4', '75', '75', '75')] == [75, 75, 75, 75, 75, 1]
 
 
 def test_in_a_bucket_a_checkpoint_counts_once_it_is_complete(monkeypatch):
@@ -296,6 +408,8 @@ def launch_script(*arguments, **more):
         (['--via=slurm', '--topology=v5e-256'], '--topology=v5e-256: not for --via=slurm'),
         (['--via=gcloud', '--topology=v5e-128', '--set=zone=z'], 'mesh = data 1 × fsdp 256 × context 1 × model 1: that is 256'),
         (['--via=slurm', '--processes=2'], '--processes=2: only for --via=local'),
+        (['--dry_run', '--', '--branch_from=/run', '--typo=3'], "after --: Unknown command line flag 'typo'; want --"),
+        (['--dry_run', '--', '--extend', 'more'], "after --: 'more': want --restore_from, --branch_from, --extend, --json"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(arguments, message):
@@ -337,6 +451,7 @@ def test_what_a_config_names_must_be_there(tmp_path, monkeypatch):
         ('gcloud', {'data.tokenizer': 'hf:gemma2.json'}, "data.tokenizer = 'hf:gemma2.json': want an absolute path, a bucket"),
         ('gcloud', {'data.source': 'tfds:c4/en'}, 'tfds:c4/en: want --env=TFDS_DATA_DIR=gs://…'),
         ('slurm', {'train.restore_from': '/nowhere'}, "train.restore_from = '/nowhere': is not there"),
+        ('slurm', {'train.branch_from': '/nowhere'}, "train.branch_from = '/nowhere': is not there"),
     ]:  # fmt: skip
         with pytest.raises((ConfigError, DataError)) as e:
             checked(via, tmp_path, **overrides)
@@ -344,8 +459,13 @@ def test_what_a_config_names_must_be_there(tmp_path, monkeypatch):
 
 
 def test_what_a_job_needs_of_the_package():
-    assert check.extras(small(), 'gs://b/run', 'tpu') == ('tpu', 'gcs')
-    assert check.extras(small(**{'data.source': 'hf:x + text:s3://b/*'}), '/run', '') == ('s3', 'hf')
+    assert check.extras(small(), 'gs://b/run', 'tpu', {}) == ('tpu', 'gcs')
+    assert check.extras(small(**{'data.source': 'hf:x + text:s3://b/*'}), '/run', '', {}) == ('s3', 'hf')
+    assert check.extras(small(**{'data.eval_source': 'hf:x'}), '/run', '', {'TFDS_DATA_DIR': 'gs://b/x'}) == ('gcs', 'hf')
+    for flag in ('--restore_from', '--branch_from'):
+        for given in ([flag, 'gs://b/other'], [f'{flag}=gs://b/other']):
+            cfg = start.apply(config.template(), start.parse(given))
+            assert check.extras(small(**{f'train.{flag[2:]}': cfg.train[flag[2:]]}), '/run', '', {}) == ('gcs',)
 
 
 @pytest.mark.parametrize('join', ['=', ' '])
@@ -358,6 +478,37 @@ def test_the_flags_of_the_training_are_passed_on(join):
         f'/scripts/train.py --config={ROOT}/configs/tiny.py:dense --config.train.steps=70 '
         "'--config.data.source=a + b' --workdir=/run --restore_from=/other\n"
     )
+
+
+@pytest.mark.parametrize(
+    ('workdir', 'flags', 'refused'),
+    [
+        ('run', ['--extend'], ''),
+        ('run', [], 'add --extend to go on so, or choose another directory'),
+        ('branch', ['--branch_from', 'run'], ''),  # the same command again
+        ('restored', ['--restore_from=run'], ''),
+    ],
+)
+def test_a_launch_onto_a_run_is_checked_with_the_flags_of_the_training(tmp_path, workdir, flags, refused):
+    repo, run = tmp_path / 'repo', str(tmp_path / 'run')
+    (repo / 'scripts').mkdir(parents=True)
+    shutil.copyfile(ROOT / 'scripts' / 'launch.py', repo / 'scripts' / 'launch.py')
+    path = write_config(repo)
+    cfg = config.from_file(path)
+    for name, field in [('run', ''), ('branch', 'branch_from'), ('restored', 'restore_from')]:
+        if field:
+            cfg.train[field] = run
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').write_text(config.validate(cfg).model_dump_json())
+        if field:
+            cfg.train[field] = ''
+    for words in (['init', '-q'], ['add', '-A'], ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'a']):
+        subprocess.run(['git', '-C', str(repo), *words], check=True)
+    more = ['--config.train.steps=900'] if workdir == 'run' else []
+    given = [f'--config={path}', f'--workdir={tmp_path / workdir}', '--via=slurm', '--dry_run', *more]
+    command = [sys.executable, str(repo / 'scripts' / 'launch.py'), *given, '--', *(flag.replace('run', run) for flag in flags)]
+    done = subprocess.run(command, env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, refused in done.stderr) == (2 if refused else 0, True), done.stderr
 
 
 @pytest.mark.slow

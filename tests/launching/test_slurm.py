@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from spark.launching import parse_options, slurm
+from spark.launching.job import Job
 from tests import cluster
 from tests.helpers import ROOT
 from tests.processes import assert_same_run, environment, run, script, write_config
@@ -89,6 +91,40 @@ def test_a_job_is_preempted_and_killed_and_ends_as_if_undisturbed(place):
     shutil.copyfile(repo / 'config.py', config)
     run(config, place / 'undisturbed', processes=2, devices=2)
     assert_same_run(workdir, place / 'undisturbed', 80)
+
+
+def submit(workdir, train, restarts):
+    """Submits the script of a launched job, whose training is a piece of Python; (its id, its log)."""
+    settings = parse_options('slurm', [f'python={sys.executable}'])
+    job = Job('big', [], str(workdir), 'a' * 40, None, 1, settings, restarts=restarts)
+    *_, (words, text) = slurm.commands(job, ROOT)
+    file = pathlib.Path(words[-1])
+    (file.parent / 'scripts').mkdir(parents=True)
+    (file.parent / 'scripts' / 'train.py').write_text(train)
+    (file.parent / 'spark').symlink_to(ROOT / 'spark')
+    file.write_text(text)
+    done = subprocess.run(words, cwd=workdir.parent, capture_output=True, text=True, check=True, timeout=60)
+    number = done.stdout.split()[-1]
+    return number, workdir.parent / f'big-{number}.log'
+
+
+def test_a_job_that_makes_no_checkpoint_is_not_requeued_for_ever(place):
+    job, log = submit(place / 'fruitless', 'print("starts", flush=True); exit(75)', restarts=1)
+    cluster.wait(lambda: state(job) == 'FAILED', 'the job does not end', 120)
+    assert log.read_text().count('starts') == 2 and 'Not requeued: 2 lives in a row' in log.read_text()
+
+
+def test_a_job_that_fails_while_it_is_stopped_is_requeued_and_one_that_is_cancelled_is_not(place):
+    waits = 'import signal, time; signal.signal(15, lambda *_: exit(124)); print("starts", flush=True); time.sleep(100)'
+    job, log = submit(place / 'stopped', waits, restarts=3)
+    starts = lambda: log.read_text().count('starts') if log.exists() else 0
+    cluster.wait(lambda: starts() == 1, 'the job does not start', 60)
+    subprocess.run(['scancel', '--signal=TERM', job], check=True)  # as at the notice, to the tasks alone
+    cluster.wait(lambda: starts() == 2, 'the job is not requeued', 60)
+    assert 'starting again' not in log.read_text()
+    subprocess.run(['scancel', job], check=True)
+    cluster.wait(lambda: state(job) == 'CANCELLED', 'the job is not cancelled', 60)
+    cluster.wait(lambda: not cluster.said('squeue', '-h', '-j', job), 'the job is there again', 60)
 
 
 def test_a_job_whose_gpus_lie_idle_ends_at_once(place):
