@@ -10,6 +10,7 @@ from etils import epath
 from spark.checkpoints.checksums import checksum
 from spark.checkpoints.reading import checked, insistently
 from spark.errors import DamagedError
+from spark.runtime import in_bucket
 
 
 class StoredArray:
@@ -24,7 +25,7 @@ class StoredArray:
         self._directory, self._name, self._unaccounted, self._tick = directory, name, saved_checksum, tick
         self._store = self._read(lambda: ts.open({
             'driver': 'zarr', 'kvstore': {'driver': 'ocdbt',
-            'base': str(directory if '://' in str(directory) else f'file://{directory}/'), 'path': f'{name}/'},
+            'base': str(directory if in_bucket(directory) else f'file://{directory}/'), 'path': f'{name}/'},
             'context': {'file_io_concurrency': {'limit': 1}, 'data_copy_concurrency': {'limit': 1}},
         }).result())  # fmt: skip
         self.shape, self.dtype = tuple(self._store.shape), np.dtype(dtype)

@@ -49,7 +49,7 @@ def commands(job: Job, root: pathlib.Path) -> list[Command]:
     script = SCRIPT.format(uv=UV, python=PYTHON, lock=LOCK, **fields)
     run = f'{name}/run.sh >> {name}.log 2>&1'
     start = (
-        f'mkdir -p {name} && tar -xf {name}.tar -C {name} && {name}/run.sh install && '
+        f'mkdir -p {name} && chmod 600 {name}.tar && tar -xf {name}.tar -C {name} && {name}/run.sh install && '
         f'{{ crontab -l 2> /dev/null | grep -v " {name}/run.sh"; echo "@reboot {run}"; }} | crontab - && '
         f'(setsid nohup {run} < /dev/null &)'
     )
@@ -59,7 +59,7 @@ def commands(job: Job, root: pathlib.Path) -> list[Command]:
     return [
         unpack(job, root, job.archive),
         freeze(job, job.archive, LINUX),
-        Command(['chmod', '+x', f'{job.archive}/run.sh'], script),
+        Command(['chmod', '700', f'{job.archive}/run.sh'], script),
         Command(['tar', '-C', job.archive, '-cf', f'{job.archive}.tar', '.']),
         Command([*tpu, *create]),
         Command([*tpu, 'scp', f'{job.archive}.tar', f'{name}:{name}.tar', '--worker=all', *where]),

@@ -115,7 +115,7 @@ def test_only_this_user_reads_the_files_of_a_launch(tmp_path, monkeypatch, capsy
 def test_gcloud():
     mine = job('gcloud', 'zone=z', 'spot=1', topology='v5p:4x4x4')
     _, freeze, script, archive, create, copy, start = commands('gcloud', mine)
-    assert freeze == frozen('/tmp/big-0123456789ab', LINUX) and script == ['chmod', '+x', '/tmp/big-0123456789ab/run.sh']
+    assert freeze == frozen('/tmp/big-0123456789ab', LINUX) and script == ['chmod', '700', '/tmp/big-0123456789ab/run.sh']
     assert archive == ['tar', '-C', '/tmp/big-0123456789ab', '-cf', '/tmp/big-0123456789ab.tar', '.']
     tpu = ['gcloud', 'compute', 'tpus', 'tpu-vm']
     assert create == [
@@ -136,7 +136,7 @@ def test_a_tpu_vm_installs_once_and_starts_now_and_when_it_boots(tmp_path):
     for directory in (home, tools, tmp_path / 'revision'):
         directory.mkdir()
     (tmp_path / 'revision' / 'run.sh').write_text(script)
-    (tmp_path / 'revision' / 'run.sh').chmod(0o755)
+    (tmp_path / 'revision' / 'run.sh').chmod(0o700)
     python = 'mkdir -p .venv/bin && printf "#!/bin/sh\\necho trains \\$@\\n" > .venv/bin/python && chmod +x .venv/bin/python'
     crontab = 'if [ "$1" = -l ]; then cat "$HOME/crontab"; else cat > "$HOME/new" && mv "$HOME/new" "$HOME/crontab"; fi'
     uv = f'echo "$@" >> "$HOME/uv.log"; [ $1 = venv ] && {{ {python}; }}; exit 0'
@@ -149,6 +149,7 @@ def test_a_tpu_vm_installs_once_and_starts_now_and_when_it_boots(tmp_path):
     run = lambda line: subprocess.run(['bash', '-c', line], env=env, cwd=home, check=True, timeout=60)
     run(start[-1].removeprefix('--command='))
     run(start[-1].removeprefix('--command='))
+    assert [os.stat(home / name).st_mode & 0o077 for name in ('big.tar', 'big/run.sh')] == [0, 0]
     boots = (home / 'crontab').read_text()
     assert boots == '@reboot big/run.sh >> big.log 2>&1\n'  # once
     run(boots.removeprefix('@reboot '))
