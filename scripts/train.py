@@ -6,7 +6,7 @@
 
 Leaves DIR/config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json. Exit codes: 0 done, 2 bad config,
 3 loss not finite, 4 data unreadable or exhausted, 5 checkpoint unusable or not to be written, 75 preempted (state saved; run
-again), 124 stalled.
+again), 124 stalled, or storage does not answer.
 """
 
 import atexit

@@ -34,6 +34,7 @@ class UnreadableError(CheckpointError):
     """Storage that does not answer, or refuses. It says nothing about what is stored, and a job may start again later."""
 
     exit_code = StalledError.exit_code
+    tried = False  # for long
 
 
 # In the order of precedence: if one process of a job finds damage and storage fails another, all try again.
@@ -166,7 +167,11 @@ def insistently(read: Callable[[], T]) -> T:
             tqdm.write(f'Warning: {e}; reading it once more in {LOOK_AGAIN} s')
             time.sleep(LOOK_AGAIN)  # what a cache or a replica gave may be gone then
         except UnreadableError as e:
+            if e.tried:
+                raise
             if (pause := next(pauses, None)) is None:
-                raise UnreadableError(f'{e}; tried {len(PAUSES) + 1} times; no damage was seen, nothing was changed') from e
+                last = UnreadableError(f'{e}; tried {len(PAUSES) + 1} times; no damage was seen, nothing was changed')
+                last.tried = True
+                raise last from e
             tqdm.write(f'Warning: {e}; trying again in {pause} s')
             time.sleep(pause)

@@ -1,5 +1,6 @@
 """A run directory belongs to one run, and to one job at a time."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import time
 import pytest
 from etils import epath
 
+from spark.checkpoints.reading import UnreadableError
 from spark.errors import ConfigError
 from spark.training import directory, lease
 from tests.helpers import ROOT, records, small
@@ -132,6 +134,64 @@ def test_a_process_that_stood_still_ends_when_another_has_the_lease(workdir):
     (workdir / 'scratch').replace(workdir / 'lease')
     assert process.wait(60) == 2
     process.communicate()
+
+
+def test_a_process_ends_whose_lease_is_removed(workdir):
+    process = other_process(workdir)
+    (workdir / 'lease').unlink()
+    assert process.wait(60) == 2
+    process.communicate()
+    assert not (workdir / 'lease').exists()
+
+
+def test_a_process_that_cannot_be_seen_may_be_alive(workdir, fast, monkeypatch):
+    """Where /proc shows no other user's processes. It is watched, as one of another machine is."""
+    mine = {**FAR, **lease._process(os.getpid()), 'pid': 2**22 + 1}
+    assert lease._is_alive(mine) is False
+    (workdir / 'proc' / 'self').mkdir(parents=True)
+    for name in ('sys', f'{os.getpid()}', 'self/ns'):
+        (workdir / 'proc' / name).symlink_to(f'/proc/{name}')
+    monkeypatch.setattr(lease, 'PROC', workdir / 'proc')
+    assert lease._is_alive(mine) is None and lease._is_alive({**mine, 'pid': os.getpid()}) is True
+    before = time.monotonic()
+    (workdir / 'lease').write_text(json.dumps(mine))
+    with lease.held(workdir):
+        assert time.monotonic() - before > 2
+
+
+@pytest.mark.parametrize('fails', ['config.json', 'lease'])
+def test_storage_that_fails_at_a_start(workdir, monkeypatch, fails):
+    """Once: it is asked again. For long: the job ends so that it starts again."""
+    waited, left, cls = [], [1], type(workdir)
+    monkeypatch.setattr('spark.checkpoints.reading.time.sleep', waited.append)
+
+    def flaky(function, does_fail):
+        def inner(*args):
+            if does_fail(*args) and left and left.pop():
+                raise OSError('503')
+            return function(*args)
+
+        return inner
+
+    if fails == 'lease':
+        monkeypatch.setattr(lease._Lease, '_read', flaky(lease._Lease._read, lambda *_: True))
+    else:
+        monkeypatch.setattr(cls, 'read_text', flaky(cls.read_text, lambda path: path.name == fails))
+        monkeypatch.setattr(cls, 'write_bytes', flaky(cls.write_bytes, lambda path, _: path.name.startswith(fails)))
+
+    def begin():
+        with contextlib.ExitStack() as stack:
+            directory.hold(workdir, stack)
+            directory.by_first_process(lambda: directory.claim(workdir, small()), 'x')
+            left.extend([1] * (fails == 'config.json' and not waited[1:]))
+            assert directory.check(workdir, small()) == ''
+
+    begin()
+    assert waited == [1] * (1 + (fails == 'config.json'))
+    left.extend([1] * 9)
+    with pytest.raises(UnreadableError, match='503') as e:
+        begin()
+    assert e.value.exit_code == 124
 
 
 def test_a_renewal_that_fails_ends_nothing(workdir, fast):

@@ -305,6 +305,25 @@ ocp.PyTreeCheckpointHandler.restore = flaky
 """
 
 
+# What the first process does for all fails there: at the start, and before a save.
+STARTS = {
+    'environment': """
+from spark.training import environment
+def record(workdir):
+    raise OSError(28, 'No space left on device')
+environment.record = record
+""",
+    'metrics': """
+from spark.training import trackers
+class MetricsWriter(trackers.MetricsWriter):
+    def flush(self):
+        raise CheckpointError('metrics.jsonl: cannot be written')
+from spark.errors import CheckpointError
+trackers.MetricsWriter = MetricsWriter
+""",
+}
+
+
 def wrap(words):
     return sys.executable, '-c', WITH.replace('WORDS', words)
 
@@ -355,6 +374,14 @@ def test_a_flaky_read_in_one_of_two_processes(place):
     assert f'Resuming from step {STEPS}' in said[0][0] and not (workdir / 'damaged').exists()
     assert 'cannot be read in another process; trying again in 1 s' in ''.join(said[0])
     assert 'cannot be read: OSError: 503; trying again in 1 s' in ''.join(said[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'code'), [('environment', 2), ('metrics', 5)])
+def test_what_fails_in_the_first_process_ends_both(place, name, code):
+    """With its error, at once."""
+    said = run(place, place.parent / name, wrap=wrap(STARTS[name]), processes=2, devices=2, code=code)
+    assert error(said[0][1]) == error(said[1][1])
 
 
 @pytest.mark.slow

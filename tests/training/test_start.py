@@ -1,9 +1,13 @@
 """Where a run starts from: other weights, and nothing where something must have been."""
 
+import types
+
 import pytest
 from etils import epath
 
+from spark.checkpoints import manager
 from spark.errors import CheckpointError
+from spark.training import start
 from spark.training.run import train
 from spark.training.start import check_nothing_lost, initial_state
 from spark.training.step import Trainer
@@ -28,6 +32,41 @@ def test_another_tokenizer_of_the_same_size_is_told(trained, tmp_path, capsys):
     assert summary['steps'] == 3
     names = "data.tokenizer = 'bytes' (bos '', eos 'none') gives other ids than 'bytes'"
     assert f'Warning: {names}, with which {workdir} was trained' in said
+
+
+@pytest.mark.parametrize('suffix', ['', '/checkpoints/5', '/none'])
+def test_where_a_run_lies_is_said_by_the_first_process(trained, suffix, monkeypatch):
+    """The others follow it, also where they do not see the path: it would wait for one that has raised an error."""
+    (workdir, _), told, cls = trained('spark'), [], type(epath.Path('/'))
+
+    def looking(act, what):
+        told.append(act())
+        return told[-1]
+
+    def where():
+        path, checkpoints, step = start.open_source('train.restore_from', f'{workdir}{suffix}')
+        checkpoints.close()
+        return path, step
+
+    for module in (start, manager):
+        monkeypatch.setattr(module, 'by_first_process', looking)
+    if suffix == '/none':
+        with pytest.raises(CheckpointError, match='want a run directory'):
+            where()
+    else:
+        assert where() == (epath.Path(workdir), 5 if suffix else 10)
+    for module in (start, manager):
+        monkeypatch.setattr(module, 'by_first_process', lambda act, what: told.pop(0))
+    fake = types.SimpleNamespace(steps=lambda: [5, 10], close=lambda: None)
+    monkeypatch.setattr(manager, 'Checkpoints', lambda directory: fake)
+    for name in ('exists', 'is_dir'):
+        monkeypatch.setattr(cls, name, lambda path: pytest.fail(f'{path}: another process looks'))
+    if suffix == '/none':
+        with pytest.raises(CheckpointError, match='want a run directory'):
+            where()
+    else:
+        assert where() == (epath.Path(workdir), 5 if suffix else 10)
+    assert not told
 
 
 def test_nothing_is_lost(tmp_path):
