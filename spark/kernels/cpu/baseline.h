@@ -2,6 +2,7 @@
 // processor, because the linker keeps one copy of each for the whole library.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>

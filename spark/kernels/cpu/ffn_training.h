@@ -27,7 +27,7 @@ class Active {
     parallel(pool, pattern.blocks, [&](int b) {
       const int* start = pattern.starts(b);
       for (int t = 0; t < tokens; ++t) {
-        const int n = compact(of(scores, t, b), pattern.width(b), next_above(thetas[t]), columns + start[t], m + start[t]);
+        const int n = compact(of(scores, t, b), pattern.width(b), next_above(comparable(thetas[t])), columns + start[t], m + start[t]);
         for (int p = start[t]; p < start[t] + n; ++p) m[p] -= thetas[t];
       }
     });
@@ -42,13 +42,15 @@ class Active {
   }
 
  private:
+  // Some threads take denormal numbers for zero, and others do not, but all must find the same neurons above a threshold.
+  static float comparable(float theta) { return std::abs(theta) <= FLT_MIN ? FLT_MIN : theta; }
   static float next_above(float theta) { return std::nextafter(theta, INFINITY); }  // s >= this is s > theta
   const float* of(const float* scores, int t, int b) const { return scores + size_t(t) * pattern.columns + b * BLOCK_COLUMNS; }
 
   int count(Pool& pool, const float* scores, const float* thetas) const {
     parallel(pool, pattern.blocks, [&](int b) {
       for (int t = 0; t < pattern.rows; ++t) {
-        const float *s = of(scores, t, b), theta = thetas[t];
+        const float *s = of(scores, t, b), theta = comparable(thetas[t]);
         int n = 0;
         for (int f = 0; f < pattern.width(b); ++f) n += s[f] > theta;
         pattern.starts(b)[t + 1] = n;
