@@ -18,7 +18,7 @@ from spark.data import rows
 from spark.evaluation.evaluate import Model
 from spark.nn.ffn import FFN
 from spark.nn.layers import CARRIED
-from spark.nn.transformer import Transformer
+from spark.nn.transformer import Transformer, observable
 from spark.progress import tqdm
 from spark.runtime import Path
 
@@ -96,7 +96,7 @@ def activations(model: Transformer, params: dict, batch: dict, layer: int) -> ja
     start = {'group': jnp.zeros((), jnp.int32), 'activations': jnp.zeros((B, L, F), model.dtype)}
     variables = params | {CARRIED: {'groups': {name: start}}}
     with nn.intercept_methods(interceptor):
-        _, state = model.apply(variables, batch['tokens'], batch['positions'], batch['segments'], mutable=[CARRIED])
+        _, state = observable(model).apply(variables, batch['tokens'], batch['positions'], batch['segments'], mutable=[CARRIED])
     return state[CARRIED]['groups'][name]['activations']
 
 

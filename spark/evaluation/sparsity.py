@@ -22,7 +22,7 @@ from spark.config import ModelConfig
 from spark.nn.attention import Attention, Packed
 from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, mesh_axes, shards, sow
-from spark.nn.transformer import Transformer, by_layer
+from spark.nn.transformer import Transformer, by_layer, observable
 
 EDGES = np.linspace(-8, 8, 1025)  # bins of standardised scores; scores outside count in the outer bins
 STRIP = 1 << 22  # scores that a device bins at a time
@@ -52,10 +52,8 @@ def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, d
             sow(module, f'sum_{name}', sums)
         return out
 
-    masked = cfg.ffn.model_copy(update={'impl': 'masked'})  # kernels for active neurons do not call `activate`
     with nn.intercept_methods(interceptor):
-        observed = model.clone(cfg=cfg.model_copy(update={'ffn': masked}))
-        hidden, state = observed.apply(params, batch['tokens'], positions_BxL, batch['segments'], mutable=[METRICS])
+        hidden, state = observable(model).apply(params, batch['tokens'], positions_BxL, batch['segments'], mutable=[METRICS])
     halves = {'attention': ['long', 'attention_scores', 'attended', 'by_position'], 'ffn': ['ffn_scores']}
     halves['ffn'] += ['active', 'fired'] if cfg.ffn.traits.sparse else []
     sums = {name: by_layer(cfg, state[METRICS], half, f'sum_{name}') for half, names in halves.items() for name in names}

@@ -132,6 +132,12 @@ def activity(cfg: ModelConfig, metrics: dict) -> dict[str, Float[Array, 'n_layer
     return counts
 
 
+def observable(model: Transformer) -> Transformer:
+    """The same model, whose FFNs call `activate` with the scores of all neurons. Kernels that compute active ones only do not."""
+    ffn = model.cfg.ffn.model_copy(update={'impl': 'masked'})
+    return model.clone(cfg=model.cfg.model_copy(update={'ffn': ffn}))
+
+
 def compute_dtype(cfg: ModelConfig, platform: str) -> DTypeLike:
     """The dtype that ModelConfig.dtype stands for on a platform ('cpu', 'tpu', 'gpu')."""
     # XLA:CPU runs bfloat16 matmuls at a small fraction of its float32 speed.

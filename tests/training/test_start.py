@@ -1,6 +1,6 @@
 """Where a run starts from: other weights, and nothing where something must have been."""
 
-import types
+from unittest import mock
 
 import pytest
 from etils import epath
@@ -57,7 +57,7 @@ def test_where_a_run_lies_is_said_by_the_first_process(trained, suffix, monkeypa
         assert where() == (epath.Path(workdir), 5 if suffix else 10)
     for module in (start, manager):
         monkeypatch.setattr(module, 'by_first_process', lambda act, what: told.pop(0))
-    fake = types.SimpleNamespace(steps=lambda: [5, 10], close=lambda: None)
+    fake = mock.Mock(manager.Checkpoints, steps=lambda: [5, 10])
     monkeypatch.setattr(manager, 'Checkpoints', lambda directory: fake)
     for name in ('exists', 'is_dir'):
         monkeypatch.setattr(cls, name, lambda path: pytest.fail(f'{path}: another process looks'))
