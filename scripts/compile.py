@@ -29,6 +29,7 @@ JSON = flags.DEFINE_string('json', None, 'Also write the report to this file.')
 def main() -> None:
     cfg = config.validate(CONFIG.value)
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+    os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # without a chip, no program can be read from it
     from spark.compiling import aot
     from spark.compiling.tables import tables
 
