@@ -3,7 +3,6 @@
 import pytest
 from etils import epath
 
-from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError
 from spark.training.run import train
 from spark.training.start import check_nothing_lost, initial_state
@@ -14,8 +13,7 @@ from tests.helpers import corpus, small
 @pytest.mark.parametrize('suffix', ['', '/', '/checkpoints', '/checkpoints/', '/checkpoints/10', '/checkpoints/10/'])
 def test_a_run_is_named_in_any_way(trained, suffix, capsys):
     workdir, _ = trained('spark')
-    _, cfg = tokenizer_for(small(**{'train.restore_from': f'{workdir}{suffix}'}))
-    initial_state(Trainer(cfg))
+    initial_state(Trainer(small(**{'train.restore_from': f'{workdir}{suffix}', 'model.vocab_size': 258})))
     said = capsys.readouterr().out
     assert f'Starting from the parameters of {workdir}/checkpoints/10' in said and 'Warning' not in said
 
