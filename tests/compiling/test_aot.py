@@ -215,27 +215,47 @@ def test_a_search_finds_the_largest_batch_of_every_policy_that_fits(monkeypatch)
     assert 'none: does not fit' in said
 
 
+def gemma2_report(path, topology, variant='spark', size='2b', **more):
+    """The report on a Gemma-2, which must fit."""
+    flags = [f'--config.{name}={value}' for name, value in more.items()]
+    config = f'--config={ROOT}/configs/gemma2_{size}.py:{variant}'
+    done = compile_script(config, f'--topology={topology}', f'--json={path}', *flags)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text())
+
+
+# Gemma-2 with fewer and narrower layers, which the TPU compiler takes in half a minute.
+SMALL_GEMMA = {
+    'model.n_layers': 2, 'model.d_model': 512, 'model.ffn.d_ff': 1536, 'model.ffn.k': 123, 'model.ffn.r': 256,
+    'model.attention.n_heads': 4, 'model.attention.n_kv_heads': 4, 'model.attention.head_dim': 128, 'model.attention.r': 64,
+    'model.vocab_size': 32768, 'train.loss_pieces': 8,
+}  # fmt: skip
+
+
 @libtpu
-@pytest.mark.parametrize(
-    'variant', [pytest.param('spark', marks=pytest.mark.slow), pytest.param('dense', marks=pytest.mark.soak)]
-)
-def test_gemma2_2b_fits_the_slice_of_its_header_as_lean_as_maxtext(variant, tmp_path):
-    """256 v5e chips as shipped; and 16 with 1 × 2048 tokens each, where MaxText takes 1.96 GB and 4.03 of temporaries."""
-
-    def report(topology, *more):
-        path = tmp_path / f'{topology}.json'
-        config = f'--config={ROOT}/configs/gemma2_2b.py:{variant}'
-        done = compile_script(config, f'--topology={topology}', f'--json={path}', *more)
-        assert done.returncode == 0, done.stderr
-        return json.loads(path.read_text())
-
-    m = report('v5e:16x16')['memory']
-    assert m['peak'] < m['hbm']
-    small_slice = {'data.seq_len': 2048, 'data.batch_size': 16, 'mesh.fsdp': 16}
-    found = report('v5e:4x4', *(f'--config.{name}={value}' for name, value in small_slice.items()))
-    assert found['memory']['arguments'] < 1.97e9 and found['memory']['temporaries'] < 4.03e9
+@pytest.mark.slow
+def test_a_chip_holds_no_logits_and_moves_each_parameter_thrice(tmp_path):
+    L = 2048
+    found = gemma2_report(
+        tmp_path / 'r.json', 'v5e:2x2', **SMALL_GEMMA, **{'data.seq_len': L, 'data.batch_size': 4, 'mesh.fsdp': 4}
+    )
+    assert found['memory']['temporaries'] < L * 32768 * 4
     moved = sum(row['bytes'] for row in found['collectives'])
     assert moved < 1.4 * 3 * 2 * found['parameters']  # gathered twice, scattered once, in bfloat16
+
+
+@libtpu
+@pytest.mark.soak
+@pytest.mark.parametrize('variant', ['spark', 'dense'])
+def test_gemma2_2b_fits_the_slice_of_its_header_as_lean_as_maxtext(variant, tmp_path):
+    """256 v5e chips as shipped; and 16 with 1 × 2048 tokens each, where MaxText takes 1.96 GB and 4.03 of temporaries."""
+    m = gemma2_report(tmp_path / 'r.json', 'v5e:16x16', variant)['memory']
+    assert m['peak'] < m['hbm']
+    small_slice = {'data.seq_len': 2048, 'data.batch_size': 16, 'mesh.fsdp': 16}
+    found = gemma2_report(tmp_path / 'r.json', 'v5e:4x4', variant, **small_slice)
+    assert found['memory']['arguments'] < 1.97e9 and found['memory']['temporaries'] < 4.03e9
+    moved = sum(row['bytes'] for row in found['collectives'])
+    assert moved < 1.4 * 3 * 2 * found['parameters']
 
 
 @libtpu
@@ -246,27 +266,31 @@ def test_every_kind_of_chip(topology):
     assert done.returncode == 0 and 'GiB: fits' in done.stdout, done.stderr
 
 
+BETWEEN_SLICES = [
+    pytest.param('v5e:2x2', SMALL_GEMMA, 1024, 4, 2, marks=pytest.mark.slow),
+    pytest.param('v5e:4x4', {'model.n_layers': 2, 'model.vocab_size': 32768, 'train.loss_pieces': 4}, 2048, 16, 4,
+                 marks=pytest.mark.soak),
+]  # fmt: skip
+
+
 @libtpu
-@pytest.mark.slow
-def test_between_slices_goes_each_gradient_once(tmp_path):
+@pytest.mark.parametrize(('topology', 'model', 'L', 'chips', 'context'), BETWEEN_SLICES)
+def test_between_slices_goes_each_gradient_once(topology, model, L, chips, context, tmp_path):
     """Of the embedding, one of the lookup and one of the logits; a row that is split gathers keys and values alone."""
-    path = tmp_path / 'r.json'
-    shorter = {'model.n_layers': 2, 'data.seq_len': 2048, 'model.vocab_size': 32768, 'train.loss_pieces': 4}
 
     def report(**more):
-        flags = [f'--config.{name}={value}' for name, value in (shorter | more).items()]
-        done = compile_script(f'--config={ROOT}/configs/gemma2_2b.py:spark', '--topology=v5e:4x4', f'--json={path}', *flags)
-        assert done.returncode == 0, done.stderr
-        found = json.loads(path.read_text())
+        found = gemma2_report(tmp_path / 'r.json', topology, **model, **{'data.seq_len': L}, **more)
         return found, lambda axes: sum(c['bytes'] for c in found['collectives'] if c['axes'] == axes)
 
-    found, moved = report(**{'mesh.slices': 2, 'mesh.data': 2, 'mesh.fsdp': 16, 'data.batch_size': 32})
-    assert found['devices'] == 32
-    embedding = 32768 * 2304
-    ideal = (2 * 4 * embedding + 2 * (found['parameters'] - embedding)) / 16  # float32 and bfloat16, of each chip's part
+    found, moved = report(**{'mesh.slices': 2, 'mesh.data': 2, 'mesh.fsdp': chips, 'data.batch_size': 2 * chips})
+    assert found['devices'] == 2 * chips
+    m = found['config']['model']
+    embedding = m['vocab_size'] * m['d_model']
+    ideal = (2 * 4 * embedding + 2 * (found['parameters'] - embedding)) / chips  # float32 and bfloat16, of each chip's part
     assert moved('data, between slices') < 1.1 * ideal
-    found, moved = report(**{'mesh.context': 4, 'mesh.fsdp': 4, 'data.batch_size': 4})
-    keys_and_values = 2 * 4 * 2048 * 256 * 2
+    rows = chips // context
+    found, moved = report(**{'mesh.context': context, 'mesh.fsdp': rows, 'data.batch_size': rows})
+    keys_and_values = 2 * m['attention']['n_kv_heads'] * L * m['attention']['head_dim'] * 2
     # In each layer, forward, backward's second forward, and the sum of the gradients.
     assert moved('context') < 2 * 4 * keys_and_values
 
