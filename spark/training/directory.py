@@ -9,7 +9,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from spark import config
-from spark.errors import ConfigError, SparkError, root_cause
+from spark.errors import CheckpointError, ConfigError, SparkError, root_cause
 from spark.runtime import in_bucket, write_text
 from spark.training import lease
 
@@ -63,12 +63,13 @@ def by_first_process(function: Callable[[], None]) -> None:
         try:
             function()
         except Exception as e:
-            error, found = e, np.frombuffer(str(e).encode()[: text.size], np.uint8)
+            error, found = e, np.frombuffer(f'{type(e).__name__} {e}'.encode()[: text.size], np.uint8)
             text[: found.size] = found
     if jax.process_count() > 1:
         text = np.asarray(multihost_utils.broadcast_one_to_all(text))
         if text.any() and not error:
-            error = ConfigError(text.tobytes().rstrip(b'\0').decode(errors='replace'))
+            kind, _, words = text.tobytes().rstrip(b'\0').decode(errors='replace').partition(' ')
+            error = {'CheckpointError': CheckpointError}.get(kind, ConfigError)(words)
     if error:
         raise error
 

@@ -19,7 +19,7 @@ import tensorstore as ts
 from etils import epath
 
 from spark.data.store import kvstore
-from spark.errors import ConfigError, exit_now, root_cause
+from spark.errors import CheckpointError, ConfigError, exit_now, root_cause
 
 NAME = 'lease'
 RENEWED_EVERY, LOST_AFTER = 10.0, 60.0  # seconds
@@ -29,7 +29,8 @@ RENEWED_EVERY, LOST_AFTER = 10.0, 60.0  # seconds
 def held(workdir: epath.Path) -> Iterator[None]:
     """Inside, this process has the run directory to itself. Raises a ConfigError that names the process which has it.
 
-    If another process takes the lease, since this one stood still for long, this process ends with that error.
+    Raises a CheckpointError if nothing can be written there. If another process takes the lease, since this one stood still for
+    long, this one ends with that ConfigError.
     """
     me = {'id': uuid.uuid4().hex, 'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.time(), **_process(os.getpid())}
     try:
@@ -39,7 +40,7 @@ def held(workdir: epath.Path) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as e:  # clients of buckets raise exceptions of their own
-        raise ConfigError(f'--workdir={workdir}: {root_cause(e)}') from None
+        raise CheckpointError(f'{workdir}/{NAME}: cannot be written: {root_cause(e)}') from None
     ended = threading.Event()
     renewal = threading.Thread(target=lease.renew, args=(ended,), daemon=True, name='lease')
     renewal.start()
