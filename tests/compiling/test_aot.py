@@ -239,10 +239,10 @@ def test_a_search_finds_the_largest_batch_of_every_policy_that_fits(monkeypatch)
     assert 'none: does not fit' in said
 
 
-def gemma2_report(path, topology, variant='spark', size='2b', **more):
-    """The report on a Gemma-2, which must fit."""
+def gemma2_report(path, topology, variant='spark', **more):
+    """The report on Gemma-2 2B with these fields, which must fit."""
     flags = [f'--config.{name}={value}' for name, value in more.items()]
-    config = f'--config={ROOT}/configs/gemma2_{size}.py:{variant}'
+    config = f'--config={ROOT}/configs/gemma2_2b.py:{variant}'
     done = compile_script(config, f'--topology={topology}', f'--json={path}', '--noevaluation', *flags)
     assert done.returncode == 0, done.stderr
     return json.loads(path.read_text())
@@ -258,11 +258,10 @@ SMALL_GEMMA = {
 
 @libtpu
 @pytest.mark.slow
-def test_a_chip_holds_no_logits_and_moves_each_parameter_thrice(tmp_path):
-    L = 2048
-    found = gemma2_report(
-        tmp_path / 'r.json', 'v5e:2x2', **SMALL_GEMMA, **{'data.seq_len': L, 'data.batch_size': 4, 'mesh.fsdp': 4}
-    )
+def test_a_chip_holds_no_logits_and_no_layers_and_moves_each_parameter_thrice(tmp_path):
+    """As deep as 2B. The logits of a row alone would take as much, and the activations of all layers twelve times as much."""
+    L, deep = 2048, SMALL_GEMMA | {'model.n_layers': 26}
+    found = gemma2_report(tmp_path / 'r.json', 'v5e:2x2', **deep, **{'data.seq_len': L, 'data.batch_size': 4, 'mesh.fsdp': 4})
     assert found['memory']['temporaries'] < L * 32768 * 4
     moved = sum(row['bytes'] for row in found['collectives'])
     assert moved < 1.4 * 3 * 2 * found['parameters']  # gathered twice, scattered once, in bfloat16
