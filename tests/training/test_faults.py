@@ -42,8 +42,12 @@ def straight(config, processes=1):
     return workdir
 
 
-def until(process, words, seconds=120):
-    """Reads what a process prints, to either stream, until the words come; False if it ends before."""
+# Validation follows every third step, and each logged step has its line.
+EVALUATING = r'train: (3|6|9|12|15|18|21) of'
+
+
+def until(process, pattern, seconds=120):
+    """Reads what a process prints, to either stream, until a regex is found in it; False if it ends before."""
     seen, deadline = {}, time.monotonic() + seconds
     with selectors.DefaultSelector() as selector:
         for stream in (process.stdout, process.stderr):
@@ -53,11 +57,11 @@ def until(process, words, seconds=120):
             for key, _ in selector.select(1):
                 more = os.read(key.fd, 1 << 16).decode(errors='replace')
                 seen[key.fd] = seen.get(key.fd, '') + more
-                if words in seen[key.fd]:
+                if re.search(pattern, seen[key.fd]):
                     return True
                 if not more:
                     selector.unregister(key.fileobj)
-    assert time.monotonic() < deadline, f'{words!r} did not come'
+    assert time.monotonic() < deadline, f'{pattern!r} did not come'
     return False
 
 
@@ -84,7 +88,7 @@ def begun(process, rng):
 MOMENTS = {
     'starting': lambda process, workdir, rng: begun(process, rng),
     'compiling': lambda process, workdir, rng: until(process, 'Compiling'),
-    'evaluating': lambda process, workdir, rng: until(process, 'validation: '),
+    'evaluating': lambda process, workdir, rng: until(process, EVALUATING),
     'saving': lambda process, workdir, rng: saving(process, workdir),
     'any': lambda process, workdir, rng: time.sleep(rng.uniform(3, 12)) or True,
 }
@@ -97,11 +101,13 @@ MOMENTS = {
 )  # fmt: skip
 def test_killed_at_any_moment(place, processes, n):
     """kill -9 n times, of all processes or of one; the run that comes out is the one that nothing happened to."""
-    rng, kills, runs = random.Random(processes), dict.fromkeys(MOMENTS, 0), 0
+    rng, kills, runs, tries = random.Random(processes), dict.fromkeys(MOMENTS, 0), 0, 0
     workdir = place.parent / f'killed_{processes}_{n}_{runs}'
     # Each moment once, those in which a file may be left half-written first; then at random.
     planned = ['saving', 'evaluating', 'starting', 'compiling', 'any'][:n]
     while sum(kills.values()) < n:
+        tries += 1
+        assert tries < 4 * n, f'too few moments come: {kills}'
         moment = next((m for m in planned if not kills[m]), None) or rng.choice(list(MOMENTS))
         started = start(place, workdir, processes=processes, devices=processes)
         reached = MOMENTS[moment](started[0], workdir, rng)
@@ -140,7 +146,7 @@ def test_stopped_at_any_moment(place, moments, number):
     workdir, rng = place.parent / f'stopped_{name}_{number}', random.Random(f'{name}{number}')
     for moment in moments:
         (process,) = start(place, workdir)
-        at_end = lambda process, workdir, rng: until(process, 'test: ')
+        at_end = lambda process, workdir, rng: until(process, f'train: {STEPS} of')
         if MOMENTS.get(moment, at_end)(process, workdir, rng) and process.poll() is None:
             stopped = time.monotonic()
             process.send_signal(number)
@@ -181,9 +187,9 @@ def test_a_second_ctrl_c_does_not_wait(place):
 def test_two_processes_stop_at_the_same_step_and_go_on(place):
     """A SIGTERM to one is meant for both: while they start, in an evaluation, and in the steps after one."""
     workdir = place.parent / 'stopped_both'
-    for words in ('Compiling', 'validation: ', ': validation'):
+    for pattern in ('Compiling', EVALUATING, ': validation'):
         started = start(place, workdir, processes=2, devices=2)
-        assert until(started[0], words)
+        assert until(started[0], pattern)
         started[1].send_signal(signal.SIGTERM)
         lines = [error(said) for _, said in end(started, 75)]
         assert len({re.search(r'stopped at step (\d+) of', line)[1] for line in lines}) == 1
