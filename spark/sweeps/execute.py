@@ -139,7 +139,8 @@ def submit(runs: list[Run], commands: dict[str, list[str]], out: Path, parameter
 
 def latest_metrics(workdir: Path) -> tuple[int, float | None]:
     """(step, loss) of the last complete line of training metrics in a run directory; (0, None) if there is none."""
-    with contextlib.suppress(OSError, ValueError, KeyError, IndexError), metric_files(workdir)[-1].open('rb') as f:
+    # It is shown while a run goes on, whose line may be half written; the clients of buckets raise exceptions of their own.
+    with contextlib.suppress(Exception), metric_files(workdir)[-1].open('rb') as f:
         f.seek(max(f.seek(0, os.SEEK_END) - 20_000, 0))
         for line in reversed(f.read().split(b'\n')[:-1]):
             record = json.loads(line)
