@@ -1,11 +1,12 @@
 """The FFN with top-k for training on CPUs: forward and backward compute active neurons only, but for products of rank r.
 
 The scores s = x1 K1 take an ordinary product; C++ kernels (cpu/ffn_training.h) compute all else for the active neurons. Backward,
-the gradient through the threshold θ = mean + std · Q touches every score. With dθ_t, which the kernel returns,
+the gradient through the threshold θ = mean + std · Q touches every score. With dm, that of the active neurons' m = s − θ,
 
-    ds += α·1ᵀ + diag(β)·s        β_t = dθ_t · Q / ((F − ddof) · std_t)        α_t = dθ_t / F − β_t · mean_t
+    ds = dm + α·1ᵀ + diag(β)·s    dθ_t = −Σ dm_t    β_t = dθ_t · Q / ((F − ddof) · std_t)    α_t = dθ_t / F − β_t · mean_t
 
-and since s = x1 K1 has rank r, that adds two products to the gradients of K1 and x1: with s, or with K1 if r < T.
+Since s = x1 K1 has rank r, what α and β add to the gradients of K1 and x1 are products with matrices of r × r. Where these are not
+smaller than T × r, ordinary products with all of ds take less.
 """
 
 import functools
@@ -38,27 +39,28 @@ def _forward(x1, x2, K1, K2, V, k, huber, ddof):
     T, (F, D) = len(x1), V.shape
     s = x1 @ K1
     shapes = [*_floats((T, D), (T, 3)), jax.ShapeDtypeStruct((T,), jnp.int32)]
-    attributes = {'quantile': np.float32(-ndtri(k / F)), 'huber': np.float32(huber), 'ddof': np.int64(ddof)}
-    y, statistics, active = cpu.call('spark_ffn_forward', shapes, **attributes)(s, x2, K2, V)
+    y, statistics, active = cpu.call('spark_ffn_forward', shapes, **_attributes(k, F, huber, ddof))(s, x2, K2, V)
     return (y, active), (x1, x2, K1, K2, V, s, checkpoint_name(statistics, THRESHOLD))
 
 
 def _backward(k, huber, ddof, saved, gradients):
     (x1, x2, K1, K2, V, s, statistics), dy = saved, gradients[0]
     (T, r), F = x1.shape, len(V)
-    theta, mean, std = statistics.T
-    shapes = _floats(x1.shape, x2.shape, (F, r), K2.shape, V.shape, (T,))
-    call = cpu.call('spark_ffn_backward', shapes, huber=np.float32(huber))
-    dx1, dx2, dK1_Fxr, dK2, dV, dtheta = call(s, theta, x1, x2, dy, K1, K2, V)
-    beta = jnp.where(std > 0, dtheta * -ndtri(k / F) / (max(F - ddof, 1) * jnp.where(std > 0, std, 1)), 0)
-    alpha = dtheta / F - beta * mean
+    dense = T <= r
+    ds, dx1, dK1 = ((T, F), (0, r), (0, r)) if dense else ((0, F), (T, r), (F, r))
+    shapes = _floats(ds, dx1, x2.shape, dK1, K2.shape, V.shape, (T, 2))
+    call = cpu.call('spark_ffn_backward', shapes, aliases={0: 0} if dense else None, **_attributes(k, F, huber, ddof))
+    ds, dx1, dx2, dK1_Fxr, dK2, dV, slopes = call(s, statistics, x1, x2, dy, K1, K2, V)
+    if dense:
+        return ds @ K1.T, dx2, x1.T @ ds, dK2, dV
+    alpha, beta = slopes.T
     scaled = x1 * beta[:, None]
-    if T <= r:
-        by_keys, by_tokens = beta[:, None] * (s @ K1.T), scaled.T @ s
-    else:
-        by_keys, by_tokens = scaled @ _gram(K1), (scaled.T @ x1) @ K1
-    dx1 = dx1 + by_keys + alpha[:, None] * jnp.sum(K1, axis=1)
-    return dx1, dx2, cpu.add_transposed(by_tokens, dK1_Fxr, alpha @ x1), dK2, dV
+    dx1 = dx1 + scaled @ _gram(K1) + alpha[:, None] * jnp.sum(K1, axis=1)
+    return dx1, dx2, cpu.add_transposed((scaled.T @ x1) @ K1, dK1_Fxr, alpha @ x1), dK2, dV
+
+
+def _attributes(k, F, huber, ddof):
+    return {'quantile': np.float32(-ndtri(k / F)), 'huber': np.float32(huber), 'ddof': np.int64(ddof)}
 
 
 def _floats(*shapes):

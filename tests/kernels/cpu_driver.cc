@@ -255,32 +255,36 @@ void check_ffn_training(const std::string& set) {
   const Floats x1 = normal(size_t(T) * r), x2 = normal(size_t(T) * w), k1 = normal(size_t(r) * F);
   const Floats k2 = normal(size_t(w) * F), v = normal(size_t(F) * D), dy = normal(size_t(T) * D);
   struct Results {
-    Floats y, statistics, thetas, dx1, dx2, dk1, dk2, dv, dtheta;
+    Floats y, statistics, ds, dx1, dx2, dk1, dk2, dv, slopes;
     std::vector<int32_t> active;
-  } found[2];
-  for (int i = 0; i < 2; ++i) {
+  } found[3];
+  for (int i = 0; i < 3; ++i) {  // once forward, once backward through the tasks, and with all of ds
     Results& f = found[i];
-    f = {Floats(size_t(T) * D), Floats(3 * T), Floats(T), Floats(x1.size()), Floats(x2.size()), Floats(k1.size()), Floats(k2.size()),
-         Floats(v.size()), Floats(T), std::vector<int32_t>(T)};
+    f = {Floats(size_t(T) * D), Floats(3 * T), s, Floats(x1.size()), Floats(x2.size()), Floats(k1.size()), Floats(k2.size()),
+         Floats(v.size()), Floats(2 * T), std::vector<int32_t>(T)};
     compute(set, FFNForward{T, F, w, D, quantile, huber, ddof, s.data(), x2.data(), k2.data(), v.data(), f.y.data(), f.statistics.data(),
-                            f.active.data()}, i);
-    for (int t = 0; t < T; ++t) f.thetas[t] = f.statistics[3 * t];
-    compute(set, FFNBackward{T, F, r, w, D, huber, s.data(), f.thetas.data(), x1.data(), x2.data(), dy.data(), k1.data(), k2.data(),
-                             v.data(), f.dx1.data(), f.dx2.data(), f.dk1.data(), f.dk2.data(), f.dv.data(), f.dtheta.data()}, i);
+                            f.active.data()}, i % 2);
+    compute(set, FFNBackward{T, F, r, w, D, quantile, huber, ddof, f.ds.data(), f.statistics.data(), x1.data(), x2.data(), dy.data(),
+                             k1.data(), k2.data(), v.data(), i == 2 ? f.ds.data() : nullptr, f.dx1.data(), f.dx2.data(), f.dk1.data(),
+                             f.dk2.data(), f.dv.data(), f.slopes.data()}, i % 2);
   }
   const Results& f = found[0];
   if (f.y != found[1].y || f.dx1 != found[1].dx1 || f.dx2 != found[1].dx2 || f.dk1 != found[1].dk1 || f.dk2 != found[1].dk2 ||
-      f.dv != found[1].dv || f.dtheta != found[1].dtheta)
+      f.dv != found[1].dv || f.slopes != found[1].slopes)
     fail("ffn_training depends on the order of tasks");
-  Doubles y(f.y.size()), dx1(x1.size()), dx2(x2.size()), dk1(k1.size()), dk2(k2.size()), dv(v.size()), dtheta(T);
+  if (f.dx2 != found[2].dx2 || f.dk2 != found[2].dk2 || f.dv != found[2].dv || f.slopes != found[2].slopes)
+    fail("ffn_training depends on whether all of ds is wanted");
+  Doubles y(f.y.size()), ds(s.size()), dx1(x1.size()), dx2(x2.size()), dk1(k1.size()), dk2(k2.size()), dv(v.size()), slopes(2 * T);
   for (int t = 0; t < T; ++t) {
     double mean = 0, squares = 0;
     for (int i = 0; i < F; ++i) mean += s[size_t(t) * F + i] / double(F);
     for (int i = 0; i < F; ++i) squares += std::pow(s[size_t(t) * F + i] - mean, 2);
-    close("theta", f.thetas[t], mean + quantile * std::sqrt(squares / std::fmax(1, F - ddof)), 1);
+    const double std = std::sqrt(squares / std::fmax(1, F - ddof));
+    close("theta", f.statistics[3 * t], mean + quantile * std, 1);
+    double dtheta = 0;
     int count = 0;
     for (int n = 0; n < F; ++n) {
-      const float score = s[size_t(t) * F + n], theta = f.thetas[t];
+      const float score = s[size_t(t) * F + n], theta = f.statistics[3 * t];
       if (!(score > theta)) continue;
       ++count;
       double m = double(score) - theta, s2 = w ? 0 : 1, u = 0;
@@ -289,7 +293,8 @@ void check_ffn_training(const std::string& set) {
       for (int i = 0; i < w; ++i) s2 += double(x2[t * w + i]) * k2[size_t(i) * F + n];
       for (int i = 0; i < D; ++i) u += double(dy[t * D + i]) * v[size_t(n) * D + i];
       const double a = gelu(m), dm = u * s2 * slope * (gelu(m + step) - gelu(m - step)) / (2 * step);
-      dtheta[t] -= dm;
+      dtheta -= dm;
+      ds[size_t(t) * F + n] = dm;
       for (int i = 0; i < D; ++i) {
         y[t * D + i] += a * s2 * v[size_t(n) * D + i];
         dv[size_t(n) * D + i] += a * s2 * dy[t * D + i];
@@ -304,6 +309,10 @@ void check_ffn_training(const std::string& set) {
       }
     }
     close("active neurons", f.active[t], count, 0);
+    const double beta = std > 1e-6 ? dtheta * quantile / (std::fmax(1, F - ddof) * std) : 0, alpha = dtheta / F - beta * mean;
+    slopes[2 * t] = alpha;
+    slopes[2 * t + 1] = beta;
+    for (int n = 0; n < F; ++n) ds[size_t(t) * F + n] += alpha + beta * s[size_t(t) * F + n];
   }
   all_close("ffn_training's y", f.y, y);
   all_close("dx1", f.dx1, dx1);
@@ -311,7 +320,8 @@ void check_ffn_training(const std::string& set) {
   all_close("dk1", f.dk1, dk1);
   all_close("dk2", f.dk2, dk2);
   all_close("dv", f.dv, dv);
-  all_close("dtheta", f.dtheta, dtheta);
+  all_close("slopes", f.slopes, slopes);
+  all_close("ds", found[2].ds, ds);
 }
 
 // Attention for training, forward and backward, with the survivors that its own thresholds pick.

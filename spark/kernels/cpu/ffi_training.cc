@@ -26,32 +26,37 @@ ffi::Error FFNForwardImpl(ffi::ThreadPool threads, int64_t set, float quantile, 
   return ffi::Error::Success();
 }
 
-ffi::Error FFNBackwardImpl(ffi::ThreadPool threads, int64_t set, float huber, Floats scores, Floats thetas, Floats x1, Floats x2, Floats dy,
-                           Floats k1, Floats k2, Floats v, ffi::Result<Floats> dx1, ffi::Result<Floats> dx2, ffi::Result<Floats> dk1,
-                           ffi::Result<Floats> dk2, ffi::Result<Floats> dv, ffi::Result<Floats> dtheta) {
+ffi::Error FFNBackwardImpl(ffi::ThreadPool threads, int64_t set, float quantile, float huber, int64_t ddof, Floats scores,
+                           Floats statistics, Floats x1, Floats x2, Floats dy, Floats k1, Floats k2, Floats v, ffi::Result<Floats> ds,
+                           ffi::Result<Floats> dx1, ffi::Result<Floats> dx2, ffi::Result<Floats> dk1, ffi::Result<Floats> dk2,
+                           ffi::Result<Floats> dv, ffi::Result<Floats> slopes) {
   auto use = resolve(set);
   if (use.has_error()) return use.error();
   if (scores.dimensions().size() != 2 || x1.dimensions().size() != 2 || x2.dimensions().size() != 2 || v.dimensions().size() != 2)
     return wrong_shape("scores", scores, "two axes, as x1, x2 and v");
   const int64_t tokens = scores.dimensions()[0], neurons = scores.dimensions()[1], D = v.dimensions()[1];
   const int64_t r = x1.dimensions()[1], width = x2.dimensions()[1];
-  REQUIRE_SHAPE(thetas, tokens);
+  const bool dense = ds->element_count() > 0;
+  REQUIRE_SHAPE(statistics, tokens, 3);
   REQUIRE_SHAPE(x1, tokens, r);
   REQUIRE_SHAPE(x2, tokens, width);
   REQUIRE_SHAPE(dy, tokens, D);
   REQUIRE_SHAPE(k1, r, neurons);
   REQUIRE_SHAPE(k2, width, neurons);
   REQUIRE_SHAPE(v, neurons, D);
-  REQUIRE_SHAPE(*dx1, tokens, r);
+  REQUIRE_SHAPE(*ds, dense ? tokens : 0, neurons);
+  if (dense && ds->typed_data() != scores.typed_data()) return ffi::Error::Internal("the scores were not replaced by their gradient");
+  REQUIRE_SHAPE(*dx1, dense ? 0 : tokens, r);
   REQUIRE_SHAPE(*dx2, tokens, width);
-  REQUIRE_SHAPE(*dk1, neurons, r);
+  REQUIRE_SHAPE(*dk1, dense ? 0 : neurons, r);
   REQUIRE_SHAPE(*dk2, width, neurons);
   REQUIRE_SHAPE(*dv, neurons, D);
-  REQUIRE_SHAPE(*dtheta, tokens);
+  REQUIRE_SHAPE(*slopes, tokens, 2);
   XlaPool pool(threads);
-  FFNBackward m{int(tokens), int(neurons), int(r), int(width), int(D), huber, scores.typed_data(), thetas.typed_data(), x1.typed_data(),
-                x2.typed_data(), dy.typed_data(), k1.typed_data(), k2.typed_data(), v.typed_data(), dx1->typed_data(),
-                dx2->typed_data(), dk1->typed_data(), dk2->typed_data(), dv->typed_data(), dtheta->typed_data()};
+  FFNBackward m{int(tokens), int(neurons), int(r), int(width), int(D), quantile, huber, int(ddof), scores.typed_data(),
+                statistics.typed_data(), x1.typed_data(), x2.typed_data(), dy.typed_data(), k1.typed_data(), k2.typed_data(),
+                v.typed_data(), dense ? ds->typed_data() : nullptr, dx1->typed_data(), dx2->typed_data(), dk1->typed_data(),
+                dk2->typed_data(), dv->typed_data(), slopes->typed_data()};
   compute(*use, m, pool);
   return ffi::Error::Success();
 }
@@ -140,11 +145,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_ffn_forward, spark::FFNForwardImpl,
                                   .Attr<int64_t>("ddof").Arg<spark::Floats>().Arg<spark::Floats>().Arg<spark::Floats>()
                                   .Arg<spark::Floats>().Ret<spark::Floats>().Ret<spark::Floats>().Ret<spark::Ints>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_ffn_backward, spark::FFNBackwardImpl,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set").Attr<float>("huber")
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set").Attr<float>("quantile").Attr<float>("huber")
+                                  .Attr<int64_t>("ddof").Arg<spark::Floats>().Arg<spark::Floats>().Arg<spark::Floats>()
                                   .Arg<spark::Floats>().Arg<spark::Floats>().Arg<spark::Floats>().Arg<spark::Floats>()
-                                  .Arg<spark::Floats>().Arg<spark::Floats>().Arg<spark::Floats>().Arg<spark::Floats>()
-                                  .Ret<spark::Floats>().Ret<spark::Floats>().Ret<spark::Floats>().Ret<spark::Floats>()
-                                  .Ret<spark::Floats>().Ret<spark::Floats>());
+                                  .Arg<spark::Floats>().Ret<spark::Floats>().Ret<spark::Floats>().Ret<spark::Floats>()
+                                  .Ret<spark::Floats>().Ret<spark::Floats>().Ret<spark::Floats>().Ret<spark::Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_add_transposed, spark::AddTransposedImpl,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set").Arg<spark::Floats>().Arg<spark::Floats>()
                                   .Arg<spark::Floats>().Ret<spark::Floats>());

@@ -6,7 +6,8 @@
 //
 //   dm = u s2 GELU'(m),   ds2 = u a,   dV = (a s2)^T dy,   dK2 = ds2^T x2,   dx2 = ds2 K2,   dK1 = dm^T x1,   dx1 = dm K1
 //
-// The gradient of theta is -sum dm per token. What it adds to K1 and x1 is dense, but has rank r: the caller adds it by ordinary products.
+// The gradient of theta is -sum dm per token, and makes that of the scores ds = dm + alpha + beta s. What this adds to K1 and x1 is dense,
+// but has rank r: the caller adds it by ordinary products, or has all of ds and takes products with that instead.
 #pragma once
 
 #include "sparse.h"
@@ -108,13 +109,14 @@ void ffn_training(const FFNForward& m, Pool& pool) {
 
 void ffn_training(const FFNBackward& m, Pool& pool) {
   const int T = m.tokens, F = m.d_ff;
-  const Active active(pool, m.scores, m.thetas, T, F);
+  Scratch<float> thetas(T);
+  for (int t = 0; t < T; ++t) thetas[t] = m.statistics[size_t(t) * 3];
+  const Active active(pool, m.scores, thetas, T, F);
   const Pattern& pattern = active.pattern;
   const int* columns = active.columns;
   // In place: s2 becomes ds2, u becomes dm, and m becomes the weight of V.
-  Scratch<float> ds2(active.size), dm(active.size), k1(size_t(F) * m.r), k2(size_t(F) * m.width), dk2(size_t(F) * m.width);
+  Scratch<float> ds2(active.size), dm(active.size), k2(size_t(F) * m.width), dk2(size_t(F) * m.width);
   float* weight = active.m;
-  transpose(pool, m.r, F, m.k1, k1);
   transpose(pool, m.width, F, m.k2, k2);
   second_scores(pool, active, {m.x2, m.width}, {k2, m.width}, ds2);
   sampled(pool, pattern, columns, {m.dy, m.d_model}, {m.v, m.d_model}, dm);
@@ -125,17 +127,28 @@ void ffn_training(const FFNBackward& m, Pool& pool) {
     store(dm + p, u * s2 * gelu_slope(x) * smoothed_slope(above, m.huber));
   });
   parallel(pool, T, [&](int t) {
-    float total = 0;
+    float dtheta = 0;
     for (int b = 0; b < pattern.blocks; ++b)
-      for (int p = pattern.starts(b)[t]; p < pattern.starts(b)[t + 1]; ++p) total += dm[p];
-    m.dtheta[t] = -total;
+      for (int p = pattern.starts(b)[t]; p < pattern.starts(b)[t + 1]; ++p) dtheta -= dm[p];
+    const float mean = m.statistics[size_t(t) * 3 + 1], std = m.statistics[size_t(t) * 3 + 2];
+    const float beta = std > 0 ? dtheta * m.quantile / (max(F - m.ddof, 1) * std) : 0, alpha = dtheta / F - beta * mean;
+    m.slopes[size_t(t) * 2] = alpha;
+    m.slopes[size_t(t) * 2 + 1] = beta;
+    if (!m.ds) return;
+    float* ds = m.ds + size_t(t) * F;
+    for (int f = 0; f < F; ++f) ds[f] = alpha + beta * ds[f];
+    for (int b = 0; b < pattern.blocks; ++b)
+      for (int p = pattern.starts(b)[t]; p < pattern.starts(b)[t + 1]; ++p) ds[b * BLOCK_COLUMNS + columns[p]] += dm[p];
   });
   weighted(pool, pattern, columns, ds2, {k2, m.width}, m.dx2);
-  weighted(pool, pattern, columns, dm, {k1, m.r}, m.dx1);
   const Transposed transposed(pool, pattern, columns);
   transposed.weighted(pool, weight, {m.dy, m.d_model}, m.dv);
   transposed.weighted(pool, ds2, {m.x2, m.width}, dk2);
   transpose(pool, F, m.width, dk2, m.dk2);
+  if (m.ds) return;
+  Scratch<float> k1(size_t(F) * m.r);
+  transpose(pool, m.r, F, m.k1, k1);
+  weighted(pool, pattern, columns, dm, {k1, m.r}, m.dx1);
   transposed.weighted(pool, dm, {m.x1, m.r}, m.dk1);
 }
 

@@ -89,12 +89,14 @@ struct FFNForward {
   int32_t* active;
 };
 
-// Its gradients, without those that flow through theta, of which it returns dtheta (tokens). dk1 is transposed, (d_ff, r).
+// Its gradients. The scores' is ds, in place of the scores, or if that is null dm, which has the active neurons only, and per token alpha
+// and beta (tokens, 2) of ds = dm + alpha + beta s; then dx1 and dk1 (d_ff, r), transposed, are those of dm.
 struct FFNBackward {
   int tokens, d_ff, r, width, d_model;  // x1 (tokens, r), k1 (r, d_ff)
-  float huber;
-  const float *scores, *thetas, *x1, *x2, *dy, *k1, *k2, *v;
-  float *dx1, *dx2, *dk1, *dk2, *dv, *dtheta;
+  float quantile, huber;
+  int ddof;
+  const float *scores, *statistics, *x1, *x2, *dy, *k1, *k2, *v;
+  float *ds, *dx1, *dx2, *dk1, *dk2, *dv, *slopes;
 };
 
 // Spark attention for training. Each of `heads` key-value heads serves `group` heads of queries.
