@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from spark.progress import tqdm
+from spark.runtime import trim
 
 Rows = list[dict]  # of `row`
 
@@ -30,7 +31,9 @@ def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> 
 
 
 def peak_mb(build: Callable[..., Callable[[], object]], *args) -> float:
-    """The peak memory of `build(*args)()` in a process of its own, in MB: its arrays and what a call needs, not the compiler."""
+    """The peak memory of `build(*args)()` in a process of its own, in MB: its arrays and what a call needs, and not
+    the compiler, where the system lets `reset_peak` forget it.
+    """
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process:
         return process.submit(_peak_mb, build, args).result()
 
@@ -40,6 +43,7 @@ def _peak_mb(build, args):
     before = memory('VmRSS')
     f = build(*args)
     jax.block_until_ready(f())
+    trim()  # what the compiler has freed
     reset_peak()
     jax.block_until_ready(f())
     return (memory('VmHWM') - before) / 1e6

@@ -13,7 +13,8 @@ from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind
 
 # On resume, only these fields and sections may differ from the run's config.json: they do not change what is trained.
 RESUMABLE = (
-    *('model.remat', 'model.attention.impl', 'model.attention.block', 'train.loss_pieces'),  # how the same is computed
+    # how the same is computed
+    *('model.remat', 'model.ffn.impl', 'model.attention.impl', 'model.attention.block', 'train.loss_pieces'),
     *('mesh', 'sample', 'serve', 'data.threads', 'data.prefetch', 'data.cache_dir', 'data.max_bad', 'data.allow_changed'),
     *('data.source', 'data.eval_source', 'data.tokenizer'),  # another path to the same data: the digest of the tokens is compared
     *('data.batch_size', 'train.accumulate'),  # the place in the data is a number of rows

@@ -158,15 +158,14 @@ def _attention(q, k, v, starts, offset, spec, passes):
 
 def _forward(q, k, v, starts, offset, spec, passes):
     arguments = q, k, v, starts, offset
-    theta = thresholds(q, k, starts, spec, offset) if spec.k else None
+    # A remat policy can save θ before it is clamped to a score: rematerialised scores may be rounded otherwise.
+    theta = checkpoint_name(thresholds(q, k, starts, spec, offset), THRESHOLD) if spec.k else None
     y, log_z, attended, max_score = passes.look_up(*arguments, theta, spec)
     if spec.k:
         # Where no key reaches its query's threshold, the largest score stays. This is rare, so only then is there a second pass.
         theta = jnp.minimum(theta, max_score)
         repeat = lambda: passes.look_up(*arguments, theta, spec)[:3]
         y, log_z, attended = jax.lax.cond(jnp.any(attended == 0), repeat, lambda: (y, log_z, attended))
-    # Named, so that a remat policy can save them: they are small, and to recompute them takes the whole forward pass.
-    log_z, theta = checkpoint_name((log_z, theta), THRESHOLD)
     return (y, attended), (*arguments, theta, y, log_z)
 
 

@@ -9,10 +9,13 @@ import functools
 import importlib.machinery
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32, Num
 from scipy.special import ndtri
 
@@ -134,10 +137,23 @@ def read(x: Float32[AnyArray, '...']) -> Float32[Array, '']:
     return call('spark_read', jax.ShapeDtypeStruct((), jnp.float32), 'best')(x)
 
 
-def call(name, shapes, instructions='best', aliases=None, **attrs):
+def floats(*shapes: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
+    """Float32 results of these shapes, for `call`."""
+    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+
+def can_train(dtype: DTypeLike, platform: str) -> bool:
+    """Do the kernels for training run here? They compute in float32, on one CPU device."""
+    return dtype == jnp.float32 and platform == 'cpu' and jax.sharding.get_abstract_mesh().size <= 1 and available()
+
+
+def call(
+    name: str, shapes: Any, instructions: str = 'best', aliases: dict[int, int] | None = None, **attrs
+) -> Callable[..., Any]:  # fmt: skip
+    """The kernel `name` as a function of arrays, whose results have these `shapes`; under vmap it is called row by row."""
     _library()
     chosen = preferred() if instructions == 'best' else instructions
-    function = jax.ffi.ffi_call(name, shapes, input_output_aliases=aliases)
+    function = jax.ffi.ffi_call(name, shapes, input_output_aliases=aliases, vmap_method='sequential')
     return functools.partial(function, set=np.int64(SETS.index(chosen)), **attrs)
 
 

@@ -5,8 +5,8 @@ the gradient through the threshold θ = mean + std · Q touches every score. Wit
 
     ds = dm + α·1ᵀ + diag(β)·s    dθ_t = −Σ dm_t    β_t = dθ_t · Q / ((F − ddof) · std_t)    α_t = dθ_t / F − β_t · mean_t
 
-Since s = x1 K1 has rank r, what α and β add to the gradients of K1 and x1 are products with matrices of r × r. Where these are not
-smaller than T × r, ordinary products with all of ds take less.
+Since s = x1 K1 has rank r, α and β add products with matrices of r × r to the gradients of K1 and x1. Where T ≤ r, ordinary products
+with all of ds take less.
 """
 
 import functools
@@ -14,12 +14,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float32, Int32
 from scipy.special import ndtri
 
 from spark.kernels import cpu
-from spark.ops.topk import THRESHOLD
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -29,8 +27,8 @@ def ffn(
 ) -> tuple[Float32[Array, 'T D'], Int32[Array, ' T']]:  # fmt: skip
     """V · (GELU(StatTopK_k(K1ᵀ x1)) ⊙ K2ᵀ x2), and the number of active neurons of each token.
 
-    Without a gate x2 and K2 have `rest` = 0. k < F, huber and ddof are those of `ops.statistical_topk`. There are at most 2³¹ − 1
-    scores. Where scores are not finite, y is NaN.
+    Without a gate x2 and K2 have `rest` = 0. k < F, huber and ddof are those of `ops.statistical_topk`. (T + 16) · F is
+    below 2³¹. Where scores are not finite, y is NaN.
     """
     return _forward(x1, x2, K1, K2, V, k, huber, ddof)[0]
 
@@ -38,9 +36,9 @@ def ffn(
 def _forward(x1, x2, K1, K2, V, k, huber, ddof):
     T, (F, D) = len(x1), V.shape
     s = x1 @ K1
-    shapes = [*_floats((T, D), (T, 3)), jax.ShapeDtypeStruct((T,), jnp.int32)]
+    shapes = [*cpu.floats((T, D), (T, 3)), jax.ShapeDtypeStruct((T,), jnp.int32)]
     y, statistics, active = cpu.call('spark_ffn_forward', shapes, **_attributes(k, F, huber, ddof))(s, x2, K2, V)
-    return (y, active), (x1, x2, K1, K2, V, s, checkpoint_name(statistics, THRESHOLD))
+    return (y, active), (x1, x2, K1, K2, V, s, statistics)
 
 
 def _backward(k, huber, ddof, saved, gradients):
@@ -48,7 +46,7 @@ def _backward(k, huber, ddof, saved, gradients):
     (T, r), F = x1.shape, len(V)
     dense = T <= r
     ds, dx1, dK1 = ((T, F), (0, r), (0, r)) if dense else ((0, F), (T, r), (F, r))
-    shapes = _floats(ds, dx1, x2.shape, dK1, K2.shape, V.shape, (T, 2))
+    shapes = cpu.floats(ds, dx1, x2.shape, dK1, K2.shape, V.shape, (T, 2))
     call = cpu.call('spark_ffn_backward', shapes, aliases={0: 0} if dense else None, **_attributes(k, F, huber, ddof))
     ds, dx1, dx2, dK1_Fxr, dK2, dV, slopes = call(s, statistics, x1, x2, dy, K1, K2, V)
     if dense:
@@ -61,10 +59,6 @@ def _backward(k, huber, ddof, saved, gradients):
 
 def _attributes(k, F, huber, ddof):
     return {'quantile': np.float32(-ndtri(k / F)), 'huber': np.float32(huber), 'ddof': np.int64(ddof)}
-
-
-def _floats(*shapes):
-    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
 
 def _gram(K):

@@ -75,8 +75,7 @@ def computes_survivors_only(cfg: AttentionConfig, dtype: DTypeLike, platform: st
 
     They compute in float32 on one CPU device. 'auto' takes them where they were measured to be faster: for at least 128 tokens.
     """
-    covered = cfg.traits in SPARSE_KINDS and length**2 * cfg.n_heads // cfg.n_kv_heads < 2**31 and dtype == jnp.float32
-    able = covered and platform == 'cpu' and jax.sharding.get_abstract_mesh().size <= 1 and cpu.available()
+    able = cfg.traits in SPARSE_KINDS and cpu.can_train(dtype, platform)
     if cfg.impl == 'sparse' and not able:
         kernels = 'kernels compute Spark attention, in float32, on one CPU device, if they were built'
         raise ConfigError(f"model.attention.impl = 'sparse': want 'auto', 'full' or 'blockwise': {kernels}")

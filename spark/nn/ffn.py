@@ -1,7 +1,6 @@
 """The feed-forward half of a layer: a lookup in a table of neurons."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
@@ -69,9 +68,8 @@ def computes_active_only(cfg: FFNConfig, dtype: DTypeLike, platform: str, tokens
     They compute in float32 on one CPU device. 'auto' takes them where they were measured to be faster: for at least 128 tokens,
     and at most a quarter of the neurons.
     """
-    covered = cfg.traits in KERNEL_KINDS and cfg.topk == 'statistical' and cfg.k < cfg.d_ff and tokens * cfg.d_ff < 2**31
-    alone = platform == 'cpu' and jax.sharding.get_abstract_mesh().size <= 1 and cpu.available()
-    able = covered and alone and dtype == jnp.float32
+    covered = cfg.traits in KERNEL_KINDS and cfg.topk == 'statistical' and cfg.k < cfg.d_ff and (tokens + 16) * cfg.d_ff < 2**31
+    able = covered and cpu.can_train(dtype, platform)
     if cfg.impl == 'sparse' and not able:
         kernels = 'kernels compute a statistical top-k of k < d_ff neurons, in float32, on one CPU device, if they were built'
         raise ConfigError(f"model.ffn.impl = 'sparse': want 'auto' or 'masked': {kernels}")

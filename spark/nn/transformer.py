@@ -106,7 +106,8 @@ class Transformer(nn.Module):
 def abstract_params(cfg: ModelConfig) -> dict:
     """The shapes of a Transformer's parameters, as `init` returns them, without memory for them."""
     token = jnp.zeros((1, 1), jnp.int32)
-    return meta.unbox(jax.eval_shape(Transformer(cfg).init, jax.random.key(0), token, token, token))
+    init = Transformer(with_impl(cfg, ffn='auto', attention='auto')).init  # kernels that this machine lacks change no parameter
+    return meta.unbox(jax.eval_shape(init, jax.random.key(0), token, token, token))
 
 
 def by_layer(cfg: ModelConfig, metrics: dict, half: str, name: str) -> Shaped[Array, 'n_layers ...']:
@@ -134,8 +135,12 @@ def activity(cfg: ModelConfig, metrics: dict) -> dict[str, Float[Array, 'n_layer
 
 def observable(model: Transformer) -> Transformer:
     """The same model, whose FFNs call `activate` with the scores of all neurons. Kernels that compute active ones only do not."""
-    ffn = model.cfg.ffn.model_copy(update={'impl': 'masked'})
-    return model.clone(cfg=model.cfg.model_copy(update={'ffn': ffn}))
+    return model.clone(cfg=with_impl(model.cfg, ffn='masked'))
+
+
+def with_impl(cfg: ModelConfig, **impl: str) -> ModelConfig:
+    """`cfg` with another `impl` of some halves, by 'ffn' and 'attention': the same model, computed otherwise."""
+    return cfg.model_copy(update={half: getattr(cfg, half).model_copy(update={'impl': name}) for half, name in impl.items()})
 
 
 def compute_dtype(cfg: ModelConfig, platform: str) -> DTypeLike:

@@ -86,8 +86,9 @@ def statistical_keep(x: X, k: K, *, axis: int = -1, where: Where = None, ddof: i
     θ. The mask has no gradient, since softmax is invariant to a shift by θ. Arguments as in `statistical_threshold`.
     """
     theta = statistical_threshold(jax.lax.stop_gradient(x), k, axis=axis, where=where, ddof=ddof)
+    # Not saved by name: where rematerialised scores are rounded otherwise, the largest of them must still reach it.
     largest = jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf, where=where).astype(theta.dtype)
-    keep = x.astype(theta.dtype) >= checkpoint_name(jnp.minimum(theta, largest), THRESHOLD)
+    keep = x.astype(theta.dtype) >= jnp.minimum(theta, largest)
     return keep if where is None else keep & where
 
 

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark import ops
+from spark import config, ops
 from spark.errors import ConfigError
 from spark.kernels import cpu, sparse_ffn
 from spark.nn.ffn import FFN, computes_active_only
+from spark.nn.transformer import abstract_params
 from spark.training import sharding
 from tests.helpers import small
 
@@ -99,6 +100,24 @@ def test_an_empty_selection_is_zero_and_scores_that_are_not_finite_are_seen():
     assert (active == 0).all() and not y.any() and not any(g.any() for g in gradients)
     y, _ = sparse_ffn.ffn(x1.at[3, 0].set(jnp.nan), x2, K1, K2, V, 20)
     np.testing.assert_array_equal(jnp.isnan(y).any(axis=1), jnp.arange(30) == 3)
+
+
+@pytest.mark.parametrize('T', [20, 90])  # r is above and below
+def test_tokens_with_equal_scores(T):
+    """They have no spread, but rounding may give them one."""
+    x1, x2, K1, K2, V, dy = inputs(T, 40, 32, 100, 48)
+    args, case = (x1, x2, K1[:, :1] + jnp.zeros_like(K1), K2, V, dy), {'k': 8, 'huber': 0.0, 'ddof': 1}
+    _, gradients = with_gradients(sparse_ffn.ffn, *args, **case)
+    assert all(float(jnp.abs(g).max()) < 1e-3 for g in gradients[:2])
+
+
+@pytest.mark.parametrize('half', ['ffn', 'attention'])
+def test_a_model_trained_with_the_kernels_has_the_same_parameters_where_they_are_not(half, monkeypatch):
+    cfg = small(**{f'model.{half}.impl': 'sparse'}).model
+    here = abstract_params(cfg)
+    monkeypatch.setattr(cpu, 'available', lambda: False)
+    assert jax.tree.map(jnp.shape, abstract_params(cfg)) == jax.tree.map(jnp.shape, here)
+    assert f'model.{half}.impl' in config.RESUMABLE
 
 
 def test_results_do_not_depend_on_the_threads():

@@ -205,13 +205,11 @@ void look_up(Pool& pool, const AttentionForward& f, const Chunk& chunk, const fl
   chunk.gather(pool, m.q, q);
   const Survivors found(pool, chunk, q, packed, [&](int t, const float* s, int n) {
     const float top = maximum(s, n);
+    const Moments stats = moments(s, n);
     float theta = -INFINITY;
-    if (n > f.keep) {
-      const Moments stats = moments(s, n);
-      theta = stats.mean + stats.std * f.quantiles[n];
-      theta = theta > top ? top : theta;
-    }
-    logit[t] = m.cap ? m.cap * std::tanh(top / m.cap) : top;
+    if (n > f.keep) theta = stats.mean + stats.std * f.quantiles[n];
+    theta = theta > top ? top : theta;
+    logit[t] = std::isfinite(stats.mean) ? softcap(broadcast(top), m.cap)[0] : NAN;  // NaN, which no comparison lets survive, shows in y
     return f.thetas[chunk.query(t)] = theta;
   });
   const Pattern& pattern = found.pattern;
@@ -226,7 +224,7 @@ void look_up(Pool& pool, const AttentionForward& f, const Chunk& chunk, const fl
   });
   weighted(pool, pattern, found.columns, s2, {v + size_t(chunk.begin) * d, d}, y);
   parallel(pool, chunk.rows, [&](int t) {
-    float total = 0;
+    float total = 0 * logit[t];
     for (int b = 0; b < pattern.blocks; ++b) total += totals[size_t(b) * chunk.rows + t];
     const size_t query = chunk.query(t);
     f.log_z[query] = logit[t] + std::log(total);

@@ -12,7 +12,7 @@ ffi::Error FFNForwardImpl(ffi::ThreadPool threads, int64_t set, float quantile, 
   if (scores.dimensions().size() != 2 || x2.dimensions().size() != 2 || v.dimensions().size() != 2)
     return wrong_shape("scores", scores, "two axes, as x2 and v");
   const int64_t tokens = scores.dimensions()[0], neurons = scores.dimensions()[1], width = x2.dimensions()[1], D = v.dimensions()[1];
-  if (tokens * neurons > INT_MAX) return wrong_shape("scores", scores, "at most 2^31 - 1 scores");
+  if ((tokens + 16) * neurons > INT_MAX) return wrong_shape("scores", scores, "(tokens + 16) * neurons < 2^31");
   REQUIRE_SHAPE(x2, tokens, width);
   REQUIRE_SHAPE(k2, width, neurons);
   REQUIRE_SHAPE(v, neurons, D);
@@ -37,6 +37,7 @@ ffi::Error FFNBackwardImpl(ffi::ThreadPool threads, int64_t set, float quantile,
   const int64_t tokens = scores.dimensions()[0], neurons = scores.dimensions()[1], D = v.dimensions()[1];
   const int64_t r = x1.dimensions()[1], width = x2.dimensions()[1];
   const bool dense = ds->element_count() > 0;
+  if ((tokens + 16) * neurons > INT_MAX) return wrong_shape("scores", scores, "(tokens + 16) * neurons < 2^31");
   REQUIRE_SHAPE(statistics, tokens, 3);
   REQUIRE_SHAPE(x1, tokens, r);
   REQUIRE_SHAPE(x2, tokens, width);
@@ -69,7 +70,6 @@ ffi::Error check_attention(Ints starts, Floats q, Floats k, Floats v, int64_t r)
   REQUIRE_SHAPE(v, batch, heads, length, head_dim);
   REQUIRE_SHAPE(starts, batch, length);
   if (r < 1 || r >= head_dim) return wrong_shape("q", q, "a head_dim above r = " + std::to_string(r));
-  if (s[2] * length * length > INT_MAX) return wrong_shape("q", q, "at most 2^31 - 1 scores per key-value head");
   const int32_t* start = starts.typed_data();
   for (int64_t i = 0; i < batch * length; ++i)
     if (start[i] < (i % length ? start[i - 1] : 0) || start[i] > i % length)

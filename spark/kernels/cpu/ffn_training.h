@@ -131,7 +131,8 @@ void ffn_training(const FFNBackward& m, Pool& pool) {
     for (int b = 0; b < pattern.blocks; ++b)
       for (int p = pattern.starts(b)[t]; p < pattern.starts(b)[t + 1]; ++p) dtheta -= dm[p];
     const float mean = m.statistics[size_t(t) * 3 + 1], std = m.statistics[size_t(t) * 3 + 2];
-    const float beta = std > 0 ? dtheta * m.quantile / (max(F - m.ddof, 1) * std) : 0, alpha = dtheta / F - beta * mean;
+    const bool spread = std > 1e-6f * std::abs(mean);  // of equal scores it is but rounding
+    const float beta = spread ? dtheta * m.quantile / (max(F - m.ddof, 1) * std) : 0, alpha = dtheta / F - beta * mean;
     m.slopes[size_t(t) * 2] = alpha;
     m.slopes[size_t(t) * 2 + 1] = beta;
     if (!m.ds) return;

@@ -136,7 +136,7 @@ INLINE VecF softplus(VecF x) {
   VecF u = exp(-max(x, -x)), s = u / (2.0f + u), z = s * s;
   VecF p = broadcast(1.0f / 17);
   for (int n = 15; n > 0; n -= 2) p = p * z + 1.0f / n;
-  return max(x, broadcast(0)) + 2.0f * s * p;
+  return max(broadcast(0), x) + 2.0f * s * p;  // NaN if x is
 }
 
 // x[i] = f(x[i]). A lambda f needs a capture default, even if it captures nothing: otherwise the compiler also makes a plain function
