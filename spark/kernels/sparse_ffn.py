@@ -5,8 +5,8 @@ the gradient through the threshold θ = mean + std · Q touches every score. Wit
 
     ds = dm + α·1ᵀ + diag(β)·s    dθ_t = −Σ dm_t    β_t = dθ_t · Q / ((F − ddof) · std_t)    α_t = dθ_t / F − β_t · mean_t
 
-Since s = x1 K1 has rank r, α and β add products with matrices of r × r to the gradients of K1 and x1. Where T ≤ r, ordinary products
-with all of ds take less.
+Since s = x1 K1 has rank r, α and β add products with matrices of r × r to the gradients of K1 and x1. Where T ≤ r, ordinary
+products with all of ds take less.
 """
 
 import functools
