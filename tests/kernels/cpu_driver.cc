@@ -1,9 +1,10 @@
 // Checks the CPU kernels against scalar loops in double precision, on random inputs and without JAX, so that it also runs on an
 // emulated processor. Prints one line per instruction set; exits with 1 at the first mismatch. test_cpu.py compiles and runs it.
 //
-// Each case runs twice, for one thread and for three with the tasks of every loop in the opposite order: the results must be bitwise the
-// same.
+// Each case runs twice, with the tasks of every loop in opposite orders, and those of training for one and for three threads: the results
+// must be bitwise the same.
 
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +12,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -19,20 +21,41 @@
 #include <immintrin.h>
 #endif
 
+#if !defined(THREADS)
 namespace spark {
 void* allocate_scratch(size_t bytes) { return std::malloc(bytes ? bytes : 1); }
 void free_scratch(void* latest) { std::free(latest); }
 }  // namespace spark
+#endif
 
 namespace {
 using namespace spark;
 using Floats = std::vector<float>;
 using Doubles = std::vector<double>;
 
-struct SerialPool final : Pool {
+#if defined(THREADS)  // real threads and the kernels' own scratch memory, for ThreadSanitizer
+constexpr bool threaded = true;
+struct TestPool final : Pool {
+  const int threads_;
+  TestPool(bool, int threads) : threads_(threads) {}
+  int threads() const override { return threads_; }
+  void run(int n, void (*task)(void*, int), void* context) override {
+    std::atomic<int> next{0};
+    std::vector<std::thread> others;
+    for (int i = 0; i < threads_; ++i)
+      others.emplace_back([&] {
+        for (int k; (k = next++) < n;) task(context, k);
+      });
+    for (std::thread& other : others) other.join();
+  }
+};
+#else
+constexpr bool threaded = false;
+struct TestPool final : Pool {
+  const int threads_;
   bool backwards, flush;
-  explicit SerialPool(bool backwards) : backwards(backwards), flush(backwards) {}
-  int threads() const override { return backwards ? 3 : 1; }
+  TestPool(bool backwards, int threads) : threads_(threads), backwards(backwards), flush(backwards) {}
+  int threads() const override { return threads_; }
   void run(int n, void (*task)(void*, int), void* context) override {
 #if defined(__x86_64__)  // as XLA's threads do and Python's do not, every other loop takes denormal numbers for zero
     const unsigned before = _mm_getcsr();
@@ -45,6 +68,7 @@ struct SerialPool final : Pool {
 #endif
   }
 };
+#endif
 
 std::mt19937 generator(0);
 int uniform(int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(generator); }
@@ -124,8 +148,8 @@ double threshold(const std::vector<double>& s, double quantile) {
 }
 
 template <class M>
-void compute([[maybe_unused]] const std::string& set, const M& m, bool backwards) {
-  SerialPool pool(backwards);
+void compute([[maybe_unused]] const std::string& set, const M& m, bool backwards, int threads = 3) {
+  TestPool pool(backwards, threads);
 #if defined(__x86_64__)
   if (set == "avx512") return avx512::compute(m, pool);
   if (set == "avx2") return avx2::compute(m, pool);
@@ -264,10 +288,10 @@ void check_ffn_training(const std::string& set) {
     f = {Floats(size_t(T) * D), Floats(3 * T), s, Floats(x1.size()), Floats(x2.size()), Floats(k1.size()), Floats(k2.size()),
          Floats(v.size()), Floats(2 * T), std::vector<int32_t>(T)};
     compute(set, FFNForward{T, F, w, D, quantile, huber, ddof, s.data(), x2.data(), k2.data(), v.data(), f.y.data(), f.statistics.data(),
-                            f.active.data()}, i % 2);
+                            f.active.data()}, i % 2, 1 + 2 * (i % 2));
     compute(set, FFNBackward{T, F, r, w, D, quantile, huber, ddof, f.ds.data(), f.statistics.data(), x1.data(), x2.data(), dy.data(),
                              k1.data(), k2.data(), v.data(), i == 2 ? f.ds.data() : nullptr, f.dx1.data(), f.dx2.data(), f.dk1.data(),
-                             f.dk2.data(), f.dv.data(), f.slopes.data()}, i % 2);
+                             f.dk2.data(), f.dv.data(), f.slopes.data()}, i % 2, 1 + 2 * (i % 2));
   }
   const Results& f = found[0];
   if (f.y != found[1].y || f.dx1 != found[1].dx1 || f.dx2 != found[1].dx2 || f.dk1 != found[1].dk1 || f.dk2 != found[1].dk2 ||
@@ -345,8 +369,9 @@ void check_attention_training(const std::string& set) {
     const size_t queries = q.size() / d;
     f = {Floats(q.size()), Floats(queries), Floats(queries), Floats(queries), Floats(q.size()), Floats(k.size()), Floats(k.size())};
     const AttentionInputs in{B, N, G, L, d, r, cap, starts.data(), q.data(), k.data(), v.data()};
-    compute(set, AttentionForward{in, keep, quantiles.data(), f.y.data(), f.thetas.data(), f.log_z.data(), f.attended.data()}, i);
-    compute(set, AttentionBackward{in, f.thetas.data(), f.log_z.data(), f.y.data(), dy.data(), f.dq.data(), f.dk.data(), f.dv.data()}, i);
+    compute(set, AttentionForward{in, keep, quantiles.data(), f.y.data(), f.thetas.data(), f.log_z.data(), f.attended.data()}, i, 1 + 2 * i);
+    compute(set, AttentionBackward{in, f.thetas.data(), f.log_z.data(), f.y.data(), dy.data(), f.dq.data(), f.dk.data(), f.dv.data()}, i,
+            1 + 2 * i);
   }
   const Results& f = found[0];
   if (f.y != found[1].y || f.dq != found[1].dq || f.dk != found[1].dk || f.dv != found[1].dv)
@@ -447,11 +472,13 @@ int main() {
 #endif
   for (const std::string& set : sets) {
     generator.seed(0);  // the same inputs for each
-    check_type<float>(set);
-    check_type<bf16>(set);
-    check_type<int8_t>(set);
-    for (int i = 0; i < 10; ++i) check_ffn_training(set);
-    for (int i = 0; i < 15; ++i) check_attention_training(set);
+    if (!threaded) {
+      check_type<float>(set);
+      check_type<bf16>(set);
+      check_type<int8_t>(set);
+    }
+    for (int i = 0; i < (threaded ? 3 : 10); ++i) check_ffn_training(set);
+    for (int i = 0; i < (threaded ? 5 : 15); ++i) check_attention_training(set);
     for (int i = 0; i < 5; ++i) check_add_transposed(set);
     check_read(set);
     std::printf("%s: ok\n", set.c_str());

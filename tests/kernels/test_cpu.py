@@ -262,13 +262,16 @@ def compiler_or_skip(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('target', ['native', 'aarch64'])
+@pytest.mark.parametrize('target', ['native', 'aarch64', 'threads'])
 def test_without_jax(target, tmp_path):
-    """cpu_driver.cc compares the kernels with scalar loops, also where JAX is not: on ARM's vectors, which qemu emulates."""
+    """cpu_driver.cc compares the kernels with scalar loops, also where JAX is not: on ARM's vectors, which qemu emulates, and in
+    threads that ThreadSanitizer watches.
+    """
     compiler = compiler_or_skip('aarch64-linux-gnu-g++' if target == 'aarch64' else 'g++')
     emulator = [compiler_or_skip('qemu-aarch64')] if target == 'aarch64' else []
-    names = ('portable', 'avx2', 'avx512') if target == 'native' else ('portable',)
-    flags = ['-std=gnu++17', '-O1', '-fno-wrapv', '-ffp-contract=fast', '-Wall', '-Wextra', '-Werror', '-static', f'-I{SOURCES}']
+    names = ('portable',) if target == 'aarch64' else ('portable', 'avx2', 'avx512')
+    flags = ['-std=gnu++17', '-O1', '-fno-wrapv', '-ffp-contract=fast', '-Wall', '-Wextra', '-Werror', f'-I{SOURCES}']
+    flags += ['-DTHREADS', '-g', '-fsanitize=thread', str(SOURCES / 'scratch.cc')] if target == 'threads' else ['-static']
     sources = [ROOT / 'tests/kernels/cpu_driver.cc', *(SOURCES / f'{name}.cc' for name in names)]
     subprocess.run([compiler, *flags, *map(str, sources), '-o', str(tmp_path / 'driver')], check=True)
     done = subprocess.run([*emulator, str(tmp_path / 'driver')], capture_output=True, text=True)
