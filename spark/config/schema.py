@@ -13,7 +13,8 @@ from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind
 
 # On resume, only these fields and sections may differ from the run's config.json: they do not change what is trained.
 RESUMABLE = (
-    *('model.remat', 'model.attention.impl', 'model.attention.block', 'train.loss_pieces'),  # how the same is computed
+    # How the same is computed.
+    *('model.remat', 'model.ffn.impl', 'model.attention.impl', 'model.attention.block', 'train.loss_pieces'),
     *('mesh', 'sample', 'serve', 'data.threads', 'data.prefetch', 'data.cache_dir', 'data.max_bad', 'data.allow_changed'),
     *('data.source', 'data.eval_source', 'data.tokenizer'),  # another path to the same data: the digest of the tokens is compared
     *('data.batch_size', 'train.accumulate'),  # the place in the data is a number of rows
@@ -53,8 +54,9 @@ class FFNConfig(_Section):
     r: int = Field(0, ge=0)  # predictor rank: a token's first r dimensions score the neurons; 0 for kinds without a predictor
     topk: Literal['statistical', 'exact', 'approx'] = 'statistical'  # the operator that selects the k
     huber: float = Field(0.0, ge=0)  # width of the smoothed threshold (Theorem 3.2); 0: a plain soft threshold
-    # masked: every neuron is computed. sparse: active ones only, forward and backward, by CPU kernels. auto: the faster one.
-    impl: Literal['auto', 'masked', 'sparse'] = 'auto'
+    # masked: every neuron is computed. sparse: active ones only, forward and backward, by CPU kernels. pallas: every neuron, by
+    # kernels for TPUs and GPUs that nobody has timed; a CPU interprets them. auto: the faster of masked and sparse.
+    impl: Literal['auto', 'masked', 'sparse', 'pallas'] = 'auto'
 
     @property
     def traits(self) -> Kind:

@@ -1,8 +1,8 @@
-"""`fused_ffn` on GPU, in Pallas through Triton: kernels of one tile of tokens × neurons per program.
+"""`fused_ffn` on GPU, in Pallas through Triton: each program computes one tile of tokens × neurons.
 
-The scores' tile is computed and summed, s2's is masked, and dh's makes all gradients of its scores, each in the program that computes
-the product. A tile in which no score survives costs no product: of s2 forward, of dh backward. The products with V and those that
-give dx1 and dx2 are XLA's. Blocks are powers of two, since Triton has no others.
+The program that computes a tile of a product also does what follows: it sums the scores, masks s2, and turns dh into the
+gradients of the scores. A tile in which no score survives costs no product, neither of s2 forward nor of dh backward. The
+products with V, and those that give dx1 and dx2, are XLA's. Blocks are powers of two, since Triton has no others.
 """
 
 import functools
@@ -28,22 +28,22 @@ def why_not(r: int, rest: int, F: int, D: int) -> str:
 
 def forward(x1, x2, K1, K2, V, spec, save, *, interpret=False):
     run, dtype = functools.partial(_run, len(x1), spec.F, interpret), x1.dtype
-    s, total, squares = run(_scores_kernel, 'scores', [(x1, 'tokens'), (K1, 'keys')], [dtype, None, None])
-    theta, mean, std = statistics = threshold(*(jnp.sum(x, axis=0)[:, None] for x in (total, squares)), spec)
-    inputs = [(x2, 'tokens'), (K2, 'keys'), (s, 'tile'), (theta, 'per_token')]
+    s, total, squares = run(_scores_kernel, 'scores', [(x1, 'tokens'), (K1, 'keys')], [jnp.float32, None, None])
+    statistics = threshold(*(jnp.sum(x, axis=0)[:, None] for x in (total, squares)), spec)
+    inputs = [(x2, 'tokens'), (K2, 'keys'), (s, 'tile'), (statistics[0], 'per_token')]
     kernel = functools.partial(_weighted_kernel, huber=spec.huber)
-    h, active, *s2 = run(kernel, 'weighted', inputs, [dtype, None, *([dtype] if save else [])])
+    h, active, *saved = run(kernel, 'weighted', inputs, [dtype, None, *([dtype] * 2 if save else [])])
     y = dot(h, V).astype(dtype)
-    return y, jnp.sum(active, axis=0), jnp.concatenate(statistics, axis=1), *([s, *s2] if save else [])
+    return y, jnp.sum(active, axis=0), jnp.concatenate(statistics, axis=1), *saved
 
 
-def backward(K1, K2, V, statistics, s, s2, dy, spec, *, interpret=False):
+def backward(K1, K2, V, statistics, m, s2, dy, spec, *, interpret=False):
     theta, mean, std = (statistics[:, i : i + 1] for i in range(3))
-    inputs = [(dy, 'tokens'), (V, 'values'), (s, 'tile'), (s2, 'tile'), (theta, 'per_token')]
+    inputs = [(dy, 'tokens'), (V, 'values'), (m, 'tile'), (s2, 'tile')]
     kernel = functools.partial(_gradients_kernel, huber=spec.huber)
     dm, ds2, h, sums = _run(len(dy), spec.F, interpret, kernel, 'gradients', inputs, [dy.dtype] * 3 + [None])
     alpha, beta = threshold_slopes(-jnp.sum(sums, axis=0)[:, None], mean, std, spec)
-    ds = (dm.astype(jnp.float32) + alpha + beta * s.astype(jnp.float32)).astype(dy.dtype)
+    ds = (dm.astype(jnp.float32) + alpha + beta * (m.astype(jnp.float32) + theta)).astype(dy.dtype)
     return dot(ds, K1, 1, 1).astype(dy.dtype), dot(ds2, K2, 1, 1).astype(dy.dtype), ds, ds2, h
 
 
@@ -57,19 +57,19 @@ def _scores_kernel(x1, K1, s, total, squares):
 
 
 def _weighted_kernel(x2, K2, s, theta, h, active, *saved, huber):
-    m = s[...].astype(jnp.float32) - theta[...]
+    m = s[...] - theta[...]
     count = jnp.sum((m > 0).astype(jnp.float32), axis=1)
     s2 = jax.lax.cond(jnp.max(count) > 0, lambda: _product(x2, K2), lambda: jnp.zeros(m.shape, jnp.float32))
     active[...] = count
     h[...] = (weigh(m, huber) * s2).astype(h.dtype)
-    for ref in saved:
-        ref[...] = s2.astype(ref.dtype)
+    for ref, x in zip(saved, (m, s2), strict=False):
+        ref[...] = x.astype(ref.dtype)
 
 
-def _gradients_kernel(dy, V, s, s2, theta, dm, ds2, h, sums, *, huber):
-    m = s[...].astype(jnp.float32) - theta[...]
-    dh = jax.lax.cond(jnp.max(m) > 0, lambda: _product(dy, V, 1), lambda: jnp.zeros(m.shape, jnp.float32))
-    found = gradients(m, s2[...].astype(jnp.float32), dh, huber)
+def _gradients_kernel(dy, V, m, s2, dm, ds2, h, sums, *, huber):
+    above = m[...].astype(jnp.float32)
+    dh = jax.lax.cond(jnp.max(above) > 0, lambda: _product(dy, V, 1), lambda: jnp.zeros(above.shape, jnp.float32))
+    found = gradients(above, s2[...].astype(jnp.float32), dh, huber)
     for ref, x in zip((dm, ds2, h), found, strict=True):
         ref[...] = x.astype(ref.dtype)
     sums[...] = jnp.sum(found[0], axis=1)
@@ -90,8 +90,8 @@ def _product(x, keys, axis=0):
 def _run(T, F, interpret, kernel, name, inputs, outputs):
     """Runs a kernel over a grid (block of tokens, block of neurons).
 
-    inputs: pairs of an array and the name of its blocks. outputs: the dtype of an array of tokens × neurons, or None for one number
-    per token, a partial sum, (blocks of neurons, tokens).
+    inputs: pairs of an array and the name of its blocks. outputs: the dtype of an array of tokens × neurons, or None for partial
+    sums per token, (blocks of neurons, tokens).
     """
     b, n = min(TILE, max(LEAST, pl.next_power_of_2(T))), _power_of_two(F, TILE)
     padding = -T % b
@@ -107,7 +107,7 @@ def _run(T, F, interpret, kernel, name, inputs, outputs):
     sums = jax.ShapeDtypeStruct((F // n, T + padding), jnp.float32), pl.BlockSpec((None, b), lambda i, j: (j, i))
     shapes, out_specs = zip(*(sums if dtype is None else tile(dtype) for dtype in outputs), strict=True)
     found = pl.pallas_call(
-        kernel, interpret=interpret, name=f'spark_ffn_{name}', grid=((T + padding) // b, F // n), out_shape=shapes,
+        kernel, interpret=interpret, name=f'fused_ffn_{name}', grid=((T + padding) // b, F // n), out_shape=shapes,
         in_specs=[specs[kind](x.shape) for x, kind in inputs], out_specs=out_specs,
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
     )(*(pad(x, kind) for x, kind in inputs))  # fmt: skip

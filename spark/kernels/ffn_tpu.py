@@ -1,8 +1,9 @@
-"""`fused_ffn` on TPU: one kernel forward and one backward, of two sweeps over the neurons for each block of tokens.
+"""`fused_ffn` on TPU: one kernel forward and one backward, which sweep twice over the neurons for each block of tokens.
 
 The threshold depends on all scores of a token, and so does its gradient. Therefore the first sweep computes the scores and sums
-them (backward: dm, and the sum that is dθ), and the second one uses the sum. In between, a block's scores (dm) wait in VMEM: 27 MB
-for 1024 tokens of 2B. Chips with 128 MB of VMEM have room for that: v5e and v6e.
+them (backward: dm, and the sum that is dθ), and the second sweep uses the sum. In between, a block's scores (dm) wait in VMEM:
+28 MB for 1024 tokens of 2B. Chips with 128 MB of VMEM, v5e and v6e, have room for that. The scores wait less a pivot, the
+threshold of the first block of neurons: those near the threshold then lose least by rounding, and few change sides.
 """
 
 import functools
@@ -17,7 +18,7 @@ from spark.kernels.fused_ffn import Passes, dot, gradients, threshold, threshold
 LANES = 128
 TOKENS = (1024, 512, 256, 128)  # in a block: as many as fit, since every block reads all matrices
 VMEM = 100 * 2**20  # that a kernel may take, of 128 MB
-THETA, MEAN, STD, ACTIVE = (slice(i, i + 1) for i in range(4))  # the columns of the statistics, which fill a row of lanes
+THETA, MEAN, STD, ACTIVE, PIVOT = (slice(i, i + 1) for i in range(5))  # columns of the statistics, which are a row of lanes
 TOTAL, SQUARES = MEAN, STD  # in the first sweep
 
 
@@ -32,22 +33,22 @@ def forward(x1, x2, K1, K2, V, spec, save, *, interpret=False):
     sizes = *x1.shape, *K2.shape, V.shape[1]
     inputs = [(x1, 'tokens'), (x2, 'tokens'), (K1, 'first_keys'), (K2, 'second_keys'), (V, 'second_values')]
     outputs = [(V.shape[1], 'tokens', x1.dtype), (LANES, 'tokens', jnp.float32)]
-    outputs += [(spec.F, 'first_scores', x1.dtype), (spec.F, 'second_scores', x1.dtype)] if save else []
+    outputs += [(spec.F, 'second_scores', x1.dtype)] * 2 if save else []
     kernel = functools.partial(_forward_kernel, spec=spec)
-    y, statistics, *saved = _run(kernel, 'spark_ffn_forward', inputs, outputs, sizes, [V.shape[1]], interpret)
+    y, statistics, *saved = _run(kernel, 'fused_ffn_forward', inputs, outputs, sizes, [V.shape[1]], interpret)
     return y, statistics[:, ACTIVE.start], statistics, *saved
 
 
-def backward(K1, K2, V, statistics, s, s2, dy, spec, *, interpret=False):
-    T, r, rest, F, D = sizes = len(dy), len(K1), *K2.shape, V.shape[1]
+def backward(K1, K2, V, statistics, m, s2, dy, spec, *, interpret=False):
+    _, r, rest, F, _ = sizes = len(dy), len(K1), *K2.shape, V.shape[1]
     inputs = [(K1, 'second_keys'), (K2, 'first_keys'), (V, 'first_values'), (statistics, 'tokens')]
-    inputs += [(s, 'scores'), (s2, 'first_scores'), (dy, 'tokens')]
+    inputs += [(m, 'scores'), (s2, 'first_scores'), (dy, 'tokens')]
     outputs = [(r, 'tokens'), (rest, 'tokens'), (F, 'second_scores'), (F, 'first_scores'), (F, 'first_scores')]
     outputs = [(*output, dy.dtype) for output in outputs]
     kernel = functools.partial(_backward_kernel, spec=spec)
-    # ds takes the place of s, and h that of s2: a block of either is read before it is written.
+    # ds takes the place of m, and h that of s2: a block of either is read before it is written.
     aliases = {4: 2, 5: 4}
-    return _run(kernel, 'spark_ffn_backward', inputs, outputs, sizes, [r, rest, None], interpret, aliases)
+    return _run(kernel, 'fused_ffn_backward', inputs, outputs, sizes, [r, rest, None], interpret, aliases)
 
 
 PASSES = [Passes(*(functools.partial(f, interpret=i) for f in (forward, backward)), why_not) for i in (False, True)]
@@ -64,10 +65,16 @@ def _forward_kernel(x1, x2, K1, K2, V, y, statistics, *refs, spec):
     @pl.when(sweep == 0)
     def _():
         s = dot(x1[...], K1[...])
-        for ref in [scores.at[j], *saved[:1]]:
-            ref[...] = s.astype(ref.dtype)
         statistics[:, TOTAL] += jnp.sum(s, axis=1, keepdims=True)
         statistics[:, SQUARES] += jnp.sum(s * s, axis=1, keepdims=True)
+
+        @pl.when(j == 0)
+        def _():
+            n = s.shape[1]
+            part = spec._replace(k=spec.k * n / spec.F, F=n)
+            statistics[:, PIVOT] = threshold(statistics[:, TOTAL], statistics[:, SQUARES], part)[0]
+
+        scores[j] = (s - statistics[:, PIVOT]).astype(scores.dtype)
 
     @pl.when((sweep == 1) & (j == 0))
     def _():
@@ -78,10 +85,10 @@ def _forward_kernel(x1, x2, K1, K2, V, y, statistics, *refs, spec):
 
     @pl.when(sweep == 1)
     def _():
-        m = scores[j].astype(jnp.float32) - statistics[:, THETA]
+        m = scores[j].astype(jnp.float32) + (statistics[:, PIVOT] - statistics[:, THETA])
         s2 = dot(x2[...], K2[...])
-        for ref in saved[1:]:
-            ref[...] = s2.astype(ref.dtype)
+        for ref, x in zip(saved, (m, s2), strict=False):
+            ref[...] = x.astype(ref.dtype)
         acc[...] += dot((weigh(m, spec.huber) * s2).astype(V.dtype), V[...])
         statistics[:, ACTIVE] += jnp.sum((m > 0).astype(jnp.float32), axis=1, keepdims=True)
 
@@ -90,7 +97,7 @@ def _forward_kernel(x1, x2, K1, K2, V, y, statistics, *refs, spec):
         y[...] = acc[...].astype(y.dtype)
 
 
-def _backward_kernel(K1, K2, V, statistics, s, s2, dy, dx1, dx2, ds, ds2, h, dms, dx1_acc, dx2_acc, dtheta, *, spec):
+def _backward_kernel(K1, K2, V, statistics, m, s2, dy, dx1, dx2, ds, ds2, h, dms, dx1_acc, dx2_acc, dtheta, *, spec):
     sweep, j = pl.program_id(1), pl.program_id(2)
 
     @pl.when((sweep == 0) & (j == 0))
@@ -100,8 +107,8 @@ def _backward_kernel(K1, K2, V, statistics, s, s2, dy, dx1, dx2, ds, ds2, h, dms
 
     @pl.when(sweep == 0)
     def _():
-        m = s[...].astype(jnp.float32) - statistics[:, THETA]
-        dm, d2, weighted = gradients(m, s2[...].astype(jnp.float32), dot(dy[...], V[...], 1, 1), spec.huber)
+        dh = dot(dy[...], V[...], 1, 1)
+        dm, d2, weighted = gradients(m[...].astype(jnp.float32), s2[...].astype(jnp.float32), dh, spec.huber)
         for ref, x in [(dms.at[j], dm), (ds2, d2), (h, weighted)]:
             ref[...] = x.astype(ref.dtype)
         dtheta[...] -= jnp.sum(dm, axis=1, keepdims=True)
@@ -110,7 +117,8 @@ def _backward_kernel(K1, K2, V, statistics, s, s2, dy, dx1, dx2, ds, ds2, h, dms
     @pl.when(sweep == 1)
     def _():
         alpha, beta = threshold_slopes(dtheta[...], statistics[:, MEAN], statistics[:, STD], spec)
-        ds[...] = (dms[j].astype(jnp.float32) + alpha + beta * s[...].astype(jnp.float32)).astype(ds.dtype)
+        s = m[...].astype(jnp.float32) + statistics[:, THETA]
+        ds[...] = (dms[j].astype(jnp.float32) + alpha + beta * s).astype(ds.dtype)
         dx1_acc[...] += dot(ds[...], K1[...], 1, 1)
 
     @pl.when((sweep == 1) & (j == pl.num_programs(2) - 1))
@@ -150,7 +158,8 @@ def _run(kernel, name, inputs, outputs, sizes, widths, interpret, aliases=None):
     inputs = [(pad(*pair), pair[1]) for pair in inputs]
     shapes = [jax.ShapeDtypeStruct((T + padding, columns), dtype) for columns, _, dtype in outputs]
     matrices = (r + rest + D) * F * dtype.itemsize
-    by_token = sum(x.size * x.dtype.itemsize for x in [*(x for x, kind in inputs if kind.endswith(('tokens', 'scores'))), *shapes])
+    by_token = [x for x, kind in inputs if kind.endswith(('tokens', 'scores'))] + shapes
+    moved = (T + padding) // b * matrices + sum(x.size * x.dtype.itemsize for x in by_token)
     found = pl.pallas_call(
         kernel, interpret=interpret, name=name, grid=((T + padding) // b, 2, blocks), out_shape=shapes,
         in_specs=[spec(kind, x.shape) for x, kind in inputs],
@@ -158,7 +167,7 @@ def _run(kernel, name, inputs, outputs, sizes, widths, interpret, aliases=None):
         scratch_shapes=[pltpu.VMEM((blocks, b, n), dtype), *(pltpu.VMEM((b, width or 1), jnp.float32) for width in widths)],
         input_output_aliases=aliases or {},
         cost_estimate=pl.CostEstimate(
-            flops=2 * T * F * (r + rest + D), transcendentals=T * F, bytes_accessed=(T + padding) // b * matrices + by_token
+            flops=2 * T * F * (r + rest + D), transcendentals=T * F, bytes_accessed=moved
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'arbitrary', 'arbitrary'), vmem_limit_bytes=VMEM

@@ -1,13 +1,13 @@
-"""The Spark FFN on accelerators: statistics, threshold and masks are fused into the products by Pallas kernels, not by a compiler.
+"""The Spark FFN on accelerators: Pallas kernels fuse the statistics, the threshold and the masks into the products.
 
-Matrix units want dense work, so every neuron is computed. What is saved is traffic: the arrays of tokens × neurons that go through
-memory are the scores s and s2, which forward saves and backward reads, and ds, ds2 and h, which the products for the gradients
-of the matrices read. With m = s − θ, a = GELU(m) where m > 0, h = a ⊙ s2 and y = h V, backward is
+Matrix units want dense work, so every neuron is computed. What is saved is traffic. With m = s − θ, a = GELU(m) where m > 0,
+h = a ⊙ s2 and y = h V, forward saves m (rounded after θ is subtracted, it keeps its sign) and s2. Backward reads them, and writes
+ds, ds2 and h for the products that give the gradients of the matrices:
 
     dh = dy Vᵀ      ds2 = dh ⊙ a      dm = dh ⊙ s2 ⊙ GELU′(m)      dθ = −Σ dm (per token)      ds = dm + α·1ᵀ + diag(β)·s
 
-with the α and β of `sparse_ffn`. ds is a dense matrix anyway, hence its products are ordinary ones: of rank r, the terms with α and
-β would cost more. `ffn_tpu.py` and `ffn_gpu.py` are the kernels.
+with the α and β of `sparse_ffn`. The products with ds are dense anyway, so the terms with α and β need none of rank r.
+`ffn_tpu.py` and `ffn_gpu.py` have the kernels.
 """
 
 import functools
@@ -30,7 +30,7 @@ Scores = Float32[Array, '...']
 class Spec(NamedTuple):
     """k, huber and ddof of `ops.statistical_topk`, and the number of neurons."""
 
-    k: int
+    k: int | float
     huber: float
     ddof: int
     F: int
@@ -39,9 +39,9 @@ class Spec(NamedTuple):
 class Passes(NamedTuple):
     """The kernels of a platform.
 
-    forward(x1, x2, K1, K2, V, spec, save) → y, the number of active neurons (T,), the statistics (θ, mean, std) in any form, and
-    with `save`, s and s2. backward(K1, K2, V, statistics, s, s2, dy, spec) → dx1, dx2, ds, ds2, h. `why_not` is what a shape would
-    have to be: '' if the kernels take it.
+    forward(x1, x2, K1, K2, V, spec, save) → y, the number of active neurons (T,), and θ, mean and std in any form; with `save`,
+    also m and s2. backward(K1, K2, V, statistics, m, s2, dy, spec) → dx1, dx2, ds, ds2, h. why_not(r, rest, F, D) is '' if the
+    kernels take these widths, or else what they would take.
     """
 
     forward: Callable
@@ -68,14 +68,14 @@ def _ffn(x1, x2, K1, K2, V, spec, passes):
 
 
 def _forward(x1, x2, K1, K2, V, spec, passes):
-    y, active, statistics, s, s2 = passes.forward(x1, x2, K1, K2, V, spec, save=True)
-    return (y, active), (x1, x2, K1, K2, V, checkpoint_name(statistics, THRESHOLD), s, s2)
+    y, active, statistics, m, s2 = passes.forward(x1, x2, K1, K2, V, spec, save=True)
+    return (y, active), (x1, x2, K1, K2, V, checkpoint_name(statistics, THRESHOLD), m, s2)
 
 
 def _backward(spec, passes, saved, cotangents):
-    x1, x2, K1, K2, V, statistics, s, s2 = saved
+    x1, x2, K1, K2, V, statistics, m, s2 = saved
     dy = cotangents[0]
-    dx1, dx2, ds, ds2, h = passes.backward(K1, K2, V, statistics, s, s2, dy, spec)
+    dx1, dx2, ds, ds2, h = passes.backward(K1, K2, V, statistics, m, s2, dy, spec)
     return dx1, dx2, x1.T @ ds, x2.T @ ds2, h.T @ dy
 
 
