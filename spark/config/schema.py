@@ -86,9 +86,9 @@ class AttentionConfig(_Section):
     window: int = Field(0, ge=0)  # keys that a query of a local layer sees, its own included; 0 if no layer is local
     logit_cap: float = Field(0.0, ge=0)  # soft-cap of the softmax's logits; 0: none
     rope_base: float = Field(10_000.0, gt=0)
-    # full: all scores at once. blockwise: in linear memory, by XLA. pallas: in linear memory, by TPU kernels, which other
-    # platforms interpret slowly. sparse: surviving keys only, by CPU kernels. auto: full up to one block of tokens; above
-    # that, and where CPU kernels are faster, the fastest for the platform.
+    # full: all scores at once. blockwise: in linear memory, by XLA. pallas: in linear memory, by kernels for TPUs, which a CPU
+    # interprets slowly, or by kernels for GPUs that nobody has timed. sparse: surviving keys only, by CPU kernels. auto: full
+    # up to one block of tokens; above that, and where CPU kernels are faster, the fastest for the platform.
     impl: Literal['auto', 'full', 'blockwise', 'pallas', 'sparse'] = 'auto'
     block: int = Field(512, gt=0)  # tokens per block of blockwise and pallas; on TPU a multiple of 128
     query_dim: float = Field(0.0, ge=0)  # queries are scaled by 1/sqrt(this); 0: head_dim

@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from spark.kernels.fused_ffn import Passes, dot, gradients, threshold, threshold_slopes, weigh
 
-TILE = 128  # most tokens and neurons of a tile
+TILE = 128, 64  # most tokens and neurons of a tile
 DEPTH = 64  # most of a sum that is read at a time
 LEAST = 16  # of what a tensor core multiplies
 
@@ -77,7 +77,7 @@ def _gradients_kernel(dy, V, m, s2, dm, ds2, h, sums, *, huber):
 
 def _product(x, keys, axis=0):
     """x · keys, summed over `axis` of keys, a part of it at a time."""
-    depth = _power_of_two(x.shape[1], DEPTH)
+    depth = math.gcd(x.shape[1], DEPTH)
 
     def add(i, total):
         part = pl.ds(i * depth, depth)
@@ -93,7 +93,7 @@ def _run(T, F, interpret, kernel, name, inputs, outputs):
     inputs: pairs of an array and the name of its blocks. outputs: the dtype of an array of tokens × neurons, or None for partial
     sums per token, (blocks of neurons, tokens).
     """
-    b, n = min(TILE, max(LEAST, pl.next_power_of_2(T))), _power_of_two(F, TILE)
+    b, n = min(TILE[0], max(LEAST, pl.next_power_of_2(T))), math.gcd(F, TILE[1])
     padding = -T % b
     specs = {
         'tokens': lambda shape: pl.BlockSpec((b, shape[1]), lambda i, j: (i, 0)),
@@ -112,7 +112,3 @@ def _run(T, F, interpret, kernel, name, inputs, outputs):
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
     )(*(pad(x, kind) for x, kind in inputs))  # fmt: skip
     return [x[:, :T] if dtype is None else x[:T] for x, dtype in zip(found, outputs, strict=True)]
-
-
-def _power_of_two(n, most):
-    return math.gcd(n, most)
