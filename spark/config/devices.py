@@ -35,6 +35,7 @@ def check_devices(cfg: ExperimentConfig, n_devices: int) -> dict[str, int]:
         parts = math.prod(sizes[a] for a in axis.split(' × '))
         for name in names:
             require(values[name] % parts == 0, name, f'a multiple of mesh.{axis} = {parts}')
+    require(cfg.model.ffn.impl != 'pallas' or mesh.model == 1, 'mesh.model', "1 for model.ffn.impl = 'pallas'")
     if mesh.context > 1:
         want = "'auto', 'blockwise' or 'pallas': mesh.context splits the rows"
         require(a.impl not in ('full', 'sparse'), 'model.attention.impl', want)

@@ -13,7 +13,7 @@ from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind
 
 # On resume, only these fields and sections may differ from the run's config.json: they do not change what is trained.
 RESUMABLE = (
-    # how the same is computed
+    # How the same is computed.
     *('model.remat', 'model.ffn.impl', 'model.attention.impl', 'model.attention.block', 'train.loss_pieces'),
     *('mesh', 'sample', 'serve', 'data.threads', 'data.prefetch', 'data.cache_dir', 'data.max_bad', 'data.allow_changed'),
     *('data.source', 'data.eval_source', 'data.tokenizer'),  # another path to the same data: the digest of the tokens is compared
@@ -54,8 +54,9 @@ class FFNConfig(_Section):
     r: int = Field(0, ge=0)  # predictor rank: a token's first r dimensions score the neurons; 0 for kinds without a predictor
     topk: Literal['statistical', 'exact', 'approx'] = 'statistical'  # the operator that selects the k
     huber: float = Field(0.0, ge=0)  # width of the smoothed threshold (Theorem 3.2); 0: a plain soft threshold
-    # masked: every neuron is computed. sparse: active ones only, forward and backward, by CPU kernels. auto: the faster one.
-    impl: Literal['auto', 'masked', 'sparse'] = 'auto'
+    # masked: every neuron is computed. sparse: active ones only, forward and backward, by CPU kernels. pallas: every neuron, by
+    # kernels for TPUs and GPUs that nobody has timed; a CPU interprets them. auto: the faster of masked and sparse.
+    impl: Literal['auto', 'masked', 'sparse', 'pallas'] = 'auto'
 
     @property
     def traits(self) -> Kind:
@@ -85,9 +86,9 @@ class AttentionConfig(_Section):
     window: int = Field(0, ge=0)  # keys that a query of a local layer sees, its own included; 0 if no layer is local
     logit_cap: float = Field(0.0, ge=0)  # soft-cap of the softmax's logits; 0: none
     rope_base: float = Field(10_000.0, gt=0)
-    # full: all scores at once. blockwise: in linear memory, by XLA. pallas: in linear memory, by TPU kernels, which other
-    # platforms interpret slowly. sparse: surviving keys only, by CPU kernels. auto: full up to one block of tokens; above
-    # that, and where CPU kernels are faster, the fastest for the platform.
+    # full: all scores at once. blockwise: in linear memory, by XLA. pallas: in linear memory, by kernels for TPUs, which a CPU
+    # interprets slowly, or by kernels for GPUs that nobody has timed. sparse: surviving keys only, by CPU kernels. auto: full
+    # up to one block of tokens; above that, and where CPU kernels are faster, the fastest for the platform.
     impl: Literal['auto', 'full', 'blockwise', 'pallas', 'sparse'] = 'auto'
     block: int = Field(512, gt=0)  # tokens per block of blockwise and pallas; on TPU a multiple of 128
     query_dim: float = Field(0.0, ge=0)  # queries are scaled by 1/sqrt(this); 0: head_dim

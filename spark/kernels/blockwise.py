@@ -101,7 +101,7 @@ def attention(
     All queries may come at once (L = S, offset 0), or some of them, in whole blocks of min(spec.block, L) tokens.
     """
     L = q.shape[3]
-    spec = spec._replace(block=min(spec.block, L))
+    spec = spec if passes else spec._replace(block=min(spec.block, L))  # kernels may want a larger one
     if padding := -L % spec.block:  # queries that see only themselves
         pad = lambda x, axis: jnp.pad(x, [(0, padding if a == axis else 0) for a in range(x.ndim)])
         padding_starts = jnp.broadcast_to(jnp.arange(L, L + padding, dtype=jnp.int32), (len(starts_BxL), padding))

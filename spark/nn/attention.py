@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from spark import ops
 from spark.config import AttentionConfig, Kind
 from spark.errors import ConfigError
-from spark.kernels import blockwise, cpu, gpu, sparse_attention, tpu
+from spark.kernels import attention_gpu, blockwise, cpu, gpu, sparse_attention, tpu
 from spark.kernels.blockwise import Keys, PerQuery, Queries
 from spark.nn.block import Hidden, Integers
 from spark.nn.layers import by_token, matrix, mesh_axes, shards, sow
@@ -193,7 +193,7 @@ def _kernel(cfg, platform, length_axes, q, k, v, packed):
     if computes_survivors_only(cfg, q.dtype, platform, L):
         return sparse_attention.attention(q, k, v, jnp.broadcast_to(packed.starts, (len(q), L)), spec)
     pallas, interpret = cfg.impl == 'pallas' or (cfg.impl == 'auto' and platform == 'tpu'), platform != 'tpu'
-    if pallas and not spec.k and not length_axes and L % tpu.LANES == 0 and L % min(L, spec.block) == 0:
+    if pallas and platform != 'gpu' and not spec.k and not length_axes and L % tpu.LANES == 0 and L % min(L, spec.block) == 0:
         return tpu.splash_attention(q, k, v, packed.segments, spec, packed.window, interpret=interpret)
     # Causal rows of one document need no segments: padding comes last, and no token sees it.
     if cfg.impl == 'auto' and platform == 'gpu' and cfg.documents == 'joined' and not length_axes and gpu.covers(q, spec):
@@ -202,6 +202,8 @@ def _kernel(cfg, platform, length_axes, q, k, v, packed):
     if length_axes:
         k, v = (jax.lax.all_gather(x, length_axes, axis=2, tiled=True) for x in (k, v))
         offset = L * jax.lax.axis_index(length_axes)
+    if pallas and platform == 'gpu':
+        return attention_gpu.attention(q, k, v, packed.starts, spec, offset)
     if pallas and (not length_axes or min(L, spec.block) % tpu.LANES == 0):
         return tpu.attention(q, k, v, packed.starts, spec, offset, interpret=interpret)
     return blockwise.attention(q, k, v, packed.starts, spec, offset)

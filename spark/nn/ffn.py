@@ -1,16 +1,18 @@
 """The feed-forward half of a layer: a lookup in a table of neurons."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from spark import ops
 from spark.config import FFNConfig, Kind
 from spark.errors import ConfigError
-from spark.kernels import cpu, sparse_ffn
+from spark.kernels import cpu, ffn_gpu, ffn_tpu, fused_ffn, sparse_ffn
 from spark.nn.block import Hidden
-from spark.nn.layers import by_token, matrix, sow
+from spark.nn.layers import by_token, matrix, mesh_axes, shards, sow
 
 # What the kernels for training compute, with a statistical top-k. They decline every other kind.
 KERNEL_KINDS = (
@@ -47,6 +49,9 @@ class FFN(nn.Module):
         if computes_active_only(self.cfg, self.dtype, self.platform, x_BxLxD.size // D):
             y_TxD, active = sparse_ffn.ffn(q1, q2, K1, K2, V_FxD, self.cfg.k, self.cfg.huber, kind.ddof)
             sow(self, 'active', active.astype(jnp.float32))
+        elif self.cfg.impl == 'pallas':
+            y_TxD, active = fused(self.cfg, self.platform, q1, q2, K1, K2, V_FxD)
+            sow(self, 'active', active)
         elif kind.gated:
             y_TxD = ops.spark_lookup(q1, q2, K1, K2, V_FxD, self.activate, ops.ACTIVATIONS[kind.gate])
         else:
@@ -74,6 +79,33 @@ def computes_active_only(cfg: FFNConfig, dtype: DTypeLike, platform: str, tokens
         kernels = 'kernels compute a statistical top-k of k < d_ff neurons, in float32, on one CPU device, if they were built'
         raise ConfigError(f"model.ffn.impl = 'sparse': want 'auto' or 'masked': {kernels}")
     return able and (cfg.impl == 'sparse' or (cfg.impl == 'auto' and tokens >= 128 and 4 * cfg.k <= cfg.d_ff))
+
+
+def fused(
+    cfg: FFNConfig, platform: str, x1: Float[Array, '*tokens r'], x2: Float[Array, '*tokens rest'],
+    K1: Float[Array, 'r F'], K2: Float[Array, 'rest F'], V: Float[Array, 'F D'],
+) -> tuple[Float[Array, '*tokens D'], Float[Array, '*tokens']]:  # fmt: skip
+    """`fused_ffn.ffn` of each device's own tokens, by the kernels of the platform; a ConfigError if they decline.
+
+    A CPU interprets the kernels for TPUs.
+    """
+    kind = cfg.traits
+    if not (kind in KERNEL_KINDS and kind.gated and cfg.topk == 'statistical' and cfg.k < cfg.d_ff):
+        kernels = 'kernels compute a statistical top-k of k < d_ff neurons with a gate'
+        raise ConfigError(f"model.ffn.impl = 'pallas': want 'auto' or 'masked': {kernels}")
+    passes = (ffn_gpu if platform == 'gpu' else ffn_tpu).PASSES[platform == 'cpu']
+
+    def local(x1, x2, K1, K2, V):
+        rows = (x.reshape(-1, x.shape[-1]) for x in (x1, x2))
+        y, active = fused_ffn.ffn(*rows, K1, K2, V, cfg.k, cfg.huber, kind.ddof, passes)
+        return y.reshape(*x1.shape[:-1], -1), active.reshape(x1.shape[:-1])
+
+    mesh, axes = jax.sharding.get_abstract_mesh(), ('batch', 'length') if x1.ndim == 3 else ('batch',)
+    if mesh.empty or any(size % shards(axis) for axis, size in zip(axes, x1.shape, strict=False)):
+        return local(x1, x2, K1, K2, V)
+    by_token, whole = PartitionSpec(*map(mesh_axes, axes)), PartitionSpec()
+    specs = {'in_specs': (by_token, by_token, whole, whole, whole), 'out_specs': (by_token, by_token)}
+    return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(x1, x2, K1, K2, V)
 
 
 def activations(cfg: FFNConfig, s: Scores) -> tuple[Scores, Bool[Array, '*tokens F'] | None]:
