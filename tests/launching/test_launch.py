@@ -175,8 +175,8 @@ def test_slurm():
     script = ENGINES['slurm'].commands(mine, pathlib.Path('/repo'))[-1].script
     line = train(32, '.venv/bin/python', workdir=shared)
     task = (
-        f'trap stopped=1 TERM; {line}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $((250 + code)); '
-        '[ "$stopped" ] && [ $code -ne 0 ] && exit 75; exit $code'
+        f'trap stopped=1 TERM; {line}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $((240 + code)); '
+        '[ "$stopped" ] && [ $code -ne 0 ] && exit 75; [ $code -gt 240 ] && exit 1; exit $code'
     )
     step = f"srun --wait=300 bash -c '{task}'"
     assert script == f"""#!/bin/bash
@@ -207,11 +207,22 @@ exit $code
     assert ' srun --wait=300 --cpus-per-task=12 bash ' in script
 
 
-@pytest.mark.parametrize(('code', 'ends'), [(0, 0), (1, 75), (124, 75), (75, 75), (2, 252), (5, 255)])
+@pytest.mark.parametrize(('code', 'ends'), [(0, 0), (1, 75), (124, 75), (75, 75), (2, 242), (5, 245)])
 def test_a_task_that_fails_after_slurm_has_told_it_to_stop_is_requeued(code, ends):
-    for signal_, expected in [(':', 250 + code if 2 <= code <= 5 else code), ('kill -TERM $$', ends)]:
+    for signal_, expected in [(':', 240 + code if 2 <= code <= 5 else code), ('kill -TERM $$', ends)]:
         task = slurm.TASK.format(train=f'{signal_}; bash -c "exit {code}"')
         assert subprocess.run(['bash', '-c', task], timeout=60).returncode == expected
+
+
+def test_only_what_a_task_says_by_srun_is_the_code_of_a_run(tmp_path, monkeypatch):
+    """A library that ends its process with -1 gives 255, and so does srun itself where it fails."""
+    (tmp_path / 'srun').write_text('#!/bin/bash\nexec "$@"\n')
+    (tmp_path / 'srun').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    task = lambda code: ['srun', 'bash', '-c', slurm.TASK.format(train=f'bash -c "exit {code}"')]
+    assert [restart.run(task(code))[0] for code in (0, 1, 2, 5, 75, 124, 137, 245, 255)] == [0, 1, 2, 5, 75, 124, 137, 1, 1]
+    assert restart.run(['srun', 'bash', '-c', 'exit 255'])[0] == 255
+    assert [restart.run(['bash', '-c', f'exit {code}'])[0] for code in (242, 245, 255)] == [242, 245, 255]
 
 
 def test_the_time_limit_of_a_slurm_job_leaves_it_time_to_save():
@@ -367,6 +378,19 @@ def test_a_job_that_is_requeued_again_and_again_makes_checkpoints(tmp_path, monk
         return e.value.code
 
     assert [ends(turn) for turn in ('75', '75', '75@4', '75', '75', '75')] == [75, 75, 75, 75, 75, 1]
+
+
+@pytest.mark.parametrize('torn', ['', '[1', '[1]', '{}', '["a", 1]', 'null'])
+def test_lives_that_cannot_be_read_are_counted_anew(tmp_path, torn):
+    lives = tmp_path / 'lives.json'
+    lives.write_text(torn)
+    assert [restart.may_go_on(lives, tmp_path, 1) for _ in range(3)] == [True, False, False]
+    assert [path.name for path in tmp_path.iterdir()] == ['lives.json']
+
+
+def test_lives_that_cannot_be_written_do_not_end_a_job(tmp_path, capsys):
+    assert restart.may_go_on(tmp_path / 'gone' / 'lives.json', tmp_path, 1)
+    assert 'Warning: this life of the job is not counted: ' in capsys.readouterr().out
 
 
 def test_in_a_bucket_a_checkpoint_counts_once_it_is_complete(monkeypatch):
