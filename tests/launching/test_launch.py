@@ -453,23 +453,28 @@ def checked(via, root, mount='', workdir='/shared/run', env=None, **overrides):
 
 def test_what_a_config_names_must_be_there(tmp_path, monkeypatch):
     git = lambda *words: subprocess.run(['git', '-C', str(tmp_path), *words], check=True, capture_output=True)
-    for name in ('a.txt', 'b.txt'):
+    (tmp_path / 'd').mkdir()
+    for name in ('a.txt', 'b.txt', 'd/a.txt', 'd/b.csv'):
         (tmp_path / name).write_text('a document')
     git('init', '-q')
-    git('add', 'a.txt')
+    git('add', 'a.txt', 'd')
     (tmp_path / '.git' / 'info' / 'exclude').write_text('b.txt\n')
     git('-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'a')
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
     monkeypatch.setattr(os, 'environ', dict(os.environ) | {'TFDS_DATA_DIR': ''})
     here = f'text:{tmp_path}/b.txt'
     shipped = {'data.tokenizer': 'sentencepiece:stdlib_2048.model', 'model.vocab_size': 0}
     checked('gcloud', tmp_path, **shipped)
     checked('gcloud', tmp_path, **{'data.source': '0.5 stdlib + 0.5 text:a.txt'})
+    checked('gcloud', tmp_path, **{'data.source': 'text:d/*.txt + text:**/a.txt'})
     checked('slurm', tmp_path, **{'data.source': here})
     checked('gcloud', tmp_path, 'data-disk', **{'data.source': 'text:/mnt/disk/*.txt'})
     for via, overrides, message in [
         ('gcloud', {'data.source': here}, f'{here}: is on this machine, where the job does not run; want gs://…'),
         ('gcloud', {'data.source': 'text:b.txt'}, 'text:b.txt: want an absolute path, a bucket, or a file of the revision'),
+        ('gcloud', {'data.source': 'text:*/b.txt'}, 'text:*/b.txt: want an absolute path, a bucket, or a file of the revision'),
+        ('gcloud', {'data.source': 'text:d/*'}, 'd/b.csv: want .txt, .jsonl or .parquet'),
         ('slurm', {'data.eval_source': 'stdlib + text:/nowhere/*.txt'}, 'text:/nowhere/*.txt: no file matches'),
         ('slurm', {'data.source': 'tokens:/nowhere'}, '/nowhere: is no token store'),
         ('slurm', {'data.tokenizer': 'sentencepiece:/no.model'}, "data.tokenizer = 'sentencepiece:/no.model': No such file"),
@@ -480,7 +485,56 @@ def test_what_a_config_names_must_be_there(tmp_path, monkeypatch):
     ]:  # fmt: skip
         with pytest.raises((ConfigError, DataError)) as e:
             checked(via, tmp_path, **overrides)
-        assert str(e.value).startswith(message), e.value
+        assert message in str(e.value).splitlines()[0], e.value
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A git repository with one commit, of nothing, which ignores all files."""
+    for words in (['init', '-q'], ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-q', '--allow-empty', '-m', 'a']):
+        subprocess.run(['git', '-C', str(tmp_path), *words], check=True)
+    (tmp_path / '.git' / 'info' / 'exclude').write_text('*\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize('field', ['train.restore_from', 'train.branch_from'])
+def test_a_run_to_start_from_is_named_as_in_the_training(repo, field):
+    for run in ('run', '12'):  # a number may also be the name of a run
+        (repo / run / 'checkpoints' / '200').mkdir(parents=True)
+        (repo / run / 'config.json').touch()
+        for name in ('', '/200', '/checkpoints', '/checkpoints/200'):
+            checked('slurm', repo, **{field: f'{repo}/{run}{name}'})
+    (repo / 'empty').mkdir()
+    for name, message in [('12/7', 'has no step 7; there are 200'), ('empty', 'is not there; want a run directory')]:
+        with pytest.raises(ConfigError, match=f"^{field} = '{repo}/{name}': {message}"):
+            checked('slurm', repo, **{field: f'{repo}/{name}'})
+
+
+def test_a_run_that_has_a_checkpoint_does_not_need_the_one_that_it_started_from(repo):
+    workdir = repo / 'run'
+    (workdir / 'checkpoints').mkdir(parents=True)
+    start = lambda: checked('slurm', repo, workdir=str(workdir), **{'train.branch_from': '/gone'})
+    with pytest.raises(ConfigError, match="'/gone': is not there"):
+        start()
+    (workdir / 'checkpoints' / '5').mkdir()
+    start()
+
+
+def test_the_variables_of_a_job_are_not_those_of_the_launcher(repo, monkeypatch):
+    seen = {}
+    names = ('PATH', 'GOOGLE_APPLICATION_CREDENTIALS', 'TFDS_DATA_DIR', 'AWS_ENDPOINT_URL')
+    monkeypatch.setattr(check.documents, 'open_part', lambda *_: seen.update({name: os.environ.get(name) for name in names}))
+    monkeypatch.setenv('TFDS_DATA_DIR', 'gs://mine/x')
+    before = dict(os.environ)
+    env = {'PATH': '/nowhere', 'GOOGLE_APPLICATION_CREDENTIALS': '/of/the/pod', 'AWS_ENDPOINT_URL': 'http://x'}
+    with pytest.raises(ConfigError, match='tfds:c4/en: want --env=TFDS_DATA_DIR=gs'):
+        checked('gcloud', repo, env=env, **{'data.source': 'tfds:c4/en'})
+    checked('gcloud', repo, env=env | {'TFDS_DATA_DIR': 'gs://b/x'}, **{'data.source': 'tfds:c4/en'})
+    assert seen == {name: before.get(name) for name in names[:2]} | {'TFDS_DATA_DIR': 'gs://b/x', 'AWS_ENDPOINT_URL': 'http://x'}
+    assert dict(os.environ) == before
+    seen.clear()
+    checked('gcloud', repo, 'data-disk', env={'TFDS_DATA_DIR': '/mnt/disk'}, **{'data.source': 'tfds:c4/en'})
+    assert not seen  # of a mounted file system: taken as it is
 
 
 def test_what_a_job_needs_of_the_package():
@@ -525,6 +579,7 @@ def test_a_launch_onto_a_run_is_checked_with_the_flags_of_the_training(tmp_path,
             cfg.train[field] = run
         (tmp_path / name).mkdir()
         (tmp_path / name / 'config.json').write_text(config.validate(cfg).model_dump_json())
+        (tmp_path / name / 'checkpoints' / '5').mkdir(parents=True)
         if field:
             cfg.train[field] = ''
     for words in (['init', '-q'], ['add', '-A'], ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'a']):
