@@ -118,48 +118,123 @@ def test_gcloud():
     assert freeze == frozen('/tmp/big-0123456789ab', LINUX) and script == ['chmod', '700', '/tmp/big-0123456789ab/run.sh']
     assert archive == ['tar', '-C', '/tmp/big-0123456789ab', '-cf', '/tmp/big-0123456789ab.tar', '.']
     tpu = ['gcloud', 'compute', 'tpus', 'tpu-vm']
-    assert create == [
-        *tpu, 'create', 'big', '--accelerator-type=v5p-128', '--zone=z', '--version=v2-alpha-tpuv5', '--spot',
-    ]  # fmt: skip
+    verb = ' '.join(tpu)
+    made = f'{verb} create big --zone=z --accelerator-type=v5p-128 --version=v2-alpha-tpuv5 --spot'
+    assert create == ['bash', '-c', f"""\
+case "$({verb} describe big --zone=z '--format=value(state,acceleratorType.basename())' 2> /dev/null)" in
+  "") {made} ;;
+  PREEMPTED*|TERMINATED*) {verb} delete big --zone=z --quiet && {made} ;;
+  *v5p-128) echo "big is there" ;;
+  *) echo "big is there, and no v5p-128: delete it, or choose another --name" >&2; exit 1 ;;
+esac"""]  # fmt: skip
     assert copy == [*tpu, 'scp', '/tmp/big-0123456789ab.tar', 'big:big.tar', '--worker=all', '--zone=z']
     assert start[:-1] == [*tpu, 'ssh', 'big', '--worker=all', '--zone=z'] and start[-1].startswith('--command=mkdir -p big && ')
     run_sh = ENGINES['gcloud'].commands(mine, pathlib.Path('/repo'))[2].script
     assert run_sh.splitlines()[-1] == 'exec ' + restarted(train(64, '.venv/bin/python'), '.venv/bin/python')
 
 
-def test_a_tpu_vm_installs_once_and_starts_now_and_when_it_boots(tmp_path):
+# Creates, describes and deletes one slice, whose state is a file; it fails at what the file `fails` names.
+GCLOUD = '''#!/bin/bash
+cd "$(dirname "$0")"
+echo "$4" >> calls
+[ "$4" = "$(cat fails)" ] && exit 1
+case "$4" in
+  create) [ -e slice ] && echo "already exists" && exit 1
+    for flag; do case $flag in --accelerator-type=*) printf "READY\\t${flag#*=}" > slice;; esac; done ;;
+  describe) cat slice ;;
+  delete) rm slice ;;
+  *) grep -q READY slice ;;
+esac
+'''
+
+
+def test_the_same_launch_command_goes_on_wherever_gcloud_failed(tmp_path, repo, monkeypatch, capfd):
+    for name, text in {'gcloud': GCLOUD, 'uv': '#!/bin/bash\n', 'fails': ''}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / 'setup.py').touch()
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+
+    def launch(topology='v5e-256'):
+        (tmp_path / 'calls').unlink(missing_ok=True)
+        mine = job('gcloud', 'zone=z', revision=git_revision(repo), topology=topology)
+        try:
+            launching.launch('gcloud', mine, repo)
+        except ConfigError as e:
+            assert 'ended with exit code 1' in str(e)
+        return (tmp_path / 'calls').read_text().split()
+
+    fails = lambda what: (tmp_path / 'fails').write_text(what)
+    fails('create')
+    assert launch() == ['describe', 'create']
+    fails('scp')
+    assert launch() == ['describe', 'create', 'scp']
+    fails('ssh')
+    assert launch() == ['describe', 'scp', 'ssh']
+    fails('')
+    assert launch() == launch() == ['describe', 'scp', 'ssh']
+    for state in ('PREEMPTED', 'TERMINATED'):
+        (tmp_path / 'slice').write_text(f'{state}\tv5litepod-256')
+        assert launch() == ['describe', 'delete', 'create', 'scp', 'ssh']
+    capfd.readouterr()
+    assert launch('v5e-64') == ['describe']
+    assert capfd.readouterr().err == 'big is there, and no v5litepod-64: delete it, or choose another --name\n'
+
+
+def test_a_tpu_vm_installs_once_and_runs_once_now_and_when_it_boots(tmp_path):
     """What reaches a host, run on this one: its home is a directory, and uv and crontab write down what they are told."""
-    home, tools = tmp_path / 'home', tmp_path / 'tools'
+    home, tools, revision = (tmp_path / name for name in ('home', 'tools', 'revision'))
     mine = job('gcloud', 'zone=z')._replace(name='big', revision=str(tmp_path))
     *_, start = commands('gcloud', mine)
-    script = ENGINES['gcloud'].commands(mine, pathlib.Path('/repo'))[2].script
-    for directory in (home, tools, tmp_path / 'revision'):
+    for directory in (home, tools, revision):
         directory.mkdir()
-    (tmp_path / 'revision' / 'run.sh').write_text(script)
-    (tmp_path / 'revision' / 'run.sh').chmod(0o700)
-    python = 'mkdir -p .venv/bin && printf "#!/bin/sh\\necho trains \\$@\\n" > .venv/bin/python && chmod +x .venv/bin/python'
+    train = 'echo trains $@; while [ -e $HOME/trains ]; do sleep 0.1; done'
+    python = f"mkdir -p .venv/bin && echo '{train}' > .venv/bin/python && chmod +x .venv/bin/python"
     crontab = 'if [ "$1" = -l ]; then cat "$HOME/crontab"; else cat > "$HOME/new" && mv "$HOME/new" "$HOME/crontab"; fi'
     uv = f'echo "$@" >> "$HOME/uv.log"; [ $1 = venv ] && {{ {python}; }}; exit 0'
     for name, body in {'uv': uv, 'crontab': crontab}.items():
         (tools / name).write_text(f'#!/bin/bash\n{body}\n')
         (tools / name).chmod(0o755)
-    subprocess.run(['tar', '-C', str(tmp_path / 'revision'), '-cf', str(home / 'big.tar'), '.'], check=True)
     env = os.environ | {'HOME': str(home), 'PATH': f'{tools}:{os.environ["PATH"]}'}
     log, trains = home / 'big.log', 'trains -m spark.launching.restart --workdir=gs://bucket/runs/big'
-    run = lambda line: subprocess.run(['bash', '-c', line], env=env, cwd=home, check=True, timeout=60)
-    run(start[-1].removeprefix('--command='))
-    run(start[-1].removeprefix('--command='))
+    run = lambda line: subprocess.run(['bash', '-c', line], env=env, cwd=home, capture_output=True, text=True, timeout=60)
+
+    def launch(lock, **more):
+        (revision / 'run.sh').write_text(ENGINES['gcloud'].commands(mine._replace(**more), pathlib.Path('/repo'))[2].script)
+        (revision / 'run.sh').chmod(0o700)
+        (revision / 'requirements.lock').write_text(lock)
+        subprocess.run(['tar', '-C', str(revision), '-cf', str(home / 'big.tar'), '.'], check=True)
+        done = run(start[-1].removeprefix('--command='))
+        return done.returncode, done.stdout + done.stderr
+
+    def started(n):
+        deadline = time.monotonic() + 30
+        while not (log.exists() and log.read_text().count(trains) == n):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    installs = ['venv --quiet --clear --python 3.12 .venv',
+                'pip install --quiet --python .venv --require-hashes -r requirements.lock']  # fmt: skip
+    (home / 'trains').touch()
+    assert launch('numpy==1')[0] == 0
+    started(1)
+    assert launch('numpy==1') == (0, 'big runs already\n')
+    other = launch('numpy==1', restarts=7)
+    assert other == (1, 'another revision, or one with other flags, runs as big: stop it first\n')
     assert [os.stat(home / name).st_mode & 0o077 for name in ('big.tar', 'big/run.sh')] == [0, 0]
+    (home / 'trains').unlink()
+    run('flock big.lock true')
+    assert launch('numpy==1', restarts=7)[0] == 0
+    started(2)
+    run('flock big.lock true')
     boots = (home / 'crontab').read_text()
-    assert boots == '@reboot big/run.sh >> big.log 2>&1\n'  # once
+    assert boots == '@reboot flock -n big.lock big/run.sh >> big.log 2>&1\n'  # once
     run(boots.removeprefix('@reboot '))
-    deadline = time.monotonic() + 30
-    while not (log.exists() and log.read_text().count(trains) == 3):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    installs = (home / 'uv.log').read_text().splitlines()
-    assert installs == ['venv --quiet --clear --python 3.12 .venv',
-                        'pip install --quiet --python .venv --require-hashes -r requirements.lock']  # fmt: skip
+    started(3)
+    assert (home / 'uv.log').read_text().splitlines() == installs
+    assert launch('numpy==2')[0] == 0
+    started(4)
+    assert (home / 'uv.log').read_text().splitlines() == 2 * installs
 
 
 def test_slurm():
