@@ -66,7 +66,8 @@ def _scheduled():
             if not all(value.isdecimal() for value in list(found.values())[:-1]) or not found[names[-1]]:
                 raise ConfigError(f'{_shown(found)}: want what {program} sets, numbers but for the last; {OR_ELSE}')
             return {'local_device_ids': _local_gpus()} if names is SLURM else {}
-    tpu = is_tpu_host() and os.environ.get('JAX_PLATFORMS') in (None, 'tpu')
+    platforms = os.environ.get('JAX_PLATFORMS', '')  # such as tpu,cpu; '': jax decides
+    tpu = is_tpu_host() and (not platforms or 'tpu' in platforms.split(','))
     index = os.environ.get('JOB_COMPLETION_INDEX')
     if index is not None and not tpu and not ('KUBERNETES_SERVICE_HOST' in os.environ and importlib.util.find_spec('kubernetes')):
         raise ConfigError(

@@ -87,6 +87,25 @@ def test_the_tasks_of_a_node_share_its_gpus(monkeypatch, tasks, local, visible, 
     assert len(joined) == 1
 
 
+@pytest.mark.parametrize(('platforms', 'is_tpu'), [(None, True), ('', True), ('tpu', True), ('tpu,cpu', True), ('cpu', False)])
+def test_the_hosts_of_a_pod_are_one_job_wherever_tpus_may_be_used(monkeypatch, platforms, is_tpu):
+    joined = []
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda **described: joined.append(described))
+    monkeypatch.setattr(distributed, 'is_tpu_host', lambda: True)
+    monkeypatch.delenv('JAX_PLATFORMS')
+    if platforms is not None:
+        monkeypatch.setenv('JAX_PLATFORMS', platforms)
+    distributed.initialize()
+    assert len(joined) == is_tpu
+    monkeypatch.setenv('JOB_COMPLETION_INDEX', '0')  # of GKE, where jax asks the TPU for the rest
+    if is_tpu:
+        distributed.initialize()
+        assert len(joined) == 2
+    else:
+        with pytest.raises(ConfigError, match='JOB_COMPLETION_INDEX=0: want KUBERNETES_SERVICE_HOST'):
+            distributed.initialize()
+
+
 def test_devices_that_lie_idle(monkeypatch):
     monkeypatch.setenv('SPARK_DEVICES', str(jax.device_count()))
     distributed.initialize()

@@ -1,16 +1,28 @@
 """Whether a job will find what its config names, seen from here, before anything is submitted."""
 
+import contextlib
+import glob
 import os
 import pathlib
 import subprocess
+import tempfile
 
 from etils import epath
 
+from spark.checkpoints.reading import accessed
 from spark.config import ExperimentConfig
 from spark.data import documents, store, tokenizer
 from spark.errors import ConfigError
-from spark.launching.job import Job
-from spark.runtime import check_bucket, in_bucket
+from spark.launching import restart
+from spark.launching.job import Job, unpack
+from spark.runtime import check_bucket, entries, in_bucket, is_complete, path_of
+from spark.training import directory
+
+# The variables of a job that its data and buckets are found with. Others, such as paths of credentials, hold on its hosts alone.
+LEAD_TO_DATA = (
+    'TFDS_DATA_DIR', 'STORAGE_EMULATOR_HOST', 'TENSORSTORE_GCS_HTTP_URL', 'AWS_ENDPOINT_URL', 'AWS_REGION', 'AWS_DEFAULT_REGION',
+    'AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY', 'AWS_SESSION_TOKEN',
+)  # fmt: skip
 
 
 def check_names(cfg: ExperimentConfig, job: Job, root: pathlib.Path, shared: bool, mount: str = '') -> None:
@@ -23,8 +35,6 @@ def check_names(cfg: ExperimentConfig, job: Job, root: pathlib.Path, shared: boo
       shared: whether the job's hosts have the file system of this machine.
       mount: the option of the engine that gives them another one; its paths are not looked for.
     """
-    os.environ.update(job.env)  # TFDS_DATA_DIR and the keys of buckets, as the job will have them
-    mounted = mount in job.options
 
     def is_there(label, path):
         """Can it be looked for from here? An error if the job's hosts will not have it."""
@@ -32,46 +42,70 @@ def check_names(cfg: ExperimentConfig, job: Job, root: pathlib.Path, shared: boo
             check_bucket(label, path)
             return True
         if not os.path.isabs(os.path.expanduser(path)):
-            known = ['git', '-C', str(root), 'cat-file', '-e', f'{job.revision}:{path}']
-            if subprocess.run(known, capture_output=True).returncode:
+            if not glob.glob(path, recursive=True):
                 raise ConfigError(f'{label}: want an absolute path, a bucket, or a file of the revision {job.revision[:12]}')
             return True
-        if not shared and not mounted:
+        if not shared and mount not in job.options:
             option = f', or --set={mount}=… and a path in it' if mount else ''
             raise ConfigError(f'{label}: is on this machine, where the job does not run; want gs://…{option}')
         return shared
 
-    _, _, name = cfg.data.tokenizer.partition(':')
-    shipped = pathlib.Path(tokenizer.__file__).parent / name
-    if not name or shipped.is_file() or is_there(f'data.tokenizer = {cfg.data.tokenizer!r}', name):
-        tokenizer.of_config(cfg.data)
-    for source in filter(None, (cfg.data.source, cfg.data.eval_source)):
-        for part in dict.fromkeys(part for phase in documents.parse(source) for part in phase.weights):
-            _check_part(cfg, part, is_there, shared or mounted)
-    for field, path in [('restore_from', cfg.train.restore_from), ('branch_from', cfg.train.branch_from)]:
-        label = f'train.{field} = {path!r}'
-        if path and is_there(label, path) and not _holds_something(path):
-            raise ConfigError(f'{label}: is not there; want a run directory, or a checkpoints/STEP of one')
+    with _as_there(job, root):
+        _, _, name = cfg.data.tokenizer.partition(':')
+        shipped = pathlib.Path(tokenizer.__file__).parent / name
+        if not name or shipped.is_file() or is_there(f'data.tokenizer = {cfg.data.tokenizer!r}', name):
+            tokenizer.of_config(cfg.data)
+        prepared = (os.environ if shared else job.env).get('TFDS_DATA_DIR') or ('~/tensorflow_datasets' if shared else '')
+        for source in filter(None, (cfg.data.source, cfg.data.eval_source)):
+            for part in dict.fromkeys(part for phase in documents.parse(source) for part in phase.weights):
+                _check_part(cfg, part, is_there, prepared)
+        if restart.newest_step(job.workdir) >= 0:  # the job goes on from there
+            return
+        for field, path in [('restore_from', cfg.train.restore_from), ('branch_from', cfg.train.branch_from)]:
+            label = f'train.{field} = {path!r}'
+            if path and is_there(label, path):
+                accessed(lambda label=label, path=path: _check_origin(label, path), label)
 
 
-def _check_part(cfg, part, is_there, local):
-    """Raises an error if a part of a source cannot be opened."""
+@contextlib.contextmanager
+def _as_there(job, root):
+    """Inside, the working directory is the revision, as the job's is, and the environment leads to the job's data."""
+    before = {name: os.environ.get(name) for name in LEAD_TO_DATA if name in job.env}
+    with tempfile.TemporaryDirectory() as revision:
+        subprocess.run(unpack(job, root, revision).words, check=True)
+        os.environ.update({name: job.env[name] for name in before})
+        try:
+            with contextlib.chdir(revision):
+                yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                os.environ.update({name: value} if value is not None else {})
+
+
+def _check_part(cfg, part, is_there, prepared):
+    """Raises an error if a part of a source cannot be opened; `prepared` is where the job's hosts have TFDS data sets."""
     kind, _, rest = part.partition(':')
-    if kind == 'tfds' and not in_bucket(rest) and not os.path.isabs(os.path.expanduser(rest)):
-        if not local and not in_bucket(os.environ.get('TFDS_DATA_DIR', '')):
+    home = os.path.expanduser(rest)
+    if kind == 'tfds' and not (in_bucket(rest) or os.path.isabs(home) or os.path.isdir(home)):
+        if not prepared:
             raise ConfigError(f'{part}: want --env=TFDS_DATA_DIR=gs://…, where it is prepared, or the directory in its place')
-        documents.open_part(part, cfg.data.text_field, cfg.data.cache_dir)
+        if is_there(f'{part}: TFDS_DATA_DIR={prepared}', prepared):
+            documents.open_part(part, cfg.data.text_field, cfg.data.cache_dir)
     elif kind == 'tokens' and is_there(part, rest):
         store.Store(rest)
     elif kind in (*documents.FILES, 'tfds') and is_there(part, rest):
         documents.open_part(part, cfg.data.text_field, cfg.data.cache_dir)
 
 
-def _holds_something(path):
-    try:
-        return any(True for _ in epath.Path(path).expanduser().iterdir())
-    except Exception:  # clients of buckets raise exceptions of their own
-        return False
+def _check_origin(label, path):
+    """Raises an error if there is no checkpoint that a run could start from."""
+    run, step = directory.locate(path_of(path, label))
+    steps = sorted(int(p.name) for p in entries(epath.Path(run) / 'checkpoints') if p.name.isdecimal() and is_complete(p))
+    if not steps:
+        raise ConfigError(f'{label}: is not there; want a run directory, or a checkpoints/STEP of one')
+    if step not in (None, *steps):
+        raise ConfigError(f'{label}: has no step {step}; there are {", ".join(map(str, steps))}')
 
 
 def extras(cfg: ExperimentConfig, workdir: str, accelerator: str, env: dict[str, str]) -> tuple[str, ...]:

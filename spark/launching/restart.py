@@ -19,12 +19,14 @@ from collections.abc import Callable, Collection
 
 from etils import epath
 
-from spark.errors import Preempted
-from spark.runtime import entries, is_complete, received_signals
+from spark.errors import ConfigError, Preempted
+from spark.runtime import entries, is_complete, received_signals, write_json
 
 ENDS = (0, 2, 3, 4, 5)
 LONGEST = 60  # seconds before another start
-SRUN = 250  # srun tells the highest code of its tasks: they add this to one that ends a run, so that it is above those of signals
+# srun tells the highest code of its tasks: they add this to one that ends a run, so that it is above those of signals. srun's own
+# failures have other codes, such as 255.
+SRUN = 240
 
 
 def until_done(
@@ -79,16 +81,23 @@ def run(command: list[str]) -> tuple[int, bool]:
         if signals:  # it came before there was a process
             stop()
         code = process.wait()
-    code -= SRUN if code - SRUN in ENDS[1:] else 0
+    if command[0] == 'srun' and code - SRUN in ENDS[1:]:
+        code -= SRUN
     return code if code >= 0 else 128 - code, bool(signals)
 
 
 def may_go_on(file: pathlib.Path, workdir: epath.PathLike, restarts: int) -> bool:
     """Has a job that would be requeued made a new checkpoint, now or at most `restarts` lives ago? `file` counts the lives."""
-    step, lives = json.loads(file.read_text()) if file.exists() else (-1, 0)
+    try:
+        step, lives = map(int, json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):  # there is none, or one that nobody can read: counted anew
+        step, lives = -1, 0
     newest = newest_step(workdir)
     lives = 0 if newest > step else lives + 1
-    file.write_text(json.dumps([max(newest, step), lives]))
+    try:
+        write_json(file, [max(newest, step), lives])
+    except ConfigError as e:
+        print(f'Warning: this life of the job is not counted: {e}', flush=True)
     if lives > restarts:
         print(f'Not requeued: {lives} lives in a row made no new checkpoint', flush=True)
     return lives <= restarts

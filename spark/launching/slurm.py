@@ -7,6 +7,7 @@ import shlex
 
 from spark.errors import ConfigError
 from spark.launching.job import LOCK, PYTHON, Command, Job, freeze, restarted, train_line, unpack
+from spark.launching.restart import SRUN
 
 PROGRAM = 'sbatch'
 OPTIONS = {
@@ -16,8 +17,8 @@ OPTIONS = {
 # srun's exit code is the highest one of its tasks: what ends a run must be above what that does to the other tasks.
 # SLURM tells the tasks, and not the batch script, that the time is up: what fails after that is not to be started again here.
 TASK = (
-    "trap stopped=1 TERM; {train}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $((250 + code)); "
-    '[ "$stopped" ] && [ $code -ne 0 ] && exit 75; exit $code'
+    f'trap stopped=1 TERM; {{train}}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $(({SRUN} + code)); '
+    f'[ "$stopped" ] && [ $code -ne 0 ] && exit 75; [ $code -gt {SRUN} ] && exit 1; exit $code'
 )
 LIVES = 'lives.json'  # counts those of a job that was requeued
 NOTICE = 10  # minutes before the time limit, when SLURM asks a job to stop

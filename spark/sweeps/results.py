@@ -1,5 +1,6 @@
 """The results of a sweep: a row per run, means over seeds, tables and plots."""
 
+import contextlib
 import csv
 import io
 import json
@@ -123,16 +124,26 @@ def _row(out, name, cfg, axes):
     values = {field: config.fields(cfg)[field] for field in axes}
     summary, exit_record = out / 'runs' / name / 'summary.json', out / 'logs' / f'{name}.json'
     if summary.exists():
-        try:
+        with _read(summary, 'the summary of a run'):
             return Row(name, values, 'done', _result(cfg, json.loads(summary.read_text())))
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            why = f'{type(e).__name__}: {e}'
-            raise ConfigError(f'{summary}: not the summary of a run ({why}): delete it, and the sweep writes it again') from None
-    end = json.loads(exit_record.read_text()) if exit_record.exists() else {}
-    if end.get('exit_code') not in (None, 0, Preempted.exit_code):
-        return Row(name, values, f'failed, exit code {end["exit_code"]}: {end["message"]}', {})
+    if exit_record.exists():
+        with _read(exit_record, 'the record of how a run ended'):
+            end = json.loads(exit_record.read_text())
+            code, message = end['exit_code'], end['message']
+        if code not in (0, Preempted.exit_code):
+            return Row(name, values, f'failed, exit code {code}: {message}', {})
     step, _ = execute.latest_metrics(summary.parent)
     return Row(name, values, f'unfinished, at step {step}' if step or summary.parent.exists() else 'not started', {})
+
+
+@contextlib.contextmanager
+def _read(path, what):
+    """Turns what a damaged file raises into a ConfigError that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        why = f'{type(e).__name__}: {e}'
+        raise ConfigError(f'{path}: not {what} ({why}): delete it, and the sweep writes it again') from None
 
 
 def _result(cfg, summary):

@@ -9,6 +9,8 @@ from etils import epath
 from spark.runtime import write_json
 
 FILE = 'environment.json'
+# These are told first: they compute the run and read its checkpoints.
+FIRST = ('python', 'jax', 'jaxlib', 'libtpu', 'orbax-checkpoint', 'flax', 'optax', 'tensorstore', 'numpy')
 
 
 def versions() -> dict[str, str]:
@@ -27,7 +29,8 @@ def record(workdir: epath.Path) -> None:
     if before == now:
         return
     if isinstance(before, dict):
-        changed = [f'{name} {version}, now {now.get(name)}' for name, version in before.items() if version != now.get(name)]
+        names = [name for name in dict.fromkeys((*FIRST, *before)) if before.get(name) != now.get(name)]
+        changed = [f'{name} {before.get(name)}, now {now.get(name)}' for name in names]
         more = f' and {len(changed) - 8} more' if len(changed) > 8 else ''
         if changed:
             print(f'Warning: this run had {"; ".join(changed[:8])}{more}', flush=True)

@@ -11,6 +11,7 @@ from spark.data.tokenizer import of_config
 from spark.errors import CheckpointError, ConfigError, SparkError
 from spark.runtime import absolute, path_of, write_json
 from spark.training import trackers
+from spark.training.directory import locate
 from spark.training.step import Trainer, TrainState
 
 ORIGIN = 'origin.json'  # in the run directory of a branch
@@ -76,15 +77,7 @@ def open_source(field: str, source: str) -> tuple[epath.Path, Checkpoints, int]:
     Raises a CheckpointError that names the field if there is none.
     """
     named = path_of(source, f'{field} = {source!r}')
-
-    def find(path, step=None):
-        if (path / 'config.json').exists():
-            return str(path), step
-        if path.name.isdigit() and step is None:
-            return find(path.parent, int(path.name))
-        return str(path.parent if path.name == 'checkpoints' else path), step
-
-    path, step = by_first_process(lambda: find(named), f'{field} = {source!r}')
+    path, step = by_first_process(lambda: locate(named), f'{field} = {source!r}')
     path = epath.Path(path)
     try:
         checkpoints, step = open_checkpoint(path, step)

@@ -118,48 +118,123 @@ def test_gcloud():
     assert freeze == frozen('/tmp/big-0123456789ab', LINUX) and script == ['chmod', '700', '/tmp/big-0123456789ab/run.sh']
     assert archive == ['tar', '-C', '/tmp/big-0123456789ab', '-cf', '/tmp/big-0123456789ab.tar', '.']
     tpu = ['gcloud', 'compute', 'tpus', 'tpu-vm']
-    assert create == [
-        *tpu, 'create', 'big', '--accelerator-type=v5p-128', '--zone=z', '--version=v2-alpha-tpuv5', '--spot',
-    ]  # fmt: skip
+    verb = ' '.join(tpu)
+    made = f'{verb} create big --zone=z --accelerator-type=v5p-128 --version=v2-alpha-tpuv5 --spot'
+    assert create == ['bash', '-c', f"""\
+case "$({verb} describe big --zone=z '--format=value(state,acceleratorType.basename())' 2> /dev/null)" in
+  "") {made} ;;
+  PREEMPTED*|TERMINATED*) {verb} delete big --zone=z --quiet && {made} ;;
+  *v5p-128) echo "big is there" ;;
+  *) echo "big is there, and no v5p-128: delete it, or choose another --name" >&2; exit 1 ;;
+esac"""]  # fmt: skip
     assert copy == [*tpu, 'scp', '/tmp/big-0123456789ab.tar', 'big:big.tar', '--worker=all', '--zone=z']
     assert start[:-1] == [*tpu, 'ssh', 'big', '--worker=all', '--zone=z'] and start[-1].startswith('--command=mkdir -p big && ')
     run_sh = ENGINES['gcloud'].commands(mine, pathlib.Path('/repo'))[2].script
     assert run_sh.splitlines()[-1] == 'exec ' + restarted(train(64, '.venv/bin/python'), '.venv/bin/python')
 
 
-def test_a_tpu_vm_installs_once_and_starts_now_and_when_it_boots(tmp_path):
+# Creates, describes and deletes one slice, whose state is a file; it fails at what the file `fails` names.
+GCLOUD = '''#!/bin/bash
+cd "$(dirname "$0")"
+echo "$4" >> calls
+[ "$4" = "$(cat fails)" ] && exit 1
+case "$4" in
+  create) [ -e slice ] && echo "already exists" && exit 1
+    for flag; do case $flag in --accelerator-type=*) printf "READY\\t${flag#*=}" > slice;; esac; done ;;
+  describe) cat slice ;;
+  delete) rm slice ;;
+  *) grep -q READY slice ;;
+esac
+'''
+
+
+def test_the_same_launch_command_goes_on_wherever_gcloud_failed(tmp_path, repo, monkeypatch, capfd):
+    for name, text in {'gcloud': GCLOUD, 'uv': '#!/bin/bash\n', 'fails': ''}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / 'setup.py').touch()
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+
+    def launch(topology='v5e-256'):
+        (tmp_path / 'calls').unlink(missing_ok=True)
+        mine = job('gcloud', 'zone=z', revision=git_revision(repo), topology=topology)
+        try:
+            launching.launch('gcloud', mine, repo)
+        except ConfigError as e:
+            assert 'ended with exit code 1' in str(e)
+        return (tmp_path / 'calls').read_text().split()
+
+    fails = lambda what: (tmp_path / 'fails').write_text(what)
+    fails('create')
+    assert launch() == ['describe', 'create']
+    fails('scp')
+    assert launch() == ['describe', 'create', 'scp']
+    fails('ssh')
+    assert launch() == ['describe', 'scp', 'ssh']
+    fails('')
+    assert launch() == launch() == ['describe', 'scp', 'ssh']
+    for state in ('PREEMPTED', 'TERMINATED'):
+        (tmp_path / 'slice').write_text(f'{state}\tv5litepod-256')
+        assert launch() == ['describe', 'delete', 'create', 'scp', 'ssh']
+    capfd.readouterr()
+    assert launch('v5e-64') == ['describe']
+    assert capfd.readouterr().err == 'big is there, and no v5litepod-64: delete it, or choose another --name\n'
+
+
+def test_a_tpu_vm_installs_once_and_runs_once_now_and_when_it_boots(tmp_path):
     """What reaches a host, run on this one: its home is a directory, and uv and crontab write down what they are told."""
-    home, tools = tmp_path / 'home', tmp_path / 'tools'
+    home, tools, revision = (tmp_path / name for name in ('home', 'tools', 'revision'))
     mine = job('gcloud', 'zone=z')._replace(name='big', revision=str(tmp_path))
     *_, start = commands('gcloud', mine)
-    script = ENGINES['gcloud'].commands(mine, pathlib.Path('/repo'))[2].script
-    for directory in (home, tools, tmp_path / 'revision'):
+    for directory in (home, tools, revision):
         directory.mkdir()
-    (tmp_path / 'revision' / 'run.sh').write_text(script)
-    (tmp_path / 'revision' / 'run.sh').chmod(0o700)
-    python = 'mkdir -p .venv/bin && printf "#!/bin/sh\\necho trains \\$@\\n" > .venv/bin/python && chmod +x .venv/bin/python'
+    train = 'echo trains $@; while [ -e $HOME/trains ]; do sleep 0.1; done'
+    python = f"mkdir -p .venv/bin && echo '{train}' > .venv/bin/python && chmod +x .venv/bin/python"
     crontab = 'if [ "$1" = -l ]; then cat "$HOME/crontab"; else cat > "$HOME/new" && mv "$HOME/new" "$HOME/crontab"; fi'
     uv = f'echo "$@" >> "$HOME/uv.log"; [ $1 = venv ] && {{ {python}; }}; exit 0'
     for name, body in {'uv': uv, 'crontab': crontab}.items():
         (tools / name).write_text(f'#!/bin/bash\n{body}\n')
         (tools / name).chmod(0o755)
-    subprocess.run(['tar', '-C', str(tmp_path / 'revision'), '-cf', str(home / 'big.tar'), '.'], check=True)
     env = os.environ | {'HOME': str(home), 'PATH': f'{tools}:{os.environ["PATH"]}'}
     log, trains = home / 'big.log', 'trains -m spark.launching.restart --workdir=gs://bucket/runs/big'
-    run = lambda line: subprocess.run(['bash', '-c', line], env=env, cwd=home, check=True, timeout=60)
-    run(start[-1].removeprefix('--command='))
-    run(start[-1].removeprefix('--command='))
+    run = lambda line: subprocess.run(['bash', '-c', line], env=env, cwd=home, capture_output=True, text=True, timeout=60)
+
+    def launch(lock, **more):
+        (revision / 'run.sh').write_text(ENGINES['gcloud'].commands(mine._replace(**more), pathlib.Path('/repo'))[2].script)
+        (revision / 'run.sh').chmod(0o700)
+        (revision / 'requirements.lock').write_text(lock)
+        subprocess.run(['tar', '-C', str(revision), '-cf', str(home / 'big.tar'), '.'], check=True)
+        done = run(start[-1].removeprefix('--command='))
+        return done.returncode, done.stdout + done.stderr
+
+    def started(n):
+        deadline = time.monotonic() + 30
+        while not (log.exists() and log.read_text().count(trains) == n):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    installs = ['venv --quiet --clear --python 3.12 .venv',
+                'pip install --quiet --python .venv --require-hashes -r requirements.lock']  # fmt: skip
+    (home / 'trains').touch()
+    assert launch('numpy==1')[0] == 0
+    started(1)
+    assert launch('numpy==1') == (0, 'big runs already\n')
+    other = launch('numpy==1', restarts=7)
+    assert other == (1, 'another revision, or one with other flags, runs as big: stop it first\n')
     assert [os.stat(home / name).st_mode & 0o077 for name in ('big.tar', 'big/run.sh')] == [0, 0]
+    (home / 'trains').unlink()
+    run('flock big.lock true')
+    assert launch('numpy==1', restarts=7)[0] == 0
+    started(2)
+    run('flock big.lock true')
     boots = (home / 'crontab').read_text()
-    assert boots == '@reboot big/run.sh >> big.log 2>&1\n'  # once
+    assert boots == '@reboot flock -n big.lock big/run.sh >> big.log 2>&1\n'  # once
     run(boots.removeprefix('@reboot '))
-    deadline = time.monotonic() + 30
-    while not (log.exists() and log.read_text().count(trains) == 3):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    installs = (home / 'uv.log').read_text().splitlines()
-    assert installs == ['venv --quiet --clear --python 3.12 .venv',
-                        'pip install --quiet --python .venv --require-hashes -r requirements.lock']  # fmt: skip
+    started(3)
+    assert (home / 'uv.log').read_text().splitlines() == installs
+    assert launch('numpy==2')[0] == 0
+    started(4)
+    assert (home / 'uv.log').read_text().splitlines() == 2 * installs
 
 
 def test_slurm():
@@ -175,8 +250,8 @@ def test_slurm():
     script = ENGINES['slurm'].commands(mine, pathlib.Path('/repo'))[-1].script
     line = train(32, '.venv/bin/python', workdir=shared)
     task = (
-        f'trap stopped=1 TERM; {line}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $((250 + code)); '
-        '[ "$stopped" ] && [ $code -ne 0 ] && exit 75; exit $code'
+        f'trap stopped=1 TERM; {line}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $((240 + code)); '
+        '[ "$stopped" ] && [ $code -ne 0 ] && exit 75; [ $code -gt 240 ] && exit 1; exit $code'
     )
     step = f"srun --wait=300 bash -c '{task}'"
     assert script == f"""#!/bin/bash
@@ -207,11 +282,22 @@ exit $code
     assert ' srun --wait=300 --cpus-per-task=12 bash ' in script
 
 
-@pytest.mark.parametrize(('code', 'ends'), [(0, 0), (1, 75), (124, 75), (75, 75), (2, 252), (5, 255)])
+@pytest.mark.parametrize(('code', 'ends'), [(0, 0), (1, 75), (124, 75), (75, 75), (2, 242), (5, 245)])
 def test_a_task_that_fails_after_slurm_has_told_it_to_stop_is_requeued(code, ends):
-    for signal_, expected in [(':', 250 + code if 2 <= code <= 5 else code), ('kill -TERM $$', ends)]:
+    for signal_, expected in [(':', 240 + code if 2 <= code <= 5 else code), ('kill -TERM $$', ends)]:
         task = slurm.TASK.format(train=f'{signal_}; bash -c "exit {code}"')
         assert subprocess.run(['bash', '-c', task], timeout=60).returncode == expected
+
+
+def test_only_what_a_task_says_by_srun_is_the_code_of_a_run(tmp_path, monkeypatch):
+    """A library that ends its process with -1 gives 255, and so does srun itself where it fails."""
+    (tmp_path / 'srun').write_text('#!/bin/bash\nexec "$@"\n')
+    (tmp_path / 'srun').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    task = lambda code: ['srun', 'bash', '-c', slurm.TASK.format(train=f'bash -c "exit {code}"')]
+    assert [restart.run(task(code))[0] for code in (0, 1, 2, 5, 75, 124, 137, 245, 255)] == [0, 1, 2, 5, 75, 124, 137, 1, 1]
+    assert restart.run(['srun', 'bash', '-c', 'exit 255'])[0] == 255
+    assert [restart.run(['bash', '-c', f'exit {code}'])[0] for code in (242, 245, 255)] == [242, 245, 255]
 
 
 def test_the_time_limit_of_a_slurm_job_leaves_it_time_to_save():
@@ -369,6 +455,19 @@ def test_a_job_that_is_requeued_again_and_again_makes_checkpoints(tmp_path, monk
     assert [ends(turn) for turn in ('75', '75', '75@4', '75', '75', '75')] == [75, 75, 75, 75, 75, 1]
 
 
+@pytest.mark.parametrize('torn', ['', '[1', '[1]', '{}', '["a", 1]', 'null'])
+def test_lives_that_cannot_be_read_are_counted_anew(tmp_path, torn):
+    lives = tmp_path / 'lives.json'
+    lives.write_text(torn)
+    assert [restart.may_go_on(lives, tmp_path, 1) for _ in range(3)] == [True, False, False]
+    assert [path.name for path in tmp_path.iterdir()] == ['lives.json']
+
+
+def test_lives_that_cannot_be_written_do_not_end_a_job(tmp_path, capsys):
+    assert restart.may_go_on(tmp_path / 'gone' / 'lives.json', tmp_path, 1)
+    assert 'Warning: this life of the job is not counted: ' in capsys.readouterr().out
+
+
 def test_in_a_bucket_a_checkpoint_counts_once_it_is_complete(monkeypatch):
     class Bucket(MemoryFileSystem):
         store, pseudo_dirs, protocol = {}, [''], 'gs'
@@ -429,23 +528,28 @@ def checked(via, root, mount='', workdir='/shared/run', env=None, **overrides):
 
 def test_what_a_config_names_must_be_there(tmp_path, monkeypatch):
     git = lambda *words: subprocess.run(['git', '-C', str(tmp_path), *words], check=True, capture_output=True)
-    for name in ('a.txt', 'b.txt'):
+    (tmp_path / 'd').mkdir()
+    for name in ('a.txt', 'b.txt', 'd/a.txt', 'd/b.csv'):
         (tmp_path / name).write_text('a document')
     git('init', '-q')
-    git('add', 'a.txt')
+    git('add', 'a.txt', 'd')
     (tmp_path / '.git' / 'info' / 'exclude').write_text('b.txt\n')
     git('-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'a')
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
     monkeypatch.setattr(os, 'environ', dict(os.environ) | {'TFDS_DATA_DIR': ''})
     here = f'text:{tmp_path}/b.txt'
     shipped = {'data.tokenizer': 'sentencepiece:stdlib_2048.model', 'model.vocab_size': 0}
     checked('gcloud', tmp_path, **shipped)
     checked('gcloud', tmp_path, **{'data.source': '0.5 stdlib + 0.5 text:a.txt'})
+    checked('gcloud', tmp_path, **{'data.source': 'text:d/*.txt + text:**/a.txt'})
     checked('slurm', tmp_path, **{'data.source': here})
     checked('gcloud', tmp_path, 'data-disk', **{'data.source': 'text:/mnt/disk/*.txt'})
     for via, overrides, message in [
         ('gcloud', {'data.source': here}, f'{here}: is on this machine, where the job does not run; want gs://…'),
         ('gcloud', {'data.source': 'text:b.txt'}, 'text:b.txt: want an absolute path, a bucket, or a file of the revision'),
+        ('gcloud', {'data.source': 'text:*/b.txt'}, 'text:*/b.txt: want an absolute path, a bucket, or a file of the revision'),
+        ('gcloud', {'data.source': 'text:d/*'}, 'd/b.csv: want .txt, .jsonl or .parquet'),
         ('slurm', {'data.eval_source': 'stdlib + text:/nowhere/*.txt'}, 'text:/nowhere/*.txt: no file matches'),
         ('slurm', {'data.source': 'tokens:/nowhere'}, '/nowhere: is no token store'),
         ('slurm', {'data.tokenizer': 'sentencepiece:/no.model'}, "data.tokenizer = 'sentencepiece:/no.model': No such file"),
@@ -456,7 +560,56 @@ def test_what_a_config_names_must_be_there(tmp_path, monkeypatch):
     ]:  # fmt: skip
         with pytest.raises((ConfigError, DataError)) as e:
             checked(via, tmp_path, **overrides)
-        assert str(e.value).startswith(message), e.value
+        assert message in str(e.value).splitlines()[0], e.value
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A git repository with one commit, of nothing, which ignores all files."""
+    for words in (['init', '-q'], ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-q', '--allow-empty', '-m', 'a']):
+        subprocess.run(['git', '-C', str(tmp_path), *words], check=True)
+    (tmp_path / '.git' / 'info' / 'exclude').write_text('*\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize('field', ['train.restore_from', 'train.branch_from'])
+def test_a_run_to_start_from_is_named_as_in_the_training(repo, field):
+    for run in ('run', '12'):  # a number may also be the name of a run
+        (repo / run / 'checkpoints' / '200').mkdir(parents=True)
+        (repo / run / 'config.json').touch()
+        for name in ('', '/200', '/checkpoints', '/checkpoints/200'):
+            checked('slurm', repo, **{field: f'{repo}/{run}{name}'})
+    (repo / 'empty').mkdir()
+    for name, message in [('12/7', 'has no step 7; there are 200'), ('empty', 'is not there; want a run directory')]:
+        with pytest.raises(ConfigError, match=f"^{field} = '{repo}/{name}': {message}"):
+            checked('slurm', repo, **{field: f'{repo}/{name}'})
+
+
+def test_a_run_that_has_a_checkpoint_does_not_need_the_one_that_it_started_from(repo):
+    workdir = repo / 'run'
+    (workdir / 'checkpoints').mkdir(parents=True)
+    start = lambda: checked('slurm', repo, workdir=str(workdir), **{'train.branch_from': '/gone'})
+    with pytest.raises(ConfigError, match="'/gone': is not there"):
+        start()
+    (workdir / 'checkpoints' / '5').mkdir()
+    start()
+
+
+def test_the_variables_of_a_job_are_not_those_of_the_launcher(repo, monkeypatch):
+    seen = {}
+    names = ('PATH', 'GOOGLE_APPLICATION_CREDENTIALS', 'TFDS_DATA_DIR', 'AWS_ENDPOINT_URL')
+    monkeypatch.setattr(check.documents, 'open_part', lambda *_: seen.update({name: os.environ.get(name) for name in names}))
+    monkeypatch.setenv('TFDS_DATA_DIR', 'gs://mine/x')
+    before = dict(os.environ)
+    env = {'PATH': '/nowhere', 'GOOGLE_APPLICATION_CREDENTIALS': '/of/the/pod', 'AWS_ENDPOINT_URL': 'http://x'}
+    with pytest.raises(ConfigError, match='tfds:c4/en: want --env=TFDS_DATA_DIR=gs'):
+        checked('gcloud', repo, env=env, **{'data.source': 'tfds:c4/en'})
+    checked('gcloud', repo, env=env | {'TFDS_DATA_DIR': 'gs://b/x'}, **{'data.source': 'tfds:c4/en'})
+    assert seen == {name: before.get(name) for name in names[:2]} | {'TFDS_DATA_DIR': 'gs://b/x', 'AWS_ENDPOINT_URL': 'http://x'}
+    assert dict(os.environ) == before
+    seen.clear()
+    checked('gcloud', repo, 'data-disk', env={'TFDS_DATA_DIR': '/mnt/disk'}, **{'data.source': 'tfds:c4/en'})
+    assert not seen  # of a mounted file system: taken as it is
 
 
 def test_what_a_job_needs_of_the_package():
@@ -501,6 +654,7 @@ def test_a_launch_onto_a_run_is_checked_with_the_flags_of_the_training(tmp_path,
             cfg.train[field] = run
         (tmp_path / name).mkdir()
         (tmp_path / name / 'config.json').write_text(config.validate(cfg).model_dump_json())
+        (tmp_path / name / 'checkpoints' / '5').mkdir(parents=True)
         if field:
             cfg.train[field] = ''
     for words in (['init', '-q'], ['add', '-A'], ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'a']):

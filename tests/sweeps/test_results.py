@@ -60,6 +60,11 @@ def test_config_of_a_run_is_what_its_row_says(tmp_path):
     assert [(r.run, r.status) for r in rows] == [(runs[1].name, 'unfinished, at step 7')]
     rows = results.collect(tmp_path, axes, runs)
     assert rows[0].status == 'failed, exit code 4: DataError: gone'
+    for torn in ('{"exit_', '[]', '{"exit_code": 4}'):
+        (tmp_path / 'logs' / f'{runs[0].name}.json').write_text(torn)
+        with pytest.raises(ConfigError, match=rf'{runs[0].name}\.json: not the record of how a run ended .* delete it'):
+            results.collect(tmp_path, axes, runs)
+    (tmp_path / 'logs' / f'{runs[0].name}.json').unlink()
     assert config.load(workdir / 'config.json') == runs[1].cfg
     (workdir / 'summary.json').write_text('{"steps": ')
     with pytest.raises(ConfigError, match=r'summary\.json: not the summary of a run .* delete it'):

@@ -21,3 +21,11 @@ def test_a_resume_under_other_versions_says_so(tmp_path, capsys):
     path.write_text('{"jax": ')
     environment.record(workdir)
     assert json.loads(path.read_text()) == now
+
+
+def test_of_many_changes_the_first_told_are_those_that_compute(tmp_path, capsys):
+    before = dict.fromkeys(environment.versions(), '0') | {'libtpu': '0'}
+    (tmp_path / 'environment.json').write_text(json.dumps(before))
+    environment.record(epath.Path(tmp_path))
+    told = [change.split()[0] for change in capsys.readouterr().out.removeprefix('Warning: this run had ').split('; ')]
+    assert told == ['python', 'jax', 'jaxlib', 'libtpu', 'orbax-checkpoint', 'flax', 'optax', 'tensorstore']
