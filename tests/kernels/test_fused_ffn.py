@@ -15,10 +15,10 @@ from flax.core import meta
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from spark.compiling import aot
-from spark.config import check_devices
+from spark.config import FFNConfig, check_devices
 from spark.errors import ConfigError
 from spark.kernels import ffn_gpu, ffn_tpu, fused_ffn
-from spark.nn.ffn import FFN
+from spark.nn.ffn import FFN, fused
 from spark.training import sharding
 from spark.training.step import Trainer
 from tests.helpers import ROOT, small
@@ -88,7 +88,8 @@ def test_what_the_kernels_decline_is_refused_in_one_line():
     ]:  # fmt: skip
         shapes = [jax.ShapeDtypeStruct(x, jnp.float32) for x in _shapes(8, *sizes)]
         with pytest.raises(ConfigError, match=f"^model.ffn.impl = 'pallas': want 'masked', or {want}") as e:
-            jax.eval_shape(functools.partial(interpreted[platform], k=5, huber=0.0, ddof=1), *shapes[:-1])
+            cfg = FFNConfig(kind='spark', d_ff=sizes[2], k=5, r=16, impl='pallas')
+            jax.eval_shape(functools.partial(fused, cfg, platform), *shapes[:-1])
         assert '\n' not in str(e.value)
     for changes in ({'model.ffn.topk': 'exact'}, {'model.ffn.k': 96}, {'model.ffn.kind': 'topk', 'model.ffn.r': 0}):
         cfg = small(**{'model.ffn.impl': 'pallas'} | changes).model.ffn
