@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from spark.errors import ConfigError
 from spark.kernels import blockwise
 from spark.kernels.blockwise import Keys, Offset, Outputs, PerQuery, Queries, Spec, Starts, Values
 from spark.kernels.fused_ffn import dot
@@ -24,15 +23,17 @@ TILE = 64  # queries and keys
 def attention(
     q: Queries, k: Keys, v: Values, starts_BxL: Starts, spec: Spec, offset: Offset = 0, *, interpret: bool = False
 ) -> tuple[Outputs, PerQuery]:
-    """`blockwise.attention` in Triton kernels; a ConfigError if the parts of a head are no powers of two, which Triton wants."""
-    L, d, d_v = *q.shape[3:], v.shape[-1]
-    widths = [part.stop - part.start for part in _parts(spec, d)] + [d_v]
-    if any(n < 16 or n & (n - 1) for n in widths):
-        sizes = ', '.join(map(str, widths))
-        want = f"'auto' or 'blockwise', or parts of a head of 2ⁿ ≥ 16 dimensions, not {sizes}"
-        raise ConfigError(f"model.attention.impl = 'pallas': want {want}")
+    """`blockwise.attention` in Triton kernels, for heads that `why_not` finds nothing against."""
+    L = q.shape[3]
     spec = spec._replace(block=min(spec.block, -(-L // TILE) * TILE if L == k.shape[2] else L))
     return blockwise.attention(q, k, v, starts_BxL, spec, offset, _PASSES[interpret])
+
+
+def why_not(spec: Spec, d: int, d_v: int) -> str:
+    """What the parts of a head would have to be, since Triton takes powers of two; '' if they are."""
+    widths = [part.stop - part.start for part in _parts(spec, d)] + [d_v]
+    fits = all(n >= 16 and not n & (n - 1) for n in widths)
+    return '' if fits else f'parts of a head of 2ⁿ ≥ 16 dimensions, not {", ".join(map(str, widths))}'
 
 
 def look_up(

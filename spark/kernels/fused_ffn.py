@@ -20,7 +20,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 from scipy.special import ndtri
 
-from spark.errors import ConfigError
 from spark.ops.topk import THRESHOLD
 
 PerToken = Float32[Array, 'T 1']
@@ -55,10 +54,8 @@ def ffn(
 ) -> tuple[Float[Array, 'T D'], Float32[Array, ' T']]:  # fmt: skip
     """V · (GELU(StatTopK_k(K1ᵀ x1)) ⊙ K2ᵀ x2), and the number of active neurons of each token; k < F.
 
-    Sums are in float32, and all else in the dtype of the arguments. A ConfigError if the kernels do not take these widths.
+    Sums are in float32, and all else in the dtype of the arguments. `passes.why_not` says which widths the kernels take.
     """
-    if why_not := passes.why_not(x1.shape[1], x2.shape[1], *V.shape):
-        raise ConfigError(f"model.ffn.impl = 'pallas': want 'masked', or {why_not}")
     return _ffn(x1, x2, K1, K2, V, Spec(k, huber, ddof, len(V)), passes)
 
 

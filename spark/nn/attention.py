@@ -203,6 +203,8 @@ def _kernel(cfg, platform, length_axes, q, k, v, packed):
         k, v = (jax.lax.all_gather(x, length_axes, axis=2, tiled=True) for x in (k, v))
         offset = L * jax.lax.axis_index(length_axes)
     if pallas and platform == 'gpu':
+        if why_not := attention_gpu.why_not(spec, q.shape[-1], v.shape[-1]):
+            raise ConfigError(f"model.attention.impl = 'pallas': want 'auto' or 'blockwise', or {why_not}")
         return attention_gpu.attention(q, k, v, packed.starts, spec, offset)
     if pallas and (not length_axes or min(L, spec.block) % tpu.LANES == 0):
         return tpu.attention(q, k, v, packed.starts, spec, offset, interpret=interpret)

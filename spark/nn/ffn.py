@@ -94,6 +94,8 @@ def fused(
         kernels = 'kernels compute a statistical top-k of k < d_ff neurons with a gate'
         raise ConfigError(f"model.ffn.impl = 'pallas': want 'auto' or 'masked': {kernels}")
     passes = (ffn_gpu if platform == 'gpu' else ffn_tpu).PASSES[platform == 'cpu']
+    if why_not := passes.why_not(x1.shape[-1], x2.shape[-1], *V.shape):
+        raise ConfigError(f"model.ffn.impl = 'pallas': want 'masked', or {why_not}")
 
     def local(x1, x2, K1, K2, V):
         rows = (x.reshape(-1, x.shape[-1]) for x in (x1, x2))

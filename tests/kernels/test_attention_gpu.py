@@ -105,9 +105,10 @@ def test_the_kernels_lower_for_cuda_and_nothing_but_the_option_chooses_them(kind
 
 @pytest.mark.parametrize(('d', 'r'), [(32, 8), (48, 16), (24, 0)])
 def test_heads_that_triton_cannot_take_are_refused_in_one_line(d, r):
-    spec = Spec(r=r, k=6 * bool(r), block=128)
+    own = {'kind': 'spark', 'k': 6, 'r': r} if r else {}
+    cfg = AttentionConfig(n_heads=1, n_kv_heads=1, head_dim=d, impl='pallas', **own)
     q, k, v, _, seen = inputs(B=1, N=1, G=1, L=128, d=d)
     sizes = ', '.join(map(str, [r, d - r, d] if r else [d, d]))
     words = f"model.attention.impl = 'pallas': want 'auto' or 'blockwise', or parts of a head of 2ⁿ ≥ 16 dimensions, not {sizes}"
     with pytest.raises(ConfigError, match=f'^{re.escape(words)}$'):
-        interpreted(q, k, v, blockwise.visible_starts(seen), spec)
+        in_blocks(cfg, 'gpu', q, k, v, Packed(blockwise.visible_starts(seen), seen, 0))

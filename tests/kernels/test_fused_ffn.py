@@ -14,11 +14,13 @@ import pytest
 from flax.core import meta
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from spark.config import check_devices
+from spark.compiling import aot
+from spark.config import FFNConfig, check_devices
 from spark.errors import ConfigError
 from spark.kernels import ffn_gpu, ffn_tpu, fused_ffn
-from spark.nn.ffn import FFN
+from spark.nn.ffn import FFN, fused
 from spark.training import sharding
+from spark.training.step import Trainer
 from tests.helpers import ROOT, small
 from tests.kernels.test_sparse_ffn import by_ops, inputs, with_gradients
 
@@ -86,7 +88,8 @@ def test_what_the_kernels_decline_is_refused_in_one_line():
     ]:  # fmt: skip
         shapes = [jax.ShapeDtypeStruct(x, jnp.float32) for x in _shapes(8, *sizes)]
         with pytest.raises(ConfigError, match=f"^model.ffn.impl = 'pallas': want 'masked', or {want}") as e:
-            jax.eval_shape(functools.partial(interpreted[platform], k=5, huber=0.0, ddof=1), *shapes[:-1])
+            cfg = FFNConfig(kind='spark', d_ff=sizes[2], k=5, r=16, impl='pallas')
+            jax.eval_shape(functools.partial(fused, cfg, platform), *shapes[:-1])
         assert '\n' not in str(e.value)
     for changes in ({'model.ffn.topk': 'exact'}, {'model.ffn.k': 96}, {'model.ffn.kind': 'topk', 'model.ffn.r': 0}):
         cfg = small(**{'model.ffn.impl': 'pallas'} | changes).model.ffn
@@ -125,6 +128,11 @@ def test_the_module_computes_the_same(kind, mesh, remat):
 
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
         jax.tree.map(close, step('pallas'), step('auto'))
+
+
+def test_the_flops_of_a_step_are_those_without_the_kernels():
+    of = lambda impl: Trainer(small(**{'model.ffn.d_ff': 128, 'model.ffn.impl': impl}), jax.devices()[:1])
+    assert aot.matmul_flops(of('pallas')) == aot.matmul_flops(of('masked'))
 
 
 def test_neurons_on_several_devices_are_refused():
