@@ -45,8 +45,8 @@ def hook(event, args):
         while caller:
             origin.append(caller.f_code.co_filename)
             caller = caller.f_back
-        # Modules are ours; TensorBoard's writer sends itself events through a queue.
-        if not any('importlib' in f or 'multiprocessing/queues' in f for f in origin):
+        # Modules are ours; TensorBoard's writer sends itself events through a queue; git says which revision runs.
+        if args[0] != 'git' and not any('importlib' in f or 'multiprocessing/queues' in f for f in origin):
             seen.append((event, *map(str, args), *origin[:4]))
 sys.addaudithook(hook)
 sys.argv = sys.argv[1:]

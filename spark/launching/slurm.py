@@ -15,10 +15,11 @@ OPTIONS = {
     'account': '', 'qos': '', 'constraint': '', 'exclude': '', 'python': '',
 }  # fmt: skip
 # srun's exit code is the highest one of its tasks: what ends a run must be above what that does to the other tasks.
-# SLURM tells the tasks, and not the batch script, that the time is up: what fails after that is not to be started again here.
+# SLURM tells the tasks, and not the batch script, that the time is up: what fails after that is not to be started again here. It
+# signals one process of a task after the other, so bash may hear of it when training has ended.
 TASK = (
     f'trap stopped=1 TERM; {{train}}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $(({SRUN} + code)); '
-    f'[ "$stopped" ] && [ $code -ne 0 ] && exit 75; [ $code -gt {SRUN} ] && exit 1; exit $code'
+    f'[ $code -ne 0 ] && sleep 2; [ "$stopped" ] && [ $code -ne 0 ] && exit 75; [ $code -gt {SRUN} ] && exit 1; exit $code'
 )
 LIVES = 'lives.json'  # counts those of a job that was requeued
 NOTICE = 10  # minutes before the time limit, when SLURM asks a job to stop
