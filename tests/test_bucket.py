@@ -147,7 +147,7 @@ def test_a_bucket_that_fails_now_and_then(place, tmp_path):
 @pytest.mark.slow
 @GS
 def test_a_branch_and_a_tokenizer_in_a_bucket(place, tmp_path):
-    found, config, straight, _ = place
+    found, config, *_ = place
     run(config, f'{found.url}/origin', '--config.train.steps=4', **found.environment)
     more = f'--branch_from={found.url}/origin/4', f'--config.train.steps={STEPS}'
     ((out, _),) = run(config, f'{found.url}/branch', *more, **found.environment)

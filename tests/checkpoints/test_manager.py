@@ -300,9 +300,10 @@ def test_what_fails_after_a_complete_save_is_no_failed_save(copy, monkeypatch, c
         finished()
         raise RuntimeError('a barrier')
 
-    monkeypatch.setattr(checkpoints._manager, 'wait_until_finished', late)
     save(4)()
-    checkpoints.finish(save(4))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, 'wait_until_finished', late)
+        checkpoints.finish(save(4))
     save(4)()  # as a process repeats it whose peers have failed
     checkpoints.finish(save(4))
     assert checkpoints.last_saved() == 4 and 'that may fail' not in capfd.readouterr().out
