@@ -47,14 +47,28 @@ class CheckpointError(SparkError):
     exit_code = 5
 
 
-class DamagedError(CheckpointError):
-    """A checkpoint that cannot be read, or differs from what was saved."""
+class DamagedError(SparkError):
+    """What is stored is missing or cannot be decoded, or differs from what was written."""
+
+
+class DamagedCheckpointError(DamagedError, CheckpointError):
+    """A checkpoint that is damaged."""
+
+
+class DamagedStoreError(DamagedError, DataError):
+    """A token store that is damaged."""
 
 
 class StalledError(SparkError):
     """Nothing moved for too long; see training/watchdog.py."""
 
     exit_code = 124
+
+
+class UnreadableError(StalledError):
+    """Storage that does not answer. It says nothing about what is stored, and a job may start again later."""
+
+    tried = False  # for long
 
 
 class ProgramError(SparkError):
@@ -163,19 +177,25 @@ def translated_xla_errors() -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as e:
         message = str(e).splitlines()[0]
-        if 'RESOURCE_EXHAUSTED' in message:
-            raise ConfigError(
+        error = ProgramError(f'{root_cause(e)}; SPARK_TRACEBACK=1 shows where')
+        if out_of_memory(e):
+            error = ConfigError(
                 f'out of memory: {message}; to use less memory, raise train.accumulate, train.loss_pieces or mesh.fsdp, or set '
                 'model.remat; scripts/compile.py shows how much a config takes'
-            ) from e
-        error = ProgramError(f'{root_cause(e)}; SPARK_TRACEBACK=1 shows where')
-        if jax.process_count() == 1:
-            raise error from e
-        if re.search(PEER_LOST, message, re.IGNORECASE):
+            )
+        elif jax.process_count() > 1 and re.search(PEER_LOST, message, re.IGNORECASE):
             why = 'a collective failed, as when another process has ended'
             error = StalledError(f'{why}: {message}; the last checkpoint is as it was')
+        if jax.process_count() == 1:
+            raise error from e
         error.__cause__ = e
         exit_now(error)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Is memory short, of the machine or of a device? Servers say RESOURCE_EXHAUSTED for other things, too."""
+    short = re.search('RESOURCE_EXHAUSTED.*(memory|allocat|hbm)', str(error), re.IGNORECASE | re.DOTALL)
+    return isinstance(error, MemoryError) or bool(short)
 
 
 def exit_now(error: SparkError) -> NoReturn:

@@ -12,6 +12,7 @@ import http.server
 import importlib.util
 import json
 import logging
+import random
 import re
 import subprocess
 import sys
@@ -57,6 +58,14 @@ class Bucket:
     def remove(self, name: str) -> None:
         """Deletes an object."""
         self._ask(f'/storage/v1/b/bkt/o/{urllib.parse.quote(name, safe="")}', method='DELETE')
+
+    def fail(self, share: float = 0.0, times: int = 0, name: str = '') -> int:
+        """From now on, this share of the requests and the next `times` are answered with 503; of those about a name, a regex.
+
+        Returns how many were since the last call.
+        """
+        query = urllib.parse.urlencode({'share': share, 'times': times, 'name': name})
+        return int(self._ask(f'/faults?{query}', b'', 'POST'))
 
     def _ask(self, path, data=None, method='GET'):
         headers = {'Authorization': self.authorization, 'Content-Type': 'application/octet-stream'}
@@ -161,13 +170,33 @@ def serve_gs() -> None:
 
         return answered
 
+    faults, chance = {'share': 0.0, 'times': 0, 'name': '', 'count': 0}, random.Random(0)
+
+    def set_faults(request, response, storage):
+        """See `Bucket.fail`."""
+        response.write_file(str(faults['count']))
+        asked = {name: values[0] for name, values in request.query.items()}
+        faults.update(share=float(asked['share']), times=int(asked['times']), name=asked.get('name', ''), count=0)
+
+    def fails(request):
+        """Is this request to be answered with 503? It counts then."""
+        if not re.search(faults['name'], urllib.parse.unquote(request.full_url)):
+            return False
+        found = faults['times'] > 0 or chance.random() < faults['share']
+        faults['times'] -= faults['times'] > 0
+        faults['count'] += found
+        return found
+
     def alone(handler):
         """Requests are read side by side, since a client may be slow or stopped, and handled one after another."""
 
         def called(request, response, storage):
             _ = request.data
             with lock:
-                handler(request, response, storage)
+                if fails(request):
+                    response.status = http.HTTPStatus.SERVICE_UNAVAILABLE
+                else:
+                    handler(request, response, storage)
 
         return called
 
@@ -176,7 +205,8 @@ def serve_gs() -> None:
     changed = {'download': objects.download, 'insert': conditional(objects.insert), 'delete': conditional(objects.delete)}
     handlers = lambda of: {method: alone(changed.get(handler.__name__, handler)) for method, handler in of.items()}
     moves = rf'^{settings.API_ENDPOINT}/b/bkt/o/(?P<object_id>.+)/moveTo/o/(?P<target>.+)$'
-    server.HANDLERS = ((moves, {'POST': alone(move)}), *((route, handlers(of)) for route, of in server.HANDLERS))
+    own = (moves, {'POST': alone(move)}), (r'^/faults$', {'POST': set_faults})
+    server.HANDLERS = (*own, *((route, handlers(of)) for route, of in server.HANDLERS))
     http.server.ThreadingHTTPServer.handle_error = lambda *_: None  # a client that has hung up
     emulator.start()
     print(emulator._api._httpd.server_port, flush=True)

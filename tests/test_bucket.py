@@ -131,6 +131,36 @@ def test_a_sweep_in_a_bucket(place):
 
 @pytest.mark.slow
 @GS
+def test_a_bucket_that_fails_now_and_then(place, tmp_path):
+    """Of all requests one in a hundred is answered with 503, and at the start several in a row: the run is the same."""
+    found, config, straight, _ = place
+    workdir = f'{found.url}/flaky'
+    found.fail(share=0.01, times=3)
+    try:
+        run(config, workdir, **found.environment)
+    finally:
+        assert found.fail() > 3
+    assert_same_run(fetched(found, 'flaky', tmp_path), straight, STEPS)
+    assert json.loads(found.read('flaky/summary.json'))['test'] == json.loads((straight / 'summary.json').read_text())['test']
+
+
+@pytest.mark.slow
+@GS
+def test_a_branch_and_a_tokenizer_in_a_bucket(place, tmp_path):
+    found, config, *_ = place
+    run(config, f'{found.url}/origin', '--config.train.steps=4', **found.environment)
+    more = f'--branch_from={found.url}/origin/4', f'--config.train.steps={STEPS}'
+    ((out, _),) = run(config, f'{found.url}/branch', *more, **found.environment)
+    assert f'Branching from step 4 of {found.url}/origin' in out
+    assert json.loads(found.read('branch/origin.json'))['branch_from'] == f'{found.url}/origin/checkpoints/4'
+    assert f'branch/checkpoints/{STEPS}/commit_success.txt' in found.names('branch/')
+    words = f'--source=text:{found.url}/texts/*.txt', '--vocab_size=300', f'--out={found.url}/files/new.model'
+    call(config.parent, found, 'tokenizer.py', *words)
+    assert found.read('files/new.model')
+
+
+@pytest.mark.slow
+@GS
 def test_two_processes_share_a_bucket(place, tmp_path):
     found, config, straight, _ = place
     run(config, f'{found.url}/two', processes=2, devices=2, **found.environment)

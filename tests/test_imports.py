@@ -4,12 +4,13 @@ import ast
 
 from tests.helpers import ROOT
 
-LEAVES = {'errors', 'runtime', 'progress', 'config', 'flops', 'devices'}  # what anyone may import
+LEAVES = {'errors', 'runtime', 'progress', 'storage', 'config', 'flops', 'devices'}  # what anyone may import
 RUNS = {'ops', 'kernels', 'nn', 'data', 'checkpoints', 'training', 'inference'}
 ALLOWED = {
     'errors': set(),
     'runtime': {'errors'},
     'progress': set(),
+    'storage': {'errors', 'runtime', 'progress'},
     'distributed': {'errors', 'runtime'},
     'config': {'errors'},
     'flops': {'config'},
@@ -17,8 +18,8 @@ ALLOWED = {
     'ops': set(),
     'kernels': {'ops'},
     'nn': {'ops', 'kernels', 'config', 'errors'},
-    'data': {'config', 'errors', 'runtime', 'progress'},
-    'checkpoints': {'config', 'errors', 'runtime', 'progress'},
+    'data': {'config', 'errors', 'runtime', 'progress', 'storage'},
+    'checkpoints': {'config', 'errors', 'runtime', 'progress', 'storage'},
     'training': {'nn', 'ops', 'data', 'checkpoints', *LEAVES},
     'inference': {'nn', 'ops', 'kernels', 'data', 'checkpoints', *LEAVES},
     'evaluation': RUNS | LEAVES,

@@ -78,7 +78,7 @@ def _tokenizing(cfg) -> Iterator[dict]:
 
 def _enlarged(split, directory) -> pathlib.Path:
     """A store of the tokens of a split, repeated."""
-    n, (tokens, sizes) = split.tokens, (x.result() for x in split.read(0, split.tokens))
+    n, (tokens, sizes) = split.tokens, split.read(0, split.tokens)()
     times = -(-LARGE // n)
     for name, x in [('tokens', np.tile(tokens, times)), ('bytes', np.tile(sizes, times))]:
         array = store.create(directory / 'train' / name, n * times, x.dtype)
@@ -93,7 +93,7 @@ def _enlarged(split, directory) -> pathlib.Path:
 def _plain_file(train, path) -> np.memmap:
     """The same tokens in a plain file."""
     split = train[0].split
-    tokens = split.read(0, split.tokens)[0].result()
+    tokens = split.read(0, split.tokens)()[0]
     tokens.tofile(path)
     return np.memmap(path, tokens.dtype)
 

@@ -1,5 +1,6 @@
 """Checkpoints: Orbax saves the training state asynchronously, with the position in the data and checksums of every array."""
 
+import contextlib
 import functools
 import json
 import time
@@ -10,15 +11,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from spark.checkpoints.checksums import by_path, checksums, json_crc
 from spark.checkpoints.deletion import Deletion
-from spark.checkpoints.reading import PAUSES, by_first_process, checked, insistently, together
+from spark.checkpoints.reading import by_first_process, together
 from spark.checkpoints.stored import StoredArray
-from spark.errors import CheckpointError, DamagedError, exit_now, root_cause
+from spark.errors import CheckpointError, DamagedCheckpointError, SparkError, exit_now, root_cause
 from spark.progress import tqdm
-from spark.runtime import absolute, in_bucket, write_json, write_text
+from spark.runtime import absolute, in_bucket, is_complete, write_json, write_text
+from spark.storage import PAUSES, Verdict, accessed, insistently, verdict
 
 CHUNK = 16 << 20  # bytes: a larger array is stored in chunks of this size, and no chunk spans two of its stacked layers
 DAMAGED_DIR = 'damaged'  # damaged checkpoints are moved to WORKDIR/damaged
@@ -39,9 +40,9 @@ class Checkpoints:
     A run that saves calls `begin`. Of its checkpoints it keeps the newest `keep` (None: all), every multiple of `keep_every`
     (0: no more), and one per `keep_minutes` (0: no more); the others are deleted in the background.
 
-    A save that fails, anywhere in a job, is a warning. Where three have failed in a row, `wait` raises a CheckpointError; a job
-    of several processes ends then, since Orbax's threads may wait for one another for long. `wait` is the one place where the
-    processes agree about a save.
+    A save that fails, anywhere in a job, is a warning. Where three have failed in a row, `wait` raises an UnreadableError if
+    storage did not answer, else a CheckpointError; a job of several processes ends then, since Orbax's threads may wait for one
+    another for long. `wait` is the one place where the processes agree about a save.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int | None = None, keep_every: int = 0, keep_minutes: float = 0.0):
@@ -54,7 +55,10 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=jax.process_count() > 1),
             single_host_load_and_broadcast=True,  # all processes see the same steps
         )
-        self._manager = _Manager(self._path(), options=options)
+        what, root = f'{self.directory}: cannot be opened', self._path()
+        if not in_bucket(root):  # first, since in Orbax the other processes would wait for one that raises an error
+            by_first_process(lambda: root.mkdir(parents=True, exist_ok=True), what)
+        self._manager = accessed(lambda: _Manager(root, options=options), what, CheckpointError)
 
     def steps(self) -> list[int]:
         """The saved steps, ascending. Those that this object has deleted may be among them."""
@@ -89,38 +93,44 @@ class Checkpoints:
         error = None
         try:
             # Whether `directory` exists says nothing: a write that was under way creates it again.
-            if not by_first_process((self.directory.parent / 'config.json').exists, f'{self.directory}'):
-                raise CheckpointError('the run directory has vanished')
+            if not by_first_process((self.directory.parent / 'config.json').exists, f'{self.directory}: the save of step {step}'):
+                raise CheckpointError(f'{_failed(self.directory, step)}: the run directory has vanished')
             self._manager.save(step, args=items, force=True)
         except jax.errors.JaxRuntimeError:  # of the step that computes the state
             raise
         except Exception as e:
             error = e
-        self._saving = functools.cache(lambda: self._ended(step, error))
+        self._saving = step, functools.cache(lambda: self._ended(step, error))
 
     def check(self) -> None:
         """Notices that a save has ended in the background; does not wait for one that is under way."""
         if self._saving and not self._manager.is_saving_in_progress():
-            self._saving()
+            self._saving[1]()
             if jax.process_count() == 1:  # several agree when they come to the next save
                 self.wait()
 
     def wait(self) -> bool:
         """Waits for a save under way. Whether the last one succeeded, in all processes."""
         saving, self._saving = self._saving, None
-        if saving:
-            failure = saving()
-            self._failures = self._failures + 1 if _anywhere(failure is not None) else 0
-            if self._failures and jax.process_index() == 0:
-                self._deletion.unfinished()
-            if self._failures:
-                failure = failure or CheckpointError(f'{self.directory}: the last save failed in another process')
-                if self._failures >= MAX_FAILURES:
-                    if jax.process_count() > 1:
-                        exit_now(failure)
-                    raise failure
-                tqdm.write(f'Warning: {failure}; this was save {self._failures} of {MAX_FAILURES} that may fail in a row')
-        return not self._failures
+        if not saving:
+            return not self._failures
+        step, ended = saving
+        try:
+            together(lambda: _raised(ended()), _failed(self.directory, step), CheckpointError)
+            self._failures = 0
+            return True
+        except SparkError as e:
+            failure = type(e)(f'{e}; earlier checkpoints are as they were')
+            failure.__cause__ = e
+        self._failures += 1
+        if jax.process_index() == 0:
+            self._deletion.unfinished()
+        if self._failures >= MAX_FAILURES:
+            if jax.process_count() > 1:
+                exit_now(failure)
+            raise failure
+        tqdm.write(f'Warning: {failure}; this was save {self._failures} of {MAX_FAILURES} that may fail in a row')
+        return False
 
     def finish(self, save: Callable[[], None]) -> None:
         """Waits for the last save of a run. If it failed, calls `save` to repeat it, after a pause."""
@@ -130,23 +140,30 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for a save and a deletion under way, and ends Orbax's threads."""
-        if self._saving and (failure := self._saving()):
-            tqdm.write(f'Warning: {failure}')
+        if self._saving and (error := self._saving[1]()):
+            tqdm.write(f'Warning: {_failed(self.directory, self._saving[0])}: {root_cause(error)}')
         self._deletion.join()
         self._manager.close()
 
     def _ended(self, step, error):
         """Waits, in this process, for the end of a save, which an `error` may have kept from starting; its error or None."""
         try:
-            if error:
-                raise error
-            self._manager.wait_until_finished()  # unlike Orbax's check_for_errors, this also raises errors of finalizing
-            if jax.process_index() == 0:
-                self._remember(step)
-                self._deletion.old()
+            try:
+                if error:
+                    raise error
+                self._manager.wait_until_finished()  # unlike Orbax's check_for_errors, this also raises errors of finalizing
+            except Exception:
+                # Whatever failed then, the checkpoint counts: it has its name when every process has written its part.
+                if not (self._path(step).exists() and is_complete(self._path(step))):
+                    raise
         except Exception as e:
-            message = f'the save of step {step} failed: {root_cause(e)}; earlier checkpoints are as they were'
-            return CheckpointError(f'{self.directory}: {message}')
+            return e
+        if jax.process_index() == 0:
+            try:
+                self._remember(step)
+            except CheckpointError as e:
+                tqdm.write(f'Warning: {e}; step {step} is saved all the same')
+            self._deletion.old()
         return None
 
     def _remember(self, step):
@@ -162,10 +179,10 @@ class Checkpoints:
             try:
                 restored = step, *self.restore(step, abstract_state)
                 break
-            except DamagedError as e:
-                damaged.append((step, e))
+            except DamagedCheckpointError as e:
+                damaged.append((step, str(e)))  # not `e`, whose traceback holds the whole state
         if damaged and not restored:
-            raise DamagedError(f'{damaged[0][1]}; no checkpoint is left' + f' of {len(steps)}' * (len(steps) > 1))
+            raise DamagedCheckpointError(f'{damaged[0][1]}; no checkpoint is left' + f' of {len(steps)}' * (len(steps) > 1))
         for step, error in damaged:
             self._move_damaged(step)
             lost = step - restored[0]
@@ -176,7 +193,8 @@ class Checkpoints:
         """(state, data) of a step.
 
         `abstract` is a tree of shapes, dtypes and shardings; if `partial`, it is a part of the state, maybe with other dtypes.
-        Raises a DamagedError if it cannot be read or a checksum differs, and a CheckpointError if it is of another model.
+        Raises a DamagedCheckpointError if it cannot be decoded or a checksum differs, an UnreadableError if storage does not
+        answer, and another CheckpointError if it is of another model.
         """
         return insistently(lambda: self._restore(step, abstract, partial))
 
@@ -188,7 +206,7 @@ class Checkpoints:
             return metadata, ocp.PyTreeCheckpointHandler().restore(self._path(step) / 'state', args=args)
 
         # All processes restore this checkpoint, or none does.
-        metadata, restored = together(read, f'{self.directory}/{step}')
+        metadata, restored = together(read, *self._reading(step))
         self._verify(step, restored, metadata['checksums'])
         return restored, metadata['data']
 
@@ -202,8 +220,7 @@ class Checkpoints:
         `abstract_params` has the dtypes to cast to; `tick` is called with the number of elements of each piece that was read.
         """
         tree = {'params': abstract_params}
-        metadata = lambda: self._metadata(step, tree, partial=True)
-        saved = insistently(lambda: checked(metadata, f'{self.directory}/{step}'))['checksums']
+        saved = accessed(lambda: self._metadata(step, tree, partial=True), *self._reading(step))['checksums']
         state = self._path(step) / 'state'
         arrays = [StoredArray(state, name, x.dtype, saved[name], tick) for name, x in by_path(tree).items()]
         return jax.tree.unflatten(jax.tree.structure(tree), arrays)['params']
@@ -213,11 +230,12 @@ class Checkpoints:
         if not self._path(step).exists():
             raise CheckpointError(f'{self._path(step)}: no such checkpoint; there are {self.steps()}')
         metadata = json.loads((self._path(step) / 'data' / 'metadata').read_text())
-        saved_step, data, saved_checksums, crc = (metadata[name] for name in ('step', 'data', 'checksums', 'crc'))
+        with self._decoding(step):
+            saved_step, data, saved_checksums, crc = (metadata[name] for name in ('step', 'data', 'checksums', 'crc'))
         if saved_step != step:
-            raise DamagedError(f'{self.directory}/{step}: is the checkpoint of step {saved_step} under another name')
+            raise DamagedCheckpointError(f'{self.directory}/{step}: is the checkpoint of step {saved_step} under another name')
         if crc != json_crc(data):
-            raise DamagedError(
+            raise DamagedCheckpointError(
                 f'{self.directory}/{step}: the position in the data has checksum {json_crc(data)}, saved was {crc}'
             )
         self._compare(step, abstract, partial)
@@ -225,7 +243,8 @@ class Checkpoints:
 
     def _compare(self, step, abstract, partial):
         """Raises a CheckpointError with the paths at which a tree differs from what was saved; a partial one may lack some."""
-        metadata = ocp.PyTreeCheckpointHandler().metadata(self._path(step) / 'state')
+        with self._decoding(step):
+            metadata = ocp.PyTreeCheckpointHandler().metadata(self._path(step) / 'state')
         saved = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in by_path(metadata.tree).items()}
         wanted = {path: (tuple(x.shape), np.dtype(x.dtype)) for path, x in by_path(abstract).items()}
         show = lambda shape, dtype: f'{dtype}{list(shape)}'
@@ -240,11 +259,11 @@ class Checkpoints:
             raise CheckpointError(f'{self.directory}/{step} is of another model: {"; ".join(differences[:4])}{more}')
 
     def _verify(self, step, tree, saved):
-        """Raises a DamagedError that names the first array whose checksum is not the saved one."""
+        """Raises a DamagedCheckpointError that names the first array whose checksum is not the saved one."""
         found = checksums(tree)
         if wrong := [name for name in found if found[name] != saved.get(name)]:
             name, more = wrong[0], f' ({len(wrong)} arrays differ)' if len(wrong) > 1 else ''
-            raise DamagedError(
+            raise DamagedCheckpointError(
                 f'{self.directory}/{step}: {name} has checksum {found[name]:08x}, saved was {saved.get(name, 0):08x}{more}'
             )
 
@@ -259,8 +278,22 @@ class Checkpoints:
                 names = (f'{step}' + f'-{i}' * (i > 0) for i in range(1000))
                 self._path(step).rename(next(target / name for name in names if not (target / name).exists()))
 
-        together(move, f'{self.directory}/{step}: is damaged and to be moved to {target}')
+        together(move, f'{self.directory}/{step}: is damaged and cannot be moved to {target}', CheckpointError)
         self._manager.reload()
+
+    def _reading(self, step):
+        """How `checked` names what goes wrong when a step is read."""
+        return f'{self.directory}/{step}: cannot be read', CheckpointError, DamagedCheckpointError
+
+    @contextlib.contextmanager
+    def _decoding(self, step):
+        """Inside, what was read is decoded, and nothing else is done that raises a LookupError, TypeError or ValueError."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError) as e:
+            if verdict(e) is not Verdict.PROGRAM:
+                raise
+            raise DamagedCheckpointError(f'{self.directory}/{step}: cannot be decoded: {root_cause(e)}') from e
 
     def _path(self, step=''):
         return absolute(self.directory) / str(step)
@@ -285,6 +318,11 @@ def _save_args(x):
     return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if x.ndim > 2 else ())
 
 
-def _anywhere(failed):
-    """Is this so in any process of the job?"""
-    return failed if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(failed)).any())
+def _failed(directory, step):
+    return f'{directory}: the save of step {step} failed'
+
+
+def _raised(error):
+    """Raises an error that is not None."""
+    if error:
+        raise error

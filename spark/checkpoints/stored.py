@@ -8,24 +8,22 @@ import tensorstore as ts
 from etils import epath
 
 from spark.checkpoints.checksums import checksum
-from spark.checkpoints.reading import checked, insistently
-from spark.errors import DamagedError
-from spark.runtime import in_bucket
+from spark.errors import CheckpointError, DamagedCheckpointError
+from spark.storage import accessed, kvstore
 
 
 class StoredArray:
     """A saved array that is read along its first axis: x[i] or x[i:j] is a NumPy array.
 
     It is read chunk by chunk, as it is stored, so that little is in memory besides the result. Chunks begin at multiples of
-    `aligned` rows. Reading raises as `reading.insistently` does, and a DamagedError if, when every row has been read, the
-    checksum is not the saved one. `tick` is called with the number of elements of each chunk that was read.
+    `aligned` rows. Reading raises as `Checkpoints.restore` does; the checksum is compared when every row has been read. `tick` is
+    called with the number of elements of each chunk that was read.
     """
 
     def __init__(self, directory: epath.Path, name: str, dtype: np.dtype, saved_checksum: int, tick: Callable[[int], None]):
         self._directory, self._name, self._unaccounted, self._tick = directory, name, saved_checksum, tick
         self._store = self._read(lambda: ts.open({
-            'driver': 'zarr', 'kvstore': {'driver': 'ocdbt',
-            'base': str(directory if in_bucket(directory) else f'file://{directory}/'), 'path': f'{name}/'},
+            'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': kvstore(directory), 'path': f'{name}/'},
             'context': {'file_io_concurrency': {'limit': 1}, 'data_copy_concurrency': {'limit': 1}},
         }).result())  # fmt: skip
         self.shape, self.dtype = tuple(self._store.shape), np.dtype(dtype)
@@ -49,7 +47,7 @@ class StoredArray:
             result[block[0].start - first : block[0].stop - first, *block[1:]] = x
             self._tick(x.size)
         if not self._unread.any() and self._unaccounted:
-            raise DamagedError(f'{self._directory.parent}: {self._name} does not have the checksum that was saved')
+            raise DamagedCheckpointError(f'{self._directory.parent}: {self._name} does not have the checksum that was saved')
         return result if isinstance(index, slice) else result[0]
 
     def _blocks(self, first, last):
@@ -64,4 +62,5 @@ class StoredArray:
         return self._read(lambda: (attempts.pop() if attempts else self._store[block].read()).result())
 
     def _read(self, read):
-        return insistently(lambda: checked(read, f'{self._directory.parent}: {self._name}'))
+        what = f'{self._directory.parent}: cannot be read: {self._name}'
+        return accessed(read, what, CheckpointError, DamagedCheckpointError)

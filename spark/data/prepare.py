@@ -23,7 +23,7 @@ from spark.config import DataConfig
 from spark.data import documents, launchers, readers, store, tokenizer
 from spark.data.launchers import Launcher
 from spark.data.worker import LISTED, Worker
-from spark.errors import ConfigError, DataError, SparkError, root_cause
+from spark.errors import ConfigError, DamagedStoreError, DataError, SparkError, root_cause
 from spark.progress import tqdm
 from spark.runtime import in_bucket, path_of, write_json
 
@@ -265,20 +265,20 @@ def cached(cfg: DataConfig, part: str) -> store.Store:
         return found
     _, description = describe(cfg, part)
     directory = documents.cache_dir(cfg.cache_dir) / 'stores' / description['key'][:16]
-    with contextlib.suppress(store.DamagedError):  # what is whole can be read where nothing can be written
+    with contextlib.suppress(DamagedStoreError):  # what is whole can be read where nothing can be written
         if found := _finished(directory):
             return _allowed(cfg, part, found)
     with _locked(directory):
         try:
             _finished(directory)
-        except store.DamagedError as e:
+        except DamagedStoreError as e:
             print(f'Warning: {e}. It is in the cache, and made again', file=sys.stderr, flush=True)
             directory.rmtree()
     return prepare(cfg, part, directory)
 
 
 def _finished(directory):
-    """The store in a directory of the cache, or None. Raises a DamagedError if it is damaged."""
+    """The store in a directory of the cache, or None. Raises a DamagedStoreError if it is damaged."""
     with readers.reading(str(directory)):
         if not _is_finished(directory):
             return None

@@ -21,8 +21,9 @@ import pyarrow
 import pyarrow.parquet
 from fsspec.core import url_to_fs
 
-from spark.errors import DataError, SparkError
+from spark.errors import DataError, SparkError, UnreadableError
 from spark.runtime import in_bucket, path_of
+from spark.storage import Verdict, verdict
 
 PIECE = 16 << 20  # bytes that a worker reads at once
 DOCUMENT = 64 << 10  # bytes; a longer .txt file becomes several documents. Divides PIECE
@@ -105,13 +106,17 @@ def ahead(function: Callable[[Any], Any], items: Iterable[Any], threads: int = 3
 
 @contextlib.contextmanager
 def reading(file: str) -> Iterator[None]:
-    """Turns whatever filesystems and the clients of buckets raise into a DataError that names the file."""
+    """Turns what filesystems and the clients of buckets raise into an error that names the file.
+
+    An UnreadableError if storage does not answer, else a DataError.
+    """
     try:
         yield
     except SparkError:
         raise
     except Exception as e:
-        raise DataError(f'{file}: cannot be read: {getattr(e, "strerror", None) or f"{type(e).__name__}: {e}"}') from e
+        kind = UnreadableError if verdict(e) is Verdict.PASSES else DataError
+        raise kind(f'{file}: cannot be read: {getattr(e, "strerror", None) or f"{type(e).__name__}: {e}"}') from e
 
 
 class _File(io.RawIOBase):

@@ -57,14 +57,11 @@ def read(rows: Sequence[Row | None], seq_len: int, mean_bytes: bool = False) -> 
             place, at = row.start, 0
             while at <= row.n:  # a row that reaches the end of the array goes on at its start
                 n = min(row.split.tokens - place, row.n + 1 - at)
-                reads.append((row.split, i, slice(at, at + n), row.split.read(place, place + n, batch, names)))
+                reads.append((i, slice(at, at + n), row.split.read(place, place + n, batch, names)))
                 place, at = 0, at + n
-    for split, i, columns, futures in reads:
-        try:
-            for x, future in zip((ids, sizes), futures, strict=False):
-                x[i, columns] = future.result()
-        except Exception as e:
-            raise split.store.damaged(e) from e
+    for i, columns, wait in reads:
+        for x, found in zip((ids, sizes), wait(), strict=False):
+            x[i, columns] = found
     place = np.arange(seq_len, dtype=np.int32)
     is_mark = ids == marks
     first = is_mark[:, :-1]
@@ -198,8 +195,8 @@ class EvalBatches:
         for split in self.splits:
             document = np.zeros(0, np.int64)
             for start in range(0, split.tokens, 1 << 20):
-                (tokens,) = split.read(start, min(start + (1 << 20), split.tokens), names=('tokens',))
-                *ended, document = np.split(*_at_marks(np.concatenate([document, tokens.result()]), split.store.mark))
+                (tokens,) = split.read(start, min(start + (1 << 20), split.tokens), names=('tokens',))()
+                *ended, document = np.split(*_at_marks(np.concatenate([document, tokens]), split.store.mark))
                 yield from map(tokenizer.decode, ended)
             yield tokenizer.decode(document)
 

@@ -10,24 +10,24 @@ as targets. Files of 2²⁴ tokens hold compressed chunks of 2¹³, each with a 
 
 import dataclasses
 import json
-import os
 import pathlib
 import zlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from spark.errors import DataError, root_cause
-from spark.runtime import absolute, in_bucket, path_of
+from spark.errors import DamagedStoreError, DataError
+from spark.runtime import in_bucket, path_of
+from spark.storage import accessed, insistently, kvstore
 
 VERSION = 1
 SHARD, CHUNK = 1 << 24, 1 << 13
 # For the indices of the files, 16 bytes per chunk, and the chunks that were read last.
 CONTEXT = ts.Context({'cache_pool': {'total_bytes_limit': 64 << 20}})
-
-DAMAGE = ('DATA_LOSS', 'NOT_FOUND', 'FAILED_PRECONDITION')  # how TensorStore's errors start, if the files are at fault
+T = TypeVar('T')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +42,32 @@ class Split:
 
     def read(
         self, start: int, stop: int, batch: ts.Batch | None = None, names: tuple[str, ...] = ('tokens', 'bytes')
-    ) -> list[ts.Future]:
-        """Futures of the tokens and of the bytes in [start, stop)."""
+    ) -> Callable[[], list[np.ndarray]]:
+        """Begins to read; a function that waits for the tokens and for the bytes in [start, stop), and raises as `Store` does."""
         arrays = self.store.arrays(self.name)
-        return [arrays[name][start:stop].read(batch=batch) for name in names]
-
-
-class DamagedError(DataError):
-    """A token store whose files are missing, or differ from what was written."""
+        begin = lambda batch=None: [arrays[name][start:stop].read(batch=batch) for name in names]
+        attempts = [begin(batch)]
+        wait = lambda: [future.result() for future in (attempts.pop() if attempts else begin())]
+        return lambda: self.store.accessed(wait)
 
 
 class Store:
-    """An open token store. Raises a DamagedError if it is damaged, another DataError if it is none or cannot be read."""
+    """An open token store.
+
+    Raises a DamagedStoreError if it is damaged, another DataError if it is none, an UnreadableError if storage does not answer.
+    """
 
     def __init__(self, directory: epath.PathLike):
         self.directory = path_of(directory)
         path = self.directory / 'manifest.json'
-        try:
-            data = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError) as e:
-            raise DataError(f'{self.directory}: is no token store; want a directory that scripts/prepare.py finished') from e
-        except Exception as e:  # clients of buckets raise exceptions of their own
-            raise self.damaged(e) from e
+
+        def read():
+            try:
+                return path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError) as e:
+                raise DataError(f'{self.directory}: is no token store; want a directory that scripts/prepare.py finished') from e
+
+        data = self.accessed(read)
         try:
             self.manifest = json.loads(data)
             if self.manifest['version'] != VERSION:
@@ -71,7 +75,7 @@ class Store:
             self.splits = {name: Split(self, name, **counts) for name, counts in self.manifest['splits'].items()}
             self.mark, self.eos, self.digest = (self.manifest[name] for name in ('mark', 'eos', 'digest'))
         except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise DamagedError(f'{path}: is damaged: {type(e).__name__}: {e}; prepare it again') from e
+            raise DamagedStoreError(f'{path}: is damaged: {type(e).__name__}: {e}; prepare it again') from e
         self._arrays = {}
 
     def arrays(self, split: str) -> dict[str, ts.TensorStore]:
@@ -80,13 +84,11 @@ class Store:
             opened = {}
             for name in ('tokens', 'bytes'):
                 path = self.directory / split / name
-                try:
-                    # A file that is missing must not read as zeros.
-                    array = _opened(path, recheck_cached_data='open', fill_missing_data_reads=False)
-                except Exception as e:
-                    raise self.damaged(e) from e
+                # A file that is missing must not read as zeros.
+                options = {'recheck_cached_data': 'open', 'fill_missing_data_reads': False}
+                array = self.accessed(lambda path=path, options=options: _opened(path, **options))
                 if array.shape != (self.splits[split].tokens,):
-                    raise self.damaged(f'{path} has {array.shape} tokens, want {self.splits[split].tokens}')
+                    raise self._damaged(f'{path} has {array.shape} tokens, want {self.splits[split].tokens}')
                 opened[name] = array
             self._arrays[split] = opened
         return self._arrays[split]
@@ -96,32 +98,21 @@ class Store:
         if in_bucket(self.directory):  # where each read compares the checksum of a chunk, as everywhere
             return
         sums = self.manifest.get('checksums', {})
-        try:
-            found = file_checksums(self.directory)
-        except OSError as e:
-            raise self.damaged(e) from e
-        if wrong := [name for name in sums if found.get(name) != sums[name]]:
-            raise self.damaged(f'{wrong[0]} {"differs from what was written" if wrong[0] in found else "is missing"}')
 
-    def damaged(self, error: Exception | str) -> DataError:
-        """The error of a store that was not read: a DamagedError if its files are missing or differ from what was written.
+        def compare():
+            found = self.accessed(lambda: file_checksums(self.directory))
+            if wrong := [name for name in sums if found.get(name) != sums[name]]:
+                raise self._damaged(f'{wrong[0]} {"differs from what was written" if wrong[0] in found else "is missing"}')
 
-        A filesystem that fails or refuses says nothing about the store.
-        """
-        why = error if isinstance(error, str) else root_cause(error)
-        if isinstance(error, str) or str(error).startswith(DAMAGE):
-            return DamagedError(f'{self.directory}: the token store is damaged: {why}; remove it and prepare it again')
-        return DataError(f'{self.directory}: the token store cannot be read: {why}')
+        insistently(compare)
 
+    def accessed(self, read: Callable[[], T]) -> T:
+        """`storage.accessed`: the result of `read`, which reads files of this store, and may be called again."""
+        return accessed(read, f'{self.directory}: the token store', DataError, self._damaged)
 
-def kvstore(path: epath.PathLike) -> str | dict[str, str]:
-    """A directory for TensorStore. $AWS_ENDPOINT_URL, another server than Amazon's, holds for s3:// as in other clients."""
-    path = str(absolute(epath.Path(path)))
-    if path.startswith('s3://') and (endpoint := os.environ.get('AWS_ENDPOINT_URL')):
-        bucket, _, key = path.removeprefix('s3://').partition('/')
-        region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION') or 'us-east-1'
-        return {'driver': 's3', 'bucket': bucket, 'path': f'{key}/', 'endpoint': endpoint, 'aws_region': region}
-    return f'{path}/' if in_bucket(path) else f'file://{path}/'
+    def _damaged(self, why):
+        why = why.removeprefix(f'{self.directory}: the token store: ')
+        return DamagedStoreError(f'{self.directory}: the token store is damaged: {why}; remove it and prepare it again')
 
 
 def create(path: epath.Path, n: int, dtype: Any) -> ts.TensorStore:

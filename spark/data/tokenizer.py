@@ -17,6 +17,7 @@ from etils import epath
 from spark.config import DataConfig, ExperimentConfig
 from spark.errors import ConfigError, DataError, SparkError, root_cause
 from spark.runtime import path_of
+from spark.storage import accessed
 
 NONE = 'none'  # the name of a special token that is not used
 
@@ -76,7 +77,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model file. BOS and EOS are those of the model, unless they are named."""
 
     def __init__(self, path: epath.Path, bos: str = '', eos: str = ''):
-        data = path.read_bytes()
+        data = _accessed(path, path.read_bytes)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as e:
@@ -113,7 +114,7 @@ class HFTokenizer(Tokenizer):
              ('<|endoftext|>', '<|endoftext|>'))  # fmt: skip
 
     def __init__(self, path: epath.Path, bos: str = '', eos: str = ''):
-        data = path.read_bytes()
+        data = _accessed(path, path.read_bytes)
         try:
             self._model = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as e:  # the library raises Exception itself
@@ -143,9 +144,10 @@ class HFTokenizer(Tokenizer):
     def _usual(self, path):
         """The names of BOS and EOS that are not in the config."""
         beside = path.parent / 'tokenizer_config.json'
-        if beside.exists():
+        if _accessed(beside, beside.exists):
+            text = _accessed(beside, beside.read_text)
             try:
-                names = [json.loads(beside.read_text()).get(key) or NONE for key in ('bos_token', 'eos_token')]
+                names = [json.loads(text).get(key) or NONE for key in ('bos_token', 'eos_token')]
                 return [name['content'] if isinstance(name, dict) else name for name in names]
             except (ValueError, AttributeError, KeyError) as e:
                 raise DataError(f'data.tokenizer: {beside} is damaged: {e}') from None
@@ -178,11 +180,16 @@ def load(spec: str, bos: str = '', eos: str = '') -> Tokenizer:
     # A model that ships with the package is found from any working directory.
     shipped = pathlib.Path(__file__).parent / name
     try:
-        return kinds[kind](epath.Path(shipped) if not path.exists() and shipped.exists() else path, bos, eos)
+        found = path if _accessed(path, path.exists) or not shipped.exists() else epath.Path(shipped)
+        return kinds[kind](found, bos, eos)
     except SparkError:
         raise
-    except Exception as e:  # clients of buckets raise exceptions of their own
-        raise DataError(f'data.tokenizer = {spec!r}: {getattr(e, "strerror", None) or root_cause(e)}') from None
+    except Exception as e:  # of the libraries
+        raise DataError(f'data.tokenizer = {spec!r}: {root_cause(e)}') from None
+
+
+def _accessed(path, act):
+    return accessed(act, f'data.tokenizer: {path}', DataError)
 
 
 def of_config(cfg: DataConfig) -> Tokenizer:

@@ -5,9 +5,10 @@ import contextlib
 from etils import epath
 
 from spark import config
-from spark.checkpoints.reading import accessed, by_first_process
+from spark.checkpoints.reading import by_first_process
 from spark.errors import ConfigError
 from spark.runtime import in_bucket, write_text
+from spark.storage import accessed
 from spark.training import lease
 
 WRITTEN = ('checkpoints', 'metrics.jsonl', 'summary.json', 'tensorboard')  # by a run, which has a config.json beside them

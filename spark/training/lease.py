@@ -18,9 +18,8 @@ from typing import Any
 import tensorstore as ts
 from etils import epath
 
-from spark.checkpoints.reading import accessed
-from spark.data.store import kvstore
 from spark.errors import ConfigError, exit_now
+from spark.storage import accessed, kvstore
 
 NAME = 'lease'
 PROC = pathlib.Path('/proc')

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from spark import config, devices, flops
-from spark.errors import NotFiniteError, show_traceback
+from spark.errors import NotFiniteError, root_cause, show_traceback
 from spark.progress import tqdm
 from spark.runtime import received_signals
 from spark.training import guard, loss
@@ -50,21 +50,30 @@ class Profiler:
     def __init__(self, cfg: config.TrainConfig, workdir: epath.Path, stack: contextlib.ExitStack):
         self._cfg, self._directory, self._last = cfg, workdir / 'profile', None
         self._requests = stack.enter_context(received_signals(numbers=[signal.SIGUSR1]))
-        stack.callback(lambda: self._last is None or jax.profiler.stop_trace())
+        stack.callback(lambda: self._last is None or self._try(jax.profiler.stop_trace))
 
     def before(self, step: int) -> None:
         """Starts a trace if one is due at this step."""
         if self._last is None and (self._requests or step == self._cfg.profile_step):
             self._requests.clear()
-            self._last = step + self._cfg.profile_steps - 1
-            jax.profiler.start_trace(str(self._directory))
+            if self._try(lambda: jax.profiler.start_trace(str(self._directory))):
+                self._last = step + self._cfg.profile_steps - 1
 
     def after(self, step: int, state: TrainState) -> None:
         """Ends the trace after its last step."""
         if self._last is not None and step >= self._last:
             self._last = None
             jax.block_until_ready(state)
-            jax.profiler.stop_trace()
+            self._try(jax.profiler.stop_trace)
+
+    def _try(self, act):
+        """Whether that succeeded; no run ends for a trace."""
+        try:
+            act()
+        except Exception as e:
+            tqdm.write(f'Warning: {self._directory}: no trace: {root_cause(e)}')
+            return False
+        return True
 
 
 class Log:

@@ -18,12 +18,13 @@ from jax.experimental import multihost_utils
 from spark import config
 from spark.checkpoints.manager import Checkpoints
 from spark.checkpoints.period import Period
-from spark.checkpoints.reading import by_first_process
+from spark.checkpoints.reading import by_first_process, together
 from spark.data import documents, rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, translated_xla_errors
 from spark.progress import tqdm
 from spark.runtime import revision, stop_requests
+from spark.storage import insistently
 from spark.training import directory, environment, start, trackers
 from spark.training.logs import Clock, Log, Profiler
 from spark.training.step import Trainer, TrainState, evaluate
@@ -69,16 +70,14 @@ class Run:
         self.workdir, self.clock, self.writer = workdir, Clock(), None  # the first process has a writer
         self.about = {'config': cfg.model_dump(mode='json'), **revision()}
         with self.clock.during('start'):
-            self.tokenizer, self.cfg = tokenizer_for(cfg)
+            self.tokenizer, self.cfg = together(lambda: tokenizer_for(cfg), 'data.tokenizer: cannot be read', DataError)
             config.check_devices(self.cfg, jax.device_count())
             self.trainer = Trainer(self.cfg)
             self._first(lambda: directory.check(workdir, cfg, extend))
             # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
             # A source that is not prepared is prepared now, before the watchdog looks on: that may take hours.
-            opened = {}
-            self.rows = rows.TrainRows(cfg.data, cfg.seed, opened) if batches is None else None
-            open_split = lambda split: rows.EvalBatches(cfg.data, split, self.trainer.local_rows, opened)
-            self.held_out = held_out or {split: open_split(split) for split in ('validation', 'test')}
+            opened = lambda: self._open_data(batches, held_out)
+            self.rows, self.held_out = insistently(lambda: together(opened, 'data.source: cannot be read', DataError))
             if self.held_out.keys() != {'validation', 'test'}:
                 raise ConfigError(f'held_out has {", ".join(self.held_out)}: want validation and test')
             self.digest = _digest(self.rows, self.held_out)
@@ -175,6 +174,7 @@ class Run:
     def save(self) -> None:
         """Starts to save the state and the number of rows seen."""
         with self.log.paused('checkpoint'):
+            self.watchdog.alive('saving', slow=True)
             self._first(lambda: self.writer.flush())
             self._save()
 
@@ -200,6 +200,7 @@ class Run:
                 reports[split] = self._evaluate(split, limit)
             if reports[split] is None:
                 raise self._preempted()
+        self._first(lambda: self.writer.flush())
         self.checkpoints.finish(self.save)
         # gzip is the yardstick that everyone has. On a large split it would take longer than it is worth.
         test, texts, log = reports['test'], self.held_out['test'], self.log
@@ -271,6 +272,15 @@ class Run:
                 raise DataError(f'{changed}; restore them, or go on with what there is by --config.data.allow_changed=True')
             print(f'Warning: {changed}', flush=True)
         return saved['rows']
+
+    def _open_data(self, batches, held_out):
+        """The rows to train on, unless there are batches of one's own, and the held-out batches by split."""
+        opened, data = {}, self.cfg.data
+        train = rows.TrainRows(data, self.cfg.seed, opened) if batches is None else None
+        held_out = held_out or {
+            split: rows.EvalBatches(data, split, self.trainer.local_rows, opened) for split in ('validation', 'test')
+        }
+        return train, held_out
 
     def _open_batches(self, batches):
         """An iterator over the batches that are not seen yet."""

@@ -16,16 +16,17 @@ from spark.progress import tqdm
 from spark.runtime import in_bucket, write_bytes, write_text
 
 PART = 1 << 20  # bytes of a part of a file in a bucket
-FLUSH_SECONDS = 60  # between writes of metrics to a bucket, and of TensorBoard anywhere
-TRIES = 3  # failed writes of metrics to a bucket in a row that end a run
+FLUSH_SECONDS = 60  # between writes of metrics to a bucket, of TensorBoard anywhere, and after a write that failed
 
 
 class MetricsWriter:
     """Appends one JSON object per call to WORKDIR/metrics.jsonl, and its numbers to WORKDIR/tensorboard.
 
     A run that resumes at `step` drops the records after that step, and does not write again those that are kept: no step
-    appears twice. In a bucket, where files cannot be appended to, metrics.jsonl grows by parts (`metric_files`). Every method
-    raises a CheckpointError if the files cannot be written.
+    appears twice. In a bucket, where files cannot be appended to, metrics.jsonl grows by parts (`metric_files`).
+
+    What cannot be written is kept for the next time, with a warning. Only `flush` raises a CheckpointError: a run calls it before
+    it saves, insistently, so that no checkpoint is without its metrics.
     """
 
     def __init__(self, workdir: epath.Path, step: int):
@@ -37,7 +38,7 @@ class MetricsWriter:
                 self._file = _Parts(self._path, last, ''.join(lines).encode())
             else:
                 write_text(_part(self._path, last), ''.join(lines), CheckpointError)
-                self._file = open(_part(self._path, last), 'ab')
+                self._file = _Appended(_part(self._path, last))
             board = {'purge_step': step + 1 if step else None, 'flush_secs': FLUSH_SECONDS}
             self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), **board)
 
@@ -62,12 +63,11 @@ class MetricsWriter:
         self._written.add((step, split))
         safe = {name: v if not isinstance(v, float) or math.isfinite(v) else str(v) for name, v in values.items()}
         line = json.dumps({'step': step, 'split': split, **safe}) + '\n'
+        self._file.write(line.encode())
+        if time.monotonic() > self._due:
+            flushed = self._try_to_flush()
+            self._due = time.monotonic() + FLUSH_SECONDS * (self._in_bucket or not flushed)
         with self._write_errors():
-            self._file.write(line.encode())
-            if not self._in_bucket:
-                self._file.flush()
-            elif time.monotonic() > self._due:
-                self.flush()
             for name, value in values.items():
                 for suffix, v in enumerate(value) if isinstance(value, list) else [('', value)]:
                     self._board.add_scalar(f'{split}/{name}' + (f'/{suffix}' if suffix != '' else ''), v, step)
@@ -79,20 +79,26 @@ class MetricsWriter:
 
     def flush(self) -> None:
         """Makes the metrics that were written visible to others, and safe from a crash of the machine."""
-        self._due = time.monotonic() + FLUSH_SECONDS
+        self._due = time.monotonic() + FLUSH_SECONDS * self._in_bucket
         with self._write_errors():
             self._file.flush()
-            if not self._in_bucket:
-                os.fsync(self._file.fileno())
+            self._file.sync()
+
+    def _try_to_flush(self):
+        """Whether that succeeded; else there is a warning."""
+        try:
+            self._file.flush()
+        except Exception as e:
+            tqdm.write(f'Warning: {self._path}: {getattr(e, "strerror", None) or root_cause(e)}')
+            return False
+        return True
 
     def close(self) -> None:
-        """Flushes and closes both."""
-        try:
-            self.flush()
-        finally:
-            with self._write_errors():
-                self._file.close()
-                self._board.close()
+        """Closes both. A run that comes to its end has called `flush` before."""
+        self._try_to_flush()
+        with self._write_errors():
+            self._file.close()
+            self._board.close()
 
     @contextlib.contextmanager
     def _write_errors(self):
@@ -102,45 +108,67 @@ class MetricsWriter:
             raise CheckpointError(f'{self._path}: cannot be written: {e.strerror or e}; checkpoints are as they were') from e
 
 
+class _Appended:
+    """A local file that grows. What could not be written comes first the next time."""
+
+    def __init__(self, path: epath.Path):
+        self._file, self._left = open(path, 'ab', buffering=0), bytearray()
+
+    def write(self, data: bytes) -> None:
+        self._left += data
+
+    def flush(self) -> None:
+        while self._left:
+            del self._left[: self._file.write(self._left)]
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class _Parts:
-    """A file that grows in a bucket: PATH, PATH.00001, …; only the last part is written again, until it has PART bytes.
+    """A file that grows in a bucket: PATH, PATH.00001, …; only the last part is written again, until it has PART bytes."""
 
-    A flush that fails warns, and the next one tries again. The `tries`-th in a row, and the last of all, raise a CheckpointError.
-    """
-
-    def __init__(self, path: epath.Path, number: int = 0, content: bytes = b'', tries: float = TRIES):
-        self._path, self._number, self._content, self._tries = path, number, bytearray(content), tries
-        self._changed, self._failures = True, 0
+    def __init__(self, path: epath.Path, number: int = 0, content: bytes = b''):
+        self._path, self._number, self._content, self._changed = path, number, bytearray(content), True
 
     def write(self, data: bytes) -> None:
         self._content += data
         self._changed = True
 
     def flush(self) -> None:
-        if not self._changed:
-            return
-        try:
+        if self._changed:
             write_bytes(_part(self._path, self._number), bytes(self._content), CheckpointError)
-        except CheckpointError as e:
-            self._failures += 1
-            if self._failures >= self._tries:
-                raise
-            tqdm.write(f'Warning: {e}')
-            return
-        self._changed, self._failures = False, 0
-        if len(self._content) >= PART:
-            self._number, self._content = self._number + 1, bytearray()
+            self._changed = False
+            if len(self._content) >= PART:
+                self._number, self._content = self._number + 1, bytearray()
+
+    def sync(self) -> None:
+        pass
 
     def close(self) -> None:
-        self._tries = 1 if self._tries < math.inf else math.inf
+        pass
+
+
+class _Board(_Parts):
+    """No run ends for a chart: an exception would end tensorboardX's thread, and the loop would wait for it."""
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except CheckpointError as e:
+            tqdm.write(f'Warning: {e}')
+
+    def close(self) -> None:
         self.flush()
 
 
 class _Boards:
     """In place of tensorboardX's own writers to buckets, which send the whole file each time and need clients of their own."""
 
-    # No run ends for a chart. An exception would end tensorboardX's thread, and the loop would wait for it.
-    open = staticmethod(lambda path: _Parts(epath.Path(path), tries=math.inf))
+    open = staticmethod(lambda path: _Board(epath.Path(path)))
     directory_check = staticmethod(lambda path: None)
 
 

@@ -19,7 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from spark.config import DataConfig
 from spark.data import documents, readers
-from spark.errors import ConfigError, DataError
+from spark.errors import ConfigError, DataError, UnreadableError
 from tests import bucket
 from tests.processes import environment, script
 
@@ -200,7 +200,7 @@ def test_a_file_that_cannot_be_read_is_no_unusable_document(tmp_path, monkeypatc
     [piece] = documents.pieces(documents.open_part(f'{"array_record" if name.endswith("record") else "text"}:{tmp_path}/{name}'))
     if not name.endswith('record'):
         monkeypatch.setattr(readers, 'open', FailingDisk, raising=False)
-        with pytest.raises(DataError, match=f'{name}: cannot be read: Input/output error'):
+        with pytest.raises(UnreadableError, match=f'{name}: cannot be read: Input/output error'):
             list(piece.documents())
         monkeypatch.undo()
     (tmp_path / name).unlink()

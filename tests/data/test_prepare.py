@@ -22,7 +22,7 @@ from etils import epath
 
 from spark.config import DataConfig
 from spark.data import documents, launchers, prepare, readers, store, tokenizer
-from spark.errors import ConfigError, DataError
+from spark.errors import ConfigError, DataError, UnreadableError
 from spark.runtime import write_bytes
 from tests.helpers import ROOT
 
@@ -58,7 +58,7 @@ def read(found, encoder):
     """{split: [(text, bytes)]} of a store."""
     result = {}
     for name, split in found.splits.items():
-        tokens, sizes = (x.result() for x in split.read(0, split.tokens))
+        tokens, sizes = split.read(0, split.tokens)()
         starts = np.flatnonzero(tokens == found.mark)
         assert starts[0] == 0 and len(starts) == split.documents and sizes.sum() == split.bytes
         cut = lambda x, starts=starts: np.split(x, starts[1:])
@@ -285,7 +285,8 @@ def test_the_cache_is_kept_when_a_disk_fails(tmp_path, corpus, monkeypatch, capf
         with monkeypatch.context() as patch:
             patch.setattr(path, 'read_bytes', failing_for(name, path.read_bytes))
             patch.setattr(pathlib.Path, 'read_bytes', failing_for(name, pathlib.Path.read_bytes))
-            with pytest.raises(DataError, match=r'the token store cannot be read: OSError.*Input/output error'):
+            patch.setattr('spark.storage.time.sleep', lambda s: None)
+            with pytest.raises(UnreadableError, match=r'the token store: Input/output error; tried 5 times'):
                 prepare.cached(cfg, source)
     assert contents(tmp_path / 'cache') == before and 'Warning' not in capfd.readouterr().err
 

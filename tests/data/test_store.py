@@ -1,14 +1,17 @@
 """A token store gives back what was written, and says what is wrong with it."""
 
+import contextlib
+import errno
 import json
 
 import numpy as np
 import pytest
 from etils import epath
 
+from spark import storage
 from spark.config import DataConfig
-from spark.data import prepare, store
-from spark.errors import DataError
+from spark.data import prepare, rows, store
+from spark.errors import DamagedStoreError, DataError, UnreadableError
 
 
 @pytest.fixture
@@ -33,8 +36,8 @@ def test_any_part_can_be_read(written, part):
     directory, *arrays = written
     found = store.Store(directory)
     found.verify()
-    for future, whole in zip(found.splits['train'].read(*part), arrays, strict=True):
-        np.testing.assert_array_equal(future.result(), whole[slice(*part)])
+    for x, whole in zip(found.splits['train'].read(*part)(), arrays, strict=True):
+        np.testing.assert_array_equal(x, whole[slice(*part)])
     assert (found.mark, found.eos, found.digest) == (256, 257, 'd')
     assert found.arrays('train')['tokens'].dtype.numpy_dtype == np.uint16
     assert sorted(p.name for p in (directory / 'train' / 'tokens' / 'c').iterdir()) == ['0', '1', '2', '3']
@@ -71,10 +74,10 @@ def test_damage_is_found_before_and_while_reading(written):
     flip(directory / 'train' / 'tokens' / 'c' / '1')
     with pytest.raises(DataError, match=rf'{directory}: the token store is damaged: train/tokens/c/1 differs from what was'):
         store.Store(directory).verify()
-    tokens, sizes = store.Store(directory).splits['train'].read(256, 512)
-    sizes.result()
-    with pytest.raises(ValueError, match=r'CRC-32C|corrupt|DATA_LOSS'):
-        tokens.result()
+    found = store.Store(directory).splits['train']
+    found.read(256, 512, names=('bytes',))()
+    with pytest.raises(DamagedStoreError, match=r'CRC-32C|corrupt|DATA_LOSS'):
+        found.read(256, 512)()
     (directory / 'train' / 'bytes' / 'zarr.json').unlink()
     with pytest.raises(DataError, match=r'train/bytes/zarr\.json is missing'):
         store.Store(directory).verify()
@@ -85,15 +88,44 @@ def test_damage_is_found_before_and_while_reading(written):
 def test_what_a_filesystem_refuses_is_no_damage(written):
     directory, *_ = written
     path = directory / 'train' / 'tokens' / 'c' / '1'
-    errors = []
-    for break_ in [lambda: flip(path), path.unlink, lambda: path.symlink_to(path.name)]:
+    for break_, kind in [(lambda: flip(path), DamagedStoreError), (path.unlink, DamagedStoreError),
+                         (lambda: path.symlink_to(path.name), DataError)]:  # fmt: skip
         break_()
-        found = store.Store(directory)
-        with pytest.raises(ValueError) as e:
-            found.splits['train'].read(256, 512)[0].result()
-        errors.append(found.damaged(e.value))
-    assert [type(e) for e in errors] == [store.DamagedError, store.DamagedError, DataError]
-    assert 'cannot be read: ' in str(errors[2]) and 'symbolic links' in str(errors[2])
+        with pytest.raises(DataError) as e:
+            store.Store(directory).splits['train'].read(256, 512)()
+        assert type(e.value) is kind
+    assert 'the token store: ' in str(e.value) and 'symbolic links' in str(e.value)
+
+
+@pytest.mark.parametrize(('times', 'kind'), [(1, None), (9, UnreadableError)])
+def test_storage_that_fails_is_asked_again(written, monkeypatch, times, kind):
+    """The manifest and the rows, which every step of a run reads. For long: the job ends so that it starts again."""
+    directory, tokens, _ = written
+    monkeypatch.setattr(storage.time, 'sleep', lambda s: None)
+    path, found = epath.Path(directory), store.Store(directory)
+    left, read_bytes = [OSError(errno.ESTALE, 'Stale file handle')] * times, type(path).read_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), 'read_bytes', lambda path: read_bytes(path) if not left else (_ for _ in ()).throw(left.pop()))
+        with pytest.raises(kind, match='Stale file handle') if kind else contextlib.nullcontext():
+            assert store.Store(directory).digest == 'd'
+
+    class Flaky:
+        def __getitem__(self, part):
+            return Flaky.array[part] if not left else self
+
+        def read(self, batch=None):
+            return self
+
+        def result(self):
+            raise left.pop()
+
+    left, Flaky.array = [ValueError("ABORTED: Stale file handle [os_error_code='116']")] * times, found.arrays('train')['tokens']
+    arrays = found.arrays('train') | {'tokens': Flaky()}
+    monkeypatch.setattr(store.Store, 'arrays', lambda self, split: arrays)
+    row = rows.Row(found.splits['train'], 0, 8)
+    with pytest.raises(kind, match='tried 5 times') if kind else contextlib.nullcontext():
+        np.testing.assert_array_equal(rows.read([row], 8)['tokens'][0], tokens[:8])
+    assert bool(left) == bool(kind)
 
 
 def test_an_array_of_another_length(written):
@@ -111,8 +143,8 @@ def test_a_file_that_is_missing_is_no_text_of_zeros(tmp_path):
     cfg = DataConfig(source=f'text:{tmp_path}/nul.txt', holdout=0.0, seq_len=8, batch_size=1)
     found = prepare.prepare(cfg, cfg.source, tmp_path / 'store')
     split = found.splits['train']
-    tokens, sizes = (x.result() for x in split.read(0, split.tokens))
+    tokens, sizes = split.read(0, split.tokens)()
     assert tokens[0] == 256 and not tokens[1:].any() and sizes.sum() == 60_000
     (tmp_path / 'store' / 'train' / 'tokens' / 'c' / '0').unlink()
-    with pytest.raises(ValueError, match='missing'):
-        store.Store(tmp_path / 'store').splits['train'].read(0, 8)[0].result()
+    with pytest.raises(DamagedStoreError, match='missing'):
+        store.Store(tmp_path / 'store').splits['train'].read(0, 8)()

@@ -12,8 +12,7 @@ import time
 import pytest
 from etils import epath
 
-from spark.checkpoints.reading import UnreadableError
-from spark.errors import ConfigError
+from spark.errors import ConfigError, UnreadableError
 from spark.training import directory, lease
 from tests.helpers import ROOT, records, small
 from tests.processes import assert_same_run, end, error, run, start, write_config
@@ -163,7 +162,7 @@ def test_a_process_that_cannot_be_seen_may_be_alive(workdir, fast, monkeypatch):
 def test_storage_that_fails_at_a_start(workdir, monkeypatch, fails):
     """Once: it is asked again. For long: the job ends so that it starts again."""
     waited, left, cls = [], [1], type(workdir)
-    monkeypatch.setattr('spark.checkpoints.reading.time.sleep', waited.append)
+    monkeypatch.setattr('spark.storage.time.sleep', waited.append)
 
     def flaky(function, does_fail):
         def inner(*args):

@@ -521,7 +521,7 @@ def test_data_that_fails(place):
     subprocess.run(words, env=environment(place.parent), check=True)
     os.truncate(files / 'cut' / 'train' / 'tokens' / 'c' / '0', 4096)
     ((_, said),) = run(place, place.parent / 'cut', *more, f'--config.data.source=tokens:{files}/cut', code=4)
-    assert re.search(r'DamagedError: .*/cut: the token store is damaged: train/tokens/c/0 differs', error(said))
+    assert re.search(r'DamagedStoreError: .*/cut: the token store is damaged: train/tokens/c/0 differs', error(said))
     ((_, said),) = run(place, place.parent / 'ended', *more, '--config.data.epochs=1', code=4)
     assert re.search(r'DataError: text:.*: exhausted at step \d+ after data.epochs = 1', error(said))
     steps = [int(p.name) for p in (place.parent / 'ended' / 'checkpoints').iterdir()]

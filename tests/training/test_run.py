@@ -18,7 +18,8 @@ from spark.checkpoints.manager import Checkpoints
 from spark.config import fields, load
 from spark.data import rows
 from spark.data.tokenizer import tokenizer_for
-from spark.errors import CheckpointError, ConfigError, DataError
+from spark.errors import CheckpointError, ConfigError, DataError, UnreadableError
+from spark.storage import accessed
 from spark.sweeps.execute import latest_metrics
 from spark.training import logs, optimizer, trackers
 from spark.training import run as train_module
@@ -151,6 +152,14 @@ def test_a_trace_on_request(corpus, monkeypatch):
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
+def test_a_trace_that_cannot_be_written_is_a_warning(corpus, capsys):
+    overrides, directory, _, _ = corpus
+    (directory / 'untraced').mkdir()
+    (directory / 'untraced' / 'profile').write_text('a file')
+    summary, _, _ = train(small(**overrides, **{'train.profile_step': 3}), directory / 'untraced')
+    assert summary['steps'] == 10 and f'Warning: {directory}/untraced/profile: no trace: ' in capsys.readouterr().out
+
+
 def test_where_the_time_went(corpus):
     """Every line says; what is not steps is counted once, and all of it is less than the whole."""
     _, directory, summary, _ = corpus
@@ -199,6 +208,8 @@ def test_metrics_in_a_bucket(bucket):
                 if step % 2 == 0:
                     writer.flush()
             writer.close()
+            board = b''.join(path.read_bytes() for path in sorted((workdir / 'tensorboard').iterdir()))
+            assert start or board.count(b'train/loss') == 60
             names = [path.name for path in metric_files(workdir)]
             assert names[:2] == ['metrics.jsonl', 'metrics.jsonl.00001'] and len(names) > 5
             assert max(size for name, size in writes if name.startswith('metrics')) < 600
@@ -206,31 +217,38 @@ def test_metrics_in_a_bucket(bucket):
             assert latest_metrics(workdir) == (steps[-1], float(steps[-1] + start))
     found = [json.loads(line) for path in metric_files(workdir) for line in path.read_text().splitlines()]
     assert [(r['step'], r['loss']) for r in found] == [(i, i + 32.0 * (i > 32)) for i in range(1, 81)]
-    board = next((workdir / 'tensorboard').iterdir()).read_bytes()
-    assert board[24:].count(b'train/loss') == 60 or b'train/loss' in board
 
 
 def test_a_bucket_that_fails_for_a_while_loses_no_metrics(bucket, monkeypatch, capsys):
+    """Each failed write is a warning. Before a checkpoint it is insisted on, and if the bucket is away for long, the job ends so
+    that it starts again."""
     workdir, _ = bucket
     writer, write_bytes = MetricsWriter(workdir, 0), trackers.write_bytes
     writer.flush()
+    monkeypatch.setattr('spark.storage.time.sleep', lambda s: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(trackers, 'write_bytes', failing_as_a_client(write_bytes))
+        for step in range(1, 6):
+            monkeypatch.setattr(writer, '_due', 0.0)
+            writer.write(step, 'train', {'loss': 1.0})
+        assert capsys.readouterr().out.count('Warning: gs://bucket/run/metrics.jsonl: ') == 5
+        with pytest.raises(UnreadableError, match=r'503.*tried 5 times'):
+            accessed(writer.flush, 'x')
+    writer.flush()
+    assert [r['step'] for r in records(workdir)] == [1, 2, 3, 4, 5]
+    monkeypatch.setattr(trackers, 'write_bytes', failing_as_a_client(write_bytes))
+    writer.write(6, 'train', {'loss': 1.0})
+    writer.close()
+
+
+def failing_as_a_client(write_bytes):
+    """`write_bytes`, to a bucket whose client raises exceptions of its own."""
 
     def failing(path, data, error):
-        raise error(f'{path}: HttpError: 503')
+        with mock.patch.object(type(path), 'write_bytes', side_effect=Exception('HttpError: 503')):
+            write_bytes(path, data, error)
 
-    for tries in (2, 3):
-        monkeypatch.setattr(trackers, 'write_bytes', failing)
-        writer.write(tries, 'train', {'loss': 1.0})
-        for _ in range(2):
-            writer.flush()
-        assert capsys.readouterr().out.count('Warning: gs://bucket/run/metrics.jsonl: HttpError: 503') == 2
-        if tries == 3:
-            with pytest.raises(CheckpointError, match='503'):
-                writer.flush()
-        monkeypatch.setattr(trackers, 'write_bytes', write_bytes)
-        writer.flush()
-    writer.close()
-    assert [r['step'] for r in records(workdir)] == [2, 3]
+    return failing
 
 
 def test_metrics_reach_a_bucket_by_minutes(bucket, monkeypatch):
@@ -247,9 +265,12 @@ def test_metrics_reach_a_bucket_by_minutes(bucket, monkeypatch):
 
 
 def test_nothing_in_the_loop_waits_for_the_step_that_runs(corpus, monkeypatch):
-    """An operation on the device would queue behind that step. With empty caches, each would have to be compiled first."""
+    """An operation on the device would queue behind that step. With empty caches, each would have to be compiled first.
+
+    Only when the processes of a job ask the first one whether to save by time, they wait: at few steps.
+    """
     overrides, directory, _, _ = corpus
-    looping, compiled, loop, save = [], [], train_module.Run.loop, train_module.Run.save
+    looping, compiled, asked, loop, save = [], [], [], train_module.Run.loop, train_module.Run.save
 
     def watched(run):
         jax.clear_caches()
@@ -260,18 +281,26 @@ def test_nothing_in_the_loop_waits_for_the_step_that_runs(corpus, monkeypatch):
         looping.clear()
         save(run)
 
+    def ask(period, step):  # as in a job of several processes, where the first one broadcasts its answer
+        before, due = period._ask_at, period_due(period, step)
+        asked.extend([step] * (step >= before))
+        return due
+
     def note(event, seconds, **more):
         if looping and 'compile' in event:
             compiled.append(event)
 
     monkeypatch.setattr(train_module.Run, 'loop', watched)
     monkeypatch.setattr(train_module.Run, 'save', unwatched)
+    period_due = train_module.Period.due
+    monkeypatch.setattr(train_module.Period, 'due', ask)
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
-        train(small(**overrides | {'train.eval_every': 0, 'train.save_every': 10}), directory / 'watched')
+        own = {'train.eval_every': 0, 'train.save_every': 10, 'train.save_every_minutes': 60.0}
+        train(small(**overrides | own), directory / 'watched')
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
-    assert not looping and not compiled
+    assert not looping and not compiled and asked == [1, 2, 4, 8]
     cfg = load(directory / 'watched' / 'config.json')
     rates = [r['learning_rate'] for r in records(directory / 'watched') if r['split'] == 'train']
     schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)

@@ -58,7 +58,7 @@ def test_where_a_run_lies_is_said_by_the_first_process(trained, suffix, monkeypa
     for module in (start, manager):
         monkeypatch.setattr(module, 'by_first_process', lambda act, what: told.pop(0))
     fake = mock.Mock(manager.Checkpoints, steps=lambda: [5, 10])
-    monkeypatch.setattr(manager, 'Checkpoints', lambda directory: fake)
+    monkeypatch.setattr(manager, 'Checkpoints', lambda directory: (suffix == '/none' or told.pop(0), fake)[1])
     for name in ('exists', 'is_dir'):
         monkeypatch.setattr(cls, name, lambda path: pytest.fail(f'{path}: another process looks'))
     if suffix == '/none':
