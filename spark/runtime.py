@@ -149,6 +149,15 @@ def is_complete(checkpoint: Path) -> bool:
     return not in_bucket(checkpoint) or (checkpoint / 'commit_success.txt').exists()
 
 
+def locate(path: Path, step: int | None = None) -> tuple[str, int | None]:
+    """(run directory, step) that RUN, RUN/STEP, RUN/checkpoints or RUN/checkpoints/STEP names; None: its newest step."""
+    if (path / 'config.json').exists():
+        return str(path), step
+    if path.name.isdigit() and step is None:
+        return locate(path.parent, int(path.name))
+    return str(path.parent if path.name == 'checkpoints' else path), step
+
+
 def check_bucket(name: str, path: epath.PathLike) -> None:
     """Raises a ConfigError that starts with `name` if `path` is in a bucket and support for its kind is not installed."""
     extra, module = BUCKETS.get(str(path).partition('://')[0], ('', ''))

@@ -9,14 +9,12 @@ import tempfile
 
 from etils import epath
 
-from spark.checkpoints.reading import accessed
 from spark.config import ExperimentConfig
 from spark.data import documents, store, tokenizer
-from spark.errors import ConfigError
+from spark.errors import ConfigError, root_cause
 from spark.launching import restart
 from spark.launching.job import Job, unpack
-from spark.runtime import check_bucket, entries, in_bucket, is_complete, path_of
-from spark.training import directory
+from spark.runtime import check_bucket, entries, in_bucket, is_complete, locate, path_of
 
 # The variables of a job that its data and buckets are found with. Others, such as paths of credentials, hold on its hosts alone.
 LEAD_TO_DATA = (
@@ -64,7 +62,7 @@ def check_names(cfg: ExperimentConfig, job: Job, root: pathlib.Path, shared: boo
         for field, path in [('restore_from', cfg.train.restore_from), ('branch_from', cfg.train.branch_from)]:
             label = f'train.{field} = {path!r}'
             if path and is_there(label, path):
-                accessed(lambda label=label, path=path: _check_origin(label, path), label)
+                _check_origin(label, path)
 
 
 @contextlib.contextmanager
@@ -100,8 +98,12 @@ def _check_part(cfg, part, is_there, prepared):
 
 def _check_origin(label, path):
     """Raises an error if there is no checkpoint that a run could start from."""
-    run, step = directory.locate(path_of(path, label))
-    steps = sorted(int(p.name) for p in entries(epath.Path(run) / 'checkpoints') if p.name.isdecimal() and is_complete(p))
+    named = path_of(path, label)
+    try:
+        run, step = locate(named)
+        steps = sorted(int(p.name) for p in entries(epath.Path(run) / 'checkpoints') if p.name.isdecimal() and is_complete(p))
+    except Exception as e:  # clients of buckets raise exceptions of their own
+        raise ConfigError(f'{label}: cannot be read: {root_cause(e)}') from None
     if not steps:
         raise ConfigError(f'{label}: is not there; want a run directory, or a checkpoints/STEP of one')
     if step not in (None, *steps):

@@ -50,15 +50,6 @@ def claim(workdir: epath.Path, cfg: config.ExperimentConfig, extend: bool = Fals
         write_text(path, cfg.model_dump_json(indent=2) + '\n')
 
 
-def locate(path: epath.Path, step: int | None = None) -> tuple[str, int | None]:
-    """(run directory, step) that RUN, RUN/STEP, RUN/checkpoints or RUN/checkpoints/STEP names; None: its newest step."""
-    if (path / 'config.json').exists():
-        return str(path), step
-    if path.name.isdigit() and step is None:
-        return locate(path.parent, int(path.name))
-    return str(path.parent if path.name == 'checkpoints' else path), step
-
-
 def hold(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
     """Creates the directory, of which no other job may make use before `stack` is closed. Raises a ConfigError if one does."""
 

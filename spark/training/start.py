@@ -9,9 +9,8 @@ from spark.checkpoints.manager import DAMAGED_DIR, Checkpoints, open_checkpoint
 from spark.checkpoints.reading import by_first_process
 from spark.data.tokenizer import of_config
 from spark.errors import CheckpointError, ConfigError, SparkError
-from spark.runtime import absolute, path_of, write_json
+from spark.runtime import absolute, locate, path_of, write_json
 from spark.training import trackers
-from spark.training.directory import locate
 from spark.training.step import Trainer, TrainState
 
 ORIGIN = 'origin.json'  # in the run directory of a branch
