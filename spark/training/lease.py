@@ -87,7 +87,7 @@ class _Lease:
                     self._generation = generation
                 elif other:
                     exit_now(ConfigError(f'--workdir={self._workdir}: {_name(other)} took it while this one stood still'))
-                elif self._workdir.exists():  # else the next save says that it has vanished
+                elif (self._workdir / 'config.json').exists():  # else the next save says that the directory has vanished
                     exit_now(ConfigError(f'--workdir={self._workdir}: its lease was removed, so that another process takes it'))
 
     def release(self) -> None:
