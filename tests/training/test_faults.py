@@ -498,7 +498,8 @@ def test_a_directory_that_cannot_be_written(place):
     shutil.rmtree(workdir / 'checkpoints' / str(STEPS))
     words = f'mount --bind {place.parent} {place.parent} && mount -o remount,bind,ro {place.parent} && exec "$@"'
     for directory in (workdir, place.parent / 'new'):
-        ((_, said),) = run(place, directory, wrap=('unshare', '-rm', 'bash', '-c', words, 'bash'), code=2, SPARK_CACHE='/tmp/none')
+        wrap = ('unshare', '-rm', 'bash', '-c', words, 'bash')
+        ((_, said),) = run(place, directory, wrap=wrap, code=2, SPARK_CACHE='/tmp/none')
         assert 'Read-only file system' in error(said)
 
 
