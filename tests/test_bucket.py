@@ -63,7 +63,7 @@ def lines(said, *names):
     """What a process said, without progress bars, numbers and names."""
     for name in names:
         said = said.replace(str(name), 'NAME')
-    kept = [line.strip() for line in said.replace('\r', '\n').split('\n') if not re.search(r'[|]|\d+%', line)]
+    kept = [line.strip() for line in said.replace('\r', '\n').split('\n') if not re.search(r'[|]|\d+%|\d+ of \d+ \[', line)]
     return [re.sub(r'\d', '0', line) for line in kept if line and 'google_auth_provider' not in line]
 
 
