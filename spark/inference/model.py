@@ -45,7 +45,7 @@ def computed_by(serving: Serving, half: str) -> str:
     reads_records = gathers and kind.gate == 'identity' and serving.dtype != 'int8'
     takes = {
         ('attention', 'cpu'): kind in nn_attention.KERNEL_KINDS,
-        ('ffn', 'cpu'): not kind.predictor or (kind == CPU_FFN and f.topk == 'statistical'),
+        ('ffn', 'cpu'): not kind.predictor or (kind == CPU_FFN and f.soft),
         ('ffn', 'tpu'): reads_records,
         ('ffn', 'gpu'): reads_records and rows_gpu.columns(cfg.d_model - f.r, cfg.d_model) > 0,
     }

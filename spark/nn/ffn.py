@@ -13,7 +13,7 @@ from spark.kernels import cpu, sparse_ffn
 from spark.nn.block import Hidden
 from spark.nn.layers import by_token, matrix, sow
 
-# What the kernels for training compute, with a statistical top-k. They decline every other kind.
+# What the kernels for training compute, with a soft statistical top-k. They decline every other kind.
 KERNEL_KINDS = (
     Kind('gelu', gate='identity', topk=True, predictor=True),
     Kind('gelu', gate='identity', topk=True, ddof=0),
@@ -69,11 +69,11 @@ def computes_active_only(cfg: FFNConfig, dtype: DTypeLike, platform: str, tokens
     They compute in float32 on one CPU device. 'auto' takes them where they were measured to be faster: for at least 128 tokens,
     and at most a quarter of the neurons.
     """
-    covered = cfg.traits in KERNEL_KINDS and cfg.topk == 'statistical' and cfg.k < cfg.d_ff and tokens * cfg.d_ff < 2**31
+    covered = cfg.traits in KERNEL_KINDS and cfg.soft and cfg.k < cfg.d_ff and tokens * cfg.d_ff < 2**31
     alone = platform == 'cpu' and jax.sharding.get_abstract_mesh().size <= 1 and cpu.available()
     able = covered and alone and dtype == jnp.float32
     if cfg.impl == 'sparse' and not able:
-        kernels = 'kernels compute a statistical top-k of k < d_ff neurons, in float32, on one CPU device, if they were built'
+        kernels = 'kernels compute a statistical top-k with shrink, k < d_ff, in float32, on one CPU device, if they were built'
         raise ConfigError(f"model.ffn.impl = 'sparse': want 'auto' or 'masked': {kernels}")
     return able and (cfg.impl == 'sparse' or (cfg.impl == 'auto' and tokens >= 128 and 4 * cfg.k <= cfg.d_ff))
 
@@ -87,9 +87,9 @@ def activations(cfg: FFNConfig, s: Scores) -> tuple[Scores, Bool[Array, '*tokens
     match cfg.topk:
         case 'statistical':
             # Tokens are normalised and keys have random directions, so no mean is large against the standard deviation.
-            kept = ops.statistical_topk(s, cfg.k, ddof=kind.ddof, huber=cfg.huber, pivot=False)
+            kept = ops.statistical_topk(s, cfg.k, shrink=cfg.shrink, ddof=kind.ddof, huber=cfg.huber, pivot=False)
         case 'exact':
-            kept = ops.exact_topk(s, cfg.k)
+            kept = ops.exact_topk(s, cfg.k, shrink=cfg.shrink)
         case 'approx':
-            kept = ops.approx_topk(s, cfg.k)
+            kept = ops.approx_topk(s, cfg.k, shrink=cfg.shrink, recall=cfg.recall)
     return sigma(kept), kept != 0

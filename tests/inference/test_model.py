@@ -81,9 +81,10 @@ def test_every_kind_is_served_as_it_was_trained(half, kind, kernels):
 
 
 @pytest.mark.parametrize('kernels', KERNELS)
-@pytest.mark.parametrize('topk, huber', [('exact', 0.0), ('statistical', 0.5)])
-def test_every_topk_of_a_spark_ffn(topk, huber, kernels):
-    cfg = small('spark', **{'model.ffn.topk': topk, 'model.ffn.huber': huber, 'model.n_layers': 2})
+@pytest.mark.parametrize('topk, shrink, huber', [('exact', True, 0.0), ('statistical', False, 0.0), ('statistical', True, 0.5)])
+def test_every_topk_of_a_spark_ffn(topk, shrink, huber, kernels):
+    fields = {'model.ffn.topk': topk, 'model.ffn.shrink': shrink, 'model.ffn.huber': huber}
+    cfg = small('spark', **fields, **{'model.n_layers': 2})
     model, params = model_and_params(cfg)
     tokens = random_rows(cfg, length=12)[0]
     expected = full_logits(model, params, tokens)
