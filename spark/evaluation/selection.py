@@ -21,15 +21,14 @@ from spark.nn.block import Hidden, Integers
 from spark.nn.ffn import FFN
 
 WINDOWS = (2, 4, 8, 16, 32, 64)  # consecutive tokens whose active neurons are united
-FITTED = 'fitted'  # the place of a layer's `predictor.Fitted` among the parameters of its FFN
+FITTED = 'fitted'  # where what `predictor.solve` returns for a layer stands among the parameters of its FFN
 
 
 def of_ffn(module: FFN, x_BxLxD: Hidden, segments_BxL: Integers) -> dict[str, Float[Array, '...']]:
     """The sums over the tokens of one layer that `sparsity.observe` lists, from the input of its FFN."""
     cfg, tokens = module.cfg, ('batch', 'length')
-    tables, norms_F = tables_of(module)
     fitted = module.get_variable('params', FITTED) if module.has_variable('params', FITTED) else None
-    tables = (tables, norms_F, fitted)
+    tables = (*tables_of(module), fitted)
 
     def count(x_BxLxD, segments_BxL, *leaves):
         K, norms_F, fitted = jax.tree.unflatten(jax.tree.structure(tables), leaves)
