@@ -1,10 +1,12 @@
 """Evaluate a checkpoint of any run, dense or Spark: loss, statistics of its lookups, FLOPs, benchmark tasks.
 
     python scripts/evaluate.py --workdir=DIR [--step=N] [--split=test] [--loss_only] [--json=FILE] [--plots]
-        [--neurons=LAYER] [--tasks=hellaswag,arc_easy,…]
+        [--length=TOKENS] [--fit_predictor] [--k_measured=SHARE] [--neurons=LAYER] [--tasks=hellaswag,arc_easy,…]
 
-Prints tables. --plots and --neurons write figures and an HTML page of neurons to DIR/evaluation/. --tasks runs tasks of
-lm-evaluation-harness, and nothing else with --split=none.
+Prints tables. --length=N takes rows of N tokens, also longer ones than in training: see loss and attended keys by position.
+--fit_predictor adds what the best linear predictor of the same rank reaches. --k_measured=0.08 evaluates at the k at which 8 % of
+the neurons are active, and says which k that is. --plots and --neurons write figures and an HTML page of neurons to
+DIR/evaluation/. --tasks runs tasks of lm-evaluation-harness, and nothing else with --split=none.
 Exit codes: 0 done, 2 bad usage, 4 data or task unreadable, 5 no such checkpoint.
 """
 
@@ -18,7 +20,10 @@ STEP = flags.DEFINE_integer('step', None, 'The step of the checkpoint; default t
 SPLIT = flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test', 'none'], 'The text; none with --tasks alone.')
 SOURCE = flags.DEFINE_string('source', '', "Held-out text instead of the run's own, such as text:GLOB; see data.source.")
 BATCH = flags.DEFINE_integer('batch_size', 0, 'Rows per batch; default those of a microbatch in training.', lower_bound=0)
-CONTEXT = flags.DEFINE_integer('context', None, 'Context, in tokens, of the FLOPs; default data.seq_len.', lower_bound=1)
+LENGTH = flags.DEFINE_integer('length', 0, "Tokens in a row; default the run's data.seq_len.", lower_bound=0)
+FIT = flags.DEFINE_bool('fit_predictor', False, 'Also fit linear predictors of the same rank to the same neurons.')
+SHARE = flags.DEFINE_float('k_measured', None, 'Evaluate at the k at which this share of the neurons is active.')
+CONTEXT = flags.DEFINE_integer('context', None, 'Context, in tokens, of the FLOPs; default --length.', lower_bound=1)
 LOSS_ONLY = flags.DEFINE_bool('loss_only', False, 'No statistics and no FLOPs: costs a forward pass.')
 PLOTS = flags.DEFINE_bool('plots', False, 'Also draw activity, scores and attended keys.')
 LAYER = flags.DEFINE_integer('layer', None, 'The layer whose scores are drawn; default the middle one.', lower_bound=0)
@@ -37,10 +42,15 @@ def main() -> None:
         raise errors.ConfigError('--split=none: there is nothing to do without --tasks, and nothing to draw without a split')
     if LOSS_ONLY.value and draws:
         raise errors.ConfigError('--loss_only: --plots and --neurons draw the statistics that it leaves out')
+    if FIT.value and (LOSS_ONLY.value or SPLIT.value == 'none'):
+        raise errors.ConfigError('--fit_predictor: its recall is a statistic, which --loss_only and --split=none leave out')
     # Imported late, so that usage errors come before jax starts.
     from spark.evaluation import evaluate, neurons, plots, tables
 
-    model = evaluate.load(workdir, STEP.value, SOURCE.value, BATCH.value)
+    model = evaluate.load(workdir, STEP.value, SOURCE.value, BATCH.value, LENGTH.value)
+    if SHARE.value is not None:
+        model = evaluate.with_k(model, SHARE.value)
+        print(f'{SHARE.value:.2%} of the neurons are active at model.ffn.k = {model.cfg.model.ffn.k}')
     n_layers = model.cfg.model.n_layers
     for name, flag in [('layer', LAYER), ('neurons', NEURONS)]:
         if flag.value is not None and flag.value >= n_layers:
@@ -51,9 +61,9 @@ def main() -> None:
         except ImportError as e:
             raise errors.ConfigError(f"--tasks needs lm-eval: pip install 'spark-transformer[eval]' ({e})") from None
         manager = tasks.load(TASKS.value, TASK_PATH.value)
-    report = {'workdir': str(workdir), 'step': model.step}
+    report = {'workdir': str(workdir), 'step': model.step, 'k': model.cfg.model.ffn.k}
     if SPLIT.value != 'none':
-        found, sums = evaluate.evaluate(model, SPLIT.value, CONTEXT.value, not LOSS_ONLY.value)
+        found, sums = evaluate.evaluate(model, SPLIT.value, CONTEXT.value, not LOSS_ONLY.value, FIT.value)
         print(tables.tables(found))
         report |= found
     if draws:

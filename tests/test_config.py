@@ -1,5 +1,6 @@
 """A wrong config is one line that names the field, the value and what is allowed."""
 
+import json
 import re
 
 import pydantic
@@ -23,6 +24,10 @@ WRONG = [
     ({'model.ffn.kind': 'gated'}, "model.ffn.k = 8: want 0: kind 'gated' has no top-k"),
     ({'model.ffn.kind': 'topk'}, "model.ffn.r = 16: want 0: kind 'topk' has no predictor"),
     ({'model.ffn.topk': 'exact', 'model.ffn.huber': 0.1}, 'model.ffn.huber = 0.1: want 0'),
+    ({'model.ffn.shrink': False, 'model.ffn.huber': 0.1}, 'model.ffn.huber = 0.1: want 0'),
+    ({'model.ffn.topk': 'exact', 'model.ffn.k': 1}, 'model.ffn.k = 1: want at least 2: exact top-k with shrink makes the k-th'),
+    ({'model.ffn.topk': 'exact', 'model.ffn.recall': 0.5}, 'model.ffn.recall = 0.5: want 0.95, the default'),
+    ({'model.ffn.kind': 'relu', 'model.ffn.k': 0, 'model.ffn.r': 0, 'model.ffn.shrink': False}, 'model.ffn.shrink = False: want'),
     ({'model.attention.n_kv_heads': 3}, 'model.attention.n_kv_heads = 3: want a divisor of n_heads = 4'),
     ({'model.attention.head_dim': 7}, 'model.attention.head_dim = 7: want an even number'),
     ({'model.attention.r': 3}, 'model.attention.r = 3: want an even number in 2 … head_dim − 2 = 6'),
@@ -49,6 +54,14 @@ def test_wrong_values(overrides, message):
         small(**overrides)
     assert str(e.value).startswith(message), e.value
     assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize(('topk', 'shrink'), [('exact', False), ('approx', False), ('statistical', True)])
+def test_older_runs_keep_the_form_that_they_were_trained_with(tmp_path, topk, shrink):
+    raw = small(**{'model.ffn.topk': topk}).model_dump(mode='json')
+    del raw['model']['ffn']['shrink'], raw['model']['ffn']['recall']
+    (tmp_path / 'config.json').write_text(json.dumps(raw))
+    assert load(tmp_path / 'config.json') == small(**{'model.ffn.topk': topk, 'model.ffn.shrink': shrink})
 
 
 def test_a_section_refuses_what_it_can_know_by_itself():

@@ -82,7 +82,7 @@ class Decoder:
 
     def bytes(self, head: bool = True) -> int | float:
         """Bytes that a step has to read, given what was active in the last step."""
-        return model.bytes_per_step(self.serving, self.weights, self.cache, self.activity(), 1, head)
+        return model.bytes_per_step(self.serving, self.weights, self.cache, self.activity(), head)
 
 
 def ffn_decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 15, layers: int = 8) -> Rows:
@@ -108,11 +108,11 @@ def ffn_decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 
     for batch in (1, 4, 16):
         x = jax.random.normal(jax.random.key(0), (batch, spark.d_model), sides['spark'][0].compute)
         runs = {name: functools.partial(jax.jit(functools.partial(stack, side[0])), side[1], x) for name, side in sides.items()}
-        active = float(jnp.mean(runs['spark']()[1]['active']))
+        counts = runs['spark']()[1]
+        active, records = float(jnp.mean(counts['active'])), float(counts['records_read'])
         gigabytes = bandwidth()
         ms = {name: t / layers for name, t in interleaved(runs, repeats).items()}
         D, F, r = spark.d_model, spark.ffn.d_ff, spark.ffn.r
-        records = F * model.union(active / F, batch)
         read = {'spark': 2 * (F * r + records * (2 * D - r)), 'dense': 2 * 3 * D * dense.ffn.d_ff}
         details = {'batch': batch, 'active': active, 'records_read': records, 'read_bandwidth_gb_per_s': gigabytes}
         details |= {'limit_by_bytes': read['dense'] / read['spark']}

@@ -91,6 +91,8 @@ def load(path: pathlib.Path | epath.Path) -> ExperimentConfig:
             raw = json.loads(text)
             for section, field in RETIRED:
                 raw.get(section, {}).pop(field, None)
+            if (ffn := raw.get('model', {}).get('ffn', {})).get('topk', 'statistical') != 'statistical':
+                ffn.setdefault('shrink', False)  # before there was a choice, exact and approx kept the scores themselves
             text = json.dumps(raw)
         return ExperimentConfig.model_validate_json(text)
     except (OSError, UnicodeDecodeError) as e:

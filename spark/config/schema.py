@@ -53,6 +53,8 @@ class FFNConfig(_Section):
     k: int = Field(0, ge=0)  # neurons kept per token, approximately; 0 for kinds without top-k
     r: int = Field(0, ge=0)  # predictor rank: a token's first r dimensions score the neurons; 0 for kinds without a predictor
     topk: Literal['statistical', 'exact', 'approx'] = 'statistical'  # the operator that selects the k
+    shrink: bool = True  # what is kept is a score less the threshold (of exact and approx: the k-th largest), or the score
+    recall: float = Field(0.95, gt=0, lt=1)  # of approx on TPU
     huber: float = Field(0.0, ge=0)  # width of the smoothed threshold (Theorem 3.2); 0: a plain soft threshold
     # masked: every neuron is computed. sparse: active ones only, forward and backward, by CPU kernels. pallas: every neuron, by
     # kernels for TPUs and GPUs that nobody has timed; a CPU interprets them. auto: the faster of masked and sparse.
@@ -63,15 +65,23 @@ class FFNConfig(_Section):
         """What this kind computes."""
         return FFN_KINDS[self.kind]
 
+    @property
+    def soft(self) -> bool:
+        """Is the top-k the soft statistical threshold? Kernels compute no other."""
+        return self.traits.topk and self.topk == 'statistical' and self.shrink
+
     def _rules(self):
         kind, has = f'kind {self.kind!r}', self.traits
         yield not has.topk or 1 <= self.k <= self.d_ff, 'k', f'1 … d_ff = {self.d_ff} for {kind}'
         yield has.topk or self.k == 0, 'k', f'0: {kind} has no top-k'
         yield not has.predictor or self.r >= 1, 'r', f'at least 1: {kind} has a predictor'
         yield has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor'
-        soft = has.topk and self.topk == 'statistical'
-        yield soft or not self.huber, 'huber', "0: only a kind with topk 'statistical' is smoothed"
+        yield self.soft or not self.huber, 'huber', "0: only a kind with topk 'statistical' and shrink is smoothed"
         yield has.topk or self.topk == 'statistical', 'topk', f"'statistical', the default: {kind} has no top-k"
+        yield has.topk or self.shrink, 'shrink', f'True, the default: {kind} has no top-k'
+        yield self.topk == 'approx' or self.recall == 0.95, 'recall', "0.95, the default: only topk 'approx' has a recall"
+        zero = self.topk != 'statistical' and self.shrink and self.k == 1
+        yield not zero, 'k', f'at least 2: {self.topk} top-k with shrink makes the k-th largest score 0'
 
 
 class AttentionConfig(_Section):

@@ -17,7 +17,7 @@ from spark.checkpoints.manager import open_checkpoint
 from spark.data import rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import ConfigError
-from spark.evaluation import sparsity
+from spark.evaluation import calibrate, predictor, sparsity
 from spark.progress import tqdm
 from spark.training.loss import cross_entropy, losses
 from spark.training.step import Trainer
@@ -35,14 +35,19 @@ class Model(NamedTuple):
     params: dict
 
 
-def load(workdir: pathlib.Path | epath.Path, step: int | None = None, source: str = '', batch_size: int = 0) -> Model:
+def load(
+    workdir: pathlib.Path | epath.Path, step: int | None = None, source: str = '', batch_size: int = 0, length: int = 0
+) -> Model:
     """The model of a run directory at its newest checkpoint or that of `step`, without the state of the optimizer.
 
     It runs on the mesh of the run if that fits the available devices, else on all devices, else on one. `source` replaces the
-    held-out text of the run, as DataConfig.eval_source does. `batch_size` is the rows per batch; 0: those of a microbatch.
+    held-out text of the run, as DataConfig.eval_source does. `length` is the tokens in a row; 0: data.seq_len. `batch_size` is
+    the rows per batch; 0: as many as hold the tokens of a microbatch.
     """
     cfg = config.load(workdir / 'config.json')
-    data = {'batch_size': batch_size or cfg.data.batch_size // cfg.train.accumulate} | ({'eval_source': source} if source else {})
+    length = length or cfg.data.seq_len
+    rows_ = max(cfg.data.batch_size // cfg.train.accumulate * cfg.data.seq_len // length, 1)
+    data = {'batch_size': batch_size or rows_, 'seq_len': length} | ({'eval_source': source} if source else {})
     train = cfg.train.model_copy(update={'accumulate': 1})
     cfg = cfg.model_copy(update={'data': cfg.data.model_copy(update=data), 'train': train})
     tokenizer, cfg = tokenizer_for(cfg)
@@ -54,19 +59,25 @@ def load(workdir: pathlib.Path | epath.Path, step: int | None = None, source: st
     return Model(cfg, step, tokenizer, trainer, params)
 
 
-def evaluate(model: Model, split: str, context: int | None = None, statistics: bool = True) -> tuple[dict, dict]:
+def evaluate(
+    model: Model, split: str, context: int | None = None, statistics: bool = True, fit: bool = False
+) -> tuple[dict, dict]:
     """Evaluates all tokens of a split once: (a report for JSON, the sums of `sparsity.observe` for plots).
 
     `without_ends` leaves out the end of each document, as evaluation harnesses do. FLOPs are at a context, default data.seq_len.
-    Without `statistics` the report has losses only, and costs a forward pass.
+    Without `statistics` the report has losses only, and costs a forward pass. `fit` compares the predictors with those of
+    `predictor.fitted`, fitted to other text.
     """
-    cfg, trainer = model.cfg, model.trainer
+    cfg, trainer, params = model.cfg, model.trainer, model.params
+    if fit:
+        params = with_fitted(model, split)
     dataset = rows.EvalBatches(cfg.data, split, trainer.local_rows)
     with trainer.context(), contextlib.closing(iter(dataset)) as batches:
         bar = tqdm(batches, desc=split, total=len(dataset), unit='batch', leave=False)
-        sums = accumulate(trainer, model.params, model.tokenizer.eos, bar, statistics)
+        sums = accumulate(trainer, params, model.tokenizer.eos, bar, statistics)
     report = {'step': model.step, 'split': split, 'tokens': int(sums['tokens']), 'documents': int(sums['ends'])}
     report |= {'bytes': int(sums['bytes']), **losses(sums['nll'], sums['tokens'], sums['bytes'])}
+    report['by_position'] = sparsity.positions(sums)
     report['without_ends'] = losses(sums['nll'] - sums['nll_ends'], sums['tokens'] - sums['ends'], sums['bytes'])
     if not statistics:
         return report, sums
@@ -77,9 +88,29 @@ def evaluate(model: Model, split: str, context: int | None = None, statistics: b
     return report | {'layers': layers, 'flops': flops_report(cfg.model, context or cfg.data.seq_len, layers)}, sums
 
 
+def with_fitted(model: Model, split: str) -> dict:
+    """The parameters with predictors that are fitted to another held-out split than this one, if there are two."""
+    ffn = model.cfg.model.ffn
+    if not ffn.traits.predictor:
+        raise ConfigError(f'model.ffn.kind = {ffn.kind!r}: want a kind with a predictor, to compare it with a fitted one')
+    other, trainer = 'test' if split == 'validation' else 'validation', model.trainer
+    dataset = rows.EvalBatches(model.cfg.data, other, trainer.local_rows)
+    with trainer.context(), contextlib.closing(iter(dataset)) as batches:
+        return predictor.fitted(trainer, model.params, tqdm(batches, desc='fitting predictors', unit='batch', leave=False))
+
+
+def with_k(model: Model, share: float, split: str = 'validation') -> Model:
+    """The model with the k at which it measures this share of active neurons, on the first batch of a split."""
+    trainer, ffn = model.trainer, model.cfg.model.ffn
+    with trainer.context(), contextlib.closing(iter(rows.EvalBatches(model.cfg.data, split, trainer.local_rows))) as batches:
+        k = calibrate.k_measured(trainer, model.params, next(batches), share)
+    cfg = model.cfg.model_copy(update={'model': model.cfg.model.model_copy(update={'ffn': ffn.model_copy(update={'k': k})})})
+    return model._replace(cfg=cfg, trainer=Trainer(cfg, list(trainer.mesh.devices.flat)))
+
+
 def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable, statistics: bool = True) -> dict | None:
     """The sums of `sparsity.observe` and of the losses over host batches, in 64 bits; None if there are no batches."""
-    step, shapes = step_for(trainer, eos, statistics)
+    step, shapes = step_for(trainer, eos, statistics, params)
     zero = jax.jit(lambda: jax.tree.map(jnp.zeros_like, shapes), out_shardings=NamedSharding(trainer.mesh, PartitionSpec()))
     data, heads = trainer.cfg.data, trainer.cfg.model.attention.n_heads
     most = max(min(FETCH_EVERY, 2**31 // (data.batch_size * data.seq_len * heads)), 1)  # an int32 counts queries of all heads
@@ -92,8 +123,13 @@ def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable, stat
     return _add(total, sums) if pending else total
 
 
-def step_for(trainer: Trainer, eos: int, statistics: bool = True) -> tuple[jax.stages.Wrapped, dict]:
-    """(a jitted function of parameters, a batch and sums that returns the new sums; the shapes of the sums)."""
+def step_for(
+    trainer: Trainer, eos: int, statistics: bool = True, params: dict | None = None
+) -> tuple[jax.stages.Wrapped, dict]:
+    """(a jitted function of parameters, a batch and sums that returns the new sums; the shapes of the sums).
+
+    `params` are those to expect if others than the model's own.
+    """
     model, pieces = trainer.model, trainer.cfg.train.loss_pieces
 
     def totals(params, batch):
@@ -105,6 +141,8 @@ def step_for(trainer: Trainer, eos: int, statistics: bool = True) -> tuple[jax.s
         real_BxL = batch['segments'] > 0
         end_BxL = real_BxL & (batch['targets'] == eos)
         sums |= {'nll': jnp.sum(nll_BxL * real_BxL), 'nll_ends': jnp.sum(nll_BxL * end_BxL)}
+        sums |= {'nll_by_position': sparsity.by_position(nll_BxL, batch)}
+        sums |= {'positions': sparsity.by_position(jnp.ones_like(batch['tokens']), batch)}
         return sums | {'tokens': jnp.sum(real_BxL), 'ends': jnp.sum(end_BxL), 'bytes': jnp.sum(batch['bytes'])}
 
     replicated = NamedSharding(trainer.mesh, PartitionSpec())
@@ -113,7 +151,7 @@ def step_for(trainer: Trainer, eos: int, statistics: bool = True) -> tuple[jax.s
     def step(params, batch, sums):
         return jax.tree.map(jnp.add, sums, totals(params, batch))
 
-    shapes = jax.eval_shape(totals, trainer.abstract_state.params, trainer.abstract_batch())
+    shapes = jax.eval_shape(totals, params or trainer.abstract_state.params, trainer.abstract_batch())
     return step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
 
 

@@ -1,97 +1,156 @@
-"""Statistics of a model's lookups on text: active neurons, attended keys, and how close the scores are to a Gaussian.
+"""Statistics of a model's lookups on text: active neurons, attended keys, what top-k selects, and how Gaussian the scores are.
 
-`observe` intercepts the methods that score a table and sums over tokens; `report` reads the sums. Scores are binned a strip at a
-time, and each device bins those of its own tokens, heads and neurons, so the statistics take memory that is linear in the length.
-
-Statistical, exact and approximate top-k all keep the entries above a threshold of the same scores, so their sets are nested: if n
-entries are kept, min(n, k) of them are among the k largest. Recall and precision then follow from n, without a sort.
+`observe` intercepts the lookups and sums over tokens; `report` reads the sums. Scores are computed again a strip at a time, and
+each device takes those of its own tokens, so the statistics take memory that is linear in the length. What is selected and how
+Gaussian the scores are needs sorting, and is measured of every STRIDE-th token.
 """
 
-import functools
-import math
+import itertools
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from scipy.special import ndtr
 
 from spark.config import ModelConfig
+from spark.evaluation import selection
+from spark.evaluation.strips import DISTANCES, EDGES, normal_distance, over_devices, tally
 from spark.nn.attention import Attention, Packed
 from spark.nn.ffn import FFN
-from spark.nn.layers import METRICS, mesh_axes, shards, sow
-from spark.nn.transformer import Transformer, by_layer, observable
+from spark.nn.layers import METRICS, sow
+from spark.nn.transformer import Transformer, by_layer
 
-EDGES = np.linspace(-8, 8, 1025)  # bins of standardised scores; scores outside count in the outer bins
-STRIP = 1 << 22  # scores that a device bins at a time
+PIECES = 16  # parts of a row, by whose positions attended keys are counted
 
 
 def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Runs the forward pass on a batch of `data.rows`: (the hidden states (B, L, D), sums over the tokens without padding).
 
-    The sums are int32 or float32. Each has a leading axis of n_layers, except `positions`; the rest of its shape is:
+    The sums are int32 or float32. Each has a leading axis of n_layers; the rest of its shape is:
       'active' (F + 1): tokens by their number of active neurons; 'fired' (F): tokens for which each neuron was active;
-      'attended' (L + 1): queries of all heads by their number of attended keys;
-      'by_position' (L): attended keys, mean over heads, by position in the document; 'positions' (L): tokens by position;
-      'long' (4): over the queries that see more than k keys: their number, Σ attended keys, Σ recall, Σ precision;
-      'ffn_scores', 'attention_scores' (bins): histograms of standardised scores; in attention, of those long queries.
+      'union' (2, windows): for 2, 4, … consecutive tokens, Σ of the share of neurons that any activates, and their number;
+      'selection': the number of sampled tokens, and Σ over them of `selection.skill` of active neurons, and of fitted predictors;
+      'attended' (PIECES, L + 1): queries of all heads by their position in the document, L / PIECES a piece, and attended keys;
+      'by_position' (L): attended keys, mean over heads, by position in the document;
+      'long' (3): over the queries that see more than k keys: their number, Σ attended keys, Σ min(attended, k) / k;
+      'attention_selection': as 'selection', over sampled long queries and their keys;
+      'ffn_scores', 'attention_scores' (bins): histograms of standardised scores of sampled tokens, and sampled long queries;
+      'ffn_ks', 'attention_ks' (DISTANCES + 1): the same by the distance of their own scores to the normal.
     """
-    cfg, positions_BxL, real_BxL = model.cfg, batch['positions'], batch['segments'] > 0
+    positions_BxL, segments_BxL = batch['positions'], batch['segments']
+    real_BxL = segments_BxL > 0
 
     def interceptor(method, args, kwargs, context):
         out, module = method(*args, **kwargs), context.module
         found = {}
-        if isinstance(module, FFN) and context.method_name == 'activate':
-            found = _of_ffn(module, *args, out, real_BxL)
+        if isinstance(module, FFN) and context.method_name == '__call__':
+            found = selection.of_ffn(module, *args, segments_BxL)
         elif isinstance(module, Attention) and context.method_name == 'look_up':
-            q, k, _, visible = args
-            found = _of_attention(module, q, k, visible, positions_BxL, real_BxL)
+            found = _of_attention(module, *args, positions_BxL, real_BxL)
         for name, sums in found.items():
             sow(module, f'sum_{name}', sums)
         return out
 
     with nn.intercept_methods(interceptor):
-        hidden, state = observable(model).apply(params, batch['tokens'], positions_BxL, batch['segments'], mutable=[METRICS])
-    halves = {'attention': ['long', 'attention_scores', 'attended', 'by_position'], 'ffn': ['ffn_scores']}
-    halves['ffn'] += ['active', 'fired'] if cfg.ffn.traits.sparse else []
-    sums = {name: by_layer(cfg, state[METRICS], half, f'sum_{name}') for half, names in halves.items() for name in names}
-    per_token = (('batch', 'length'),) * 2
-    sums['positions'] = _over_devices(_tally, (positions_BxL, real_BxL), per_token, most=positions_BxL.shape[1] - 1)
-    return hidden, sums
+        hidden, state = model.apply(params, batch['tokens'], positions_BxL, segments_BxL, mutable=[METRICS])
+    sown = {half: state[METRICS]['groups'][f'{half}_0'] for half in ('attention', 'ffn')}
+    names = [(half, name.removeprefix('sum_')) for half, found in sown.items() for name in found if name.startswith('sum_')]
+    return hidden, {name: by_layer(model.cfg, state[METRICS], half, f'sum_{name}') for half, name in names}
 
 
 def report(cfg: ModelConfig, sums: dict) -> list[dict]:
     """One dict per layer of the statistics that the sums of `observe`, added up over batches, give.
 
-    `active_*` are shares of d_ff; `attended_*` are keys per query and head. `recall` and `precision` compare what top-k keeps
-    with the k largest scores, means over tokens. `ks` is the Kolmogorov–Smirnov distance of the standardised scores to the
-    normal distribution. `dead` counts neurons that were never active; `gini` is 0 if all are active equally often. Attention's
-    recall, precision, ks and `attended_long` are over the queries that see more than k keys.
+    `active_*` are shares of d_ff, `attended_*` keys per query and head: mean, 5th, 50th and 95th percentile and maximum.
+    `calibration` is the mean of min(n, k) / k of n active neurons. `recall` is the share of the k neurons of largest contribution
+    that are active, `contribution_kept` the share of all contributions that they make, `contribution_best` that of the k largest
+    (see `selection`); `recall_fitted` and `contribution_kept_fitted` are of the best linear predictor of the same rank, if there
+    is one in the parameters (see `predictor`). `union` is the share of neurons that any of 2, 4, … consecutive tokens activates,
+    `union_rows` the same for tokens drawn at random from all text. `ks_*` is the distance of a token's scores to the normal
+    distribution, `ks_chance` that of as many normal numbers, `ks_pooled` the distance of all standardised scores taken together.
+    `dead` counts neurons that were never active; `gini` is 0 if all are active equally often. Names with `attention_`, and
+    `attended_long`, are of the queries that see more than k keys.
     """
-    f, a = cfg.ffn, cfg.attention
-    layers = []
+    a, layers = cfg.attention, []
     for i in range(cfg.n_layers):
-        layer = {'layer': i, 'span': cfg.pattern[i % len(cfg.pattern)]}
-        if 'active' in sums:
-            tokens = sums['active'][i]
-            layer |= {f'active_{name}': value / f.d_ff for name, value in _distribution(tokens).items()}
-            if f.traits.topk:
-                n = np.arange(f.d_ff + 1)
-                layer['recall'] = float(tokens @ (np.minimum(n, f.k) / f.k) / tokens.sum())
-                layer['precision'] = float(tokens @ (np.minimum(n, f.k) / np.maximum(n, 1)) / tokens.sum())
-            layer |= {'dead': int(np.sum(sums['fired'][i] == 0)), 'gini': gini(sums['fired'][i])}
-        layer['ks'] = kolmogorov_smirnov(sums['ffn_scores'][i])
-        layer |= {f'attended_{name}': value for name, value in _distribution(sums['attended'][i]).items()}
-        count, attended, recall, precision = sums['long'][i]
+        layer = {'layer': i, 'span': cfg.pattern[i % len(cfg.pattern)], **_ffn(cfg.ffn, sums, i)}
+        layer |= {f'attended_{name}': value for name, value in spread(sums['attended'][i].sum(0)).items()}
+        count, attended, calibration = sums['long'][i]
         if count:
             layer['attended_long'] = float(attended / count)
-            layer['attention_ks'] = kolmogorov_smirnov(sums['attention_scores'][i])
-            if a.traits.topk:
-                layer |= {'attention_recall': float(recall / count), 'attention_precision': float(precision / count)}
+        if sums['attention_ks'][i].any():
+            layer |= _gaussian('attention_ks', sums['attention_ks'][i], sums['attention_scores'][i])
+        if count and a.traits.topk:
+            layer['attention_calibration'] = float(calibration / count)
+            names = ('attention_recall', 'attention_contribution_kept', 'attention_contribution_best')
+            layer |= _means(names, sums['attention_selection'][i])
         layers.append(layer)
     return layers
+
+
+def _ffn(f, sums, i):
+    """What `report` says of the FFN of layer i."""
+    names, found = ('active', 'fired', 'union', 'selection', 'ffn_ks', 'ffn_scores'), {}
+    sums = {name: sums[name][i] for name in names if name in sums}
+    if 'active' in sums:
+        tokens, fired = sums['active'], sums['fired']
+        found |= {f'active_{name}': value / f.d_ff for name, value in spread(tokens).items()}
+        if f.traits.topk:
+            found['calibration'] = float(tokens @ np.minimum(np.arange(f.d_ff + 1) / f.k, 1) / tokens.sum())
+            names = ('recall', 'contribution_kept', 'contribution_best', 'recall_fitted', 'contribution_kept_fitted')
+            found |= _means(names, sums['selection'])
+        share, count = sums['union']
+        found['union'] = {str(n): float(x / m) for n, x, m in zip(selection.WINDOWS, share, count, strict=True) if m}
+        found['union_rows'] = {str(n): union_of_rows(fired, tokens.sum(), n) for n in selection.WINDOWS}
+        found |= {'dead': int(np.sum(fired == 0)), 'gini': gini(fired)}
+    if sums['ffn_ks'].any():
+        found |= _gaussian('ks', sums['ffn_ks'], sums['ffn_scores']) | {'ks_chance': normal_distance(f.d_ff)}
+    return found
+
+
+def by_position(values_BxL: jax.Array, batch: dict) -> jax.Array:
+    """(L) sums of the values of tokens without padding, by position in the document."""
+    add = lambda x, positions: jnp.zeros(values_BxL.shape[1], x.dtype).at[positions].add(x)
+    return over_devices(add, (values_BxL * (batch['segments'] > 0), batch['positions']), (('batch', 'length'),) * 2)
+
+
+def positions(sums: dict) -> list[dict]:
+    """Loss and attended keys by position: how many tokens of a token's document come before it in the row.
+
+    One dict for each of PIECES equal parts of a row that has tokens: the positions 'from' … 'to' − 1, 'tokens', 'loss', and with
+    statistics 'attended_mean', '_p5', '_median', '_p95' and '_max' of each layer, over the queries of all heads.
+    """
+    L, found = len(sums['positions']), []
+    edges = [-(-piece * L // PIECES) for piece in range(PIECES + 1)]
+    for piece, (start, end) in enumerate(itertools.pairwise(edges)):
+        tokens = int(sums['positions'][start:end].sum())
+        if tokens:
+            layers = [spread(layer[piece]) for layer in sums.get('attended', ())]
+            attended = {f'attended_{name}': [layer[name] for layer in layers] for name in (layers[0] if layers else ())}
+            loss = float(sums['nll_by_position'][start:end].sum() / tokens)
+            found.append({'from': start, 'to': end, 'tokens': tokens, 'loss': loss, **attended})
+    return found
+
+
+def union_of_rows(fired: np.ndarray, tokens: int | np.integer | np.floating, n: int) -> float:
+    """The share of neurons that any of n tokens activates, where `fired` of all `tokens` activate each neuron.
+
+    It is the mean over n tokens drawn at random from all text, as in a batch of unrelated rows; nothing is assumed of the neurons
+    of one token.
+    """
+    return float(np.mean(1 - (1 - np.asarray(fired) / tokens) ** n))
+
+
+def _gaussian(name, distances, histogram):
+    steps = {f'{name}_{which}': value / DISTANCES for which, value in spread(distances).items()}
+    return steps | {f'{name}_pooled': kolmogorov_smirnov(histogram)}
+
+
+def _means(names, sums):
+    """The means by name, of a count and sums; there may be fewer sums than names."""
+    return {name: float(x / sums[0]) for name, x in zip(names, sums[1:], strict=False)} if sums[0] else {}
 
 
 def kolmogorov_smirnov(histogram: np.ndarray) -> float:
@@ -107,118 +166,36 @@ def gini(counts: Sequence[int] | np.ndarray) -> float:
     return float(2 * np.arange(1, n + 1) @ x / (n * x.sum()) - (n + 1) / n) if x.sum() else float('nan')
 
 
-def _of_ffn(module, s_TxF, out_TxF, real_BxL):
-    """The sums of a layer's FFN; tokens are one axis, or the two of `real_BxL`."""
-    real_T = real_BxL.reshape(s_TxF.shape[:-1])
-    tokens = ('batch', 'length')[: real_T.ndim]
-    mean_Tx1, std_Tx1 = _mean_and_std(s_TxF, True)
-
-    def histogram(s, mean, std, real):
-        s, mean, std, real = (x.reshape(real.size, -1) for x in (s, mean, std, real))
-        count = lambda rows, own: _histogram(rows(s), rows(mean), rows(std), rows(real) & own[:, None])
-        return _by_strips(count, *s.shape)
-
-    axes = (*tokens, 'ffn'), (*tokens, None), (*tokens, None), tokens
-    sums = {'ffn_scores': _over_devices(histogram, (s_TxF, mean_Tx1, std_Tx1, real_T), axes)}
-    if module.cfg.traits.sparse:
-        active_T = module.get_variable(METRICS, 'active')
-        sums['active'] = _over_devices(_tally, (active_T, real_T), (tokens, tokens), most=module.cfg.d_ff)
-        fired = (out_TxF != 0) & real_T[..., None]
-        sums['fired'] = jnp.sum(fired, axis=range(real_T.ndim), dtype=jnp.int32)
-    return sums
+def spread(counts: np.ndarray) -> dict[str, float]:
+    """Mean, percentiles and maximum of numbers, of which number i occurs counts[i] times."""
+    n, share = np.arange(len(counts)), np.cumsum(counts) / counts.sum()
+    quantiles = {name: float(np.argmax(share >= q)) for name, q in [('p5', 0.05), ('median', 0.5), ('p95', 0.95)]}
+    return {'mean': float(counts @ n / counts.sum()), **quantiles, 'max': float(np.max(n[counts > 0]))}
 
 
-def _of_attention(module, q_BxNxGxLxd, k_BxNxSxd, visible, positions_BxL, real_BxL):
+def _of_attention(module, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible, positions_BxL, real_BxL):
     """The sums of a layer's attention. A query sees the keys from its start to its own place."""
-    cfg, (B, N, G, L, d) = module.cfg, q_BxNxGxLxd.shape
+    cfg, (B, N, G, L, _) = module.cfg, q_BxNxGxLxd.shape
     attended = module.get_variable(METRICS, 'attended').reshape(B, N, G, L)
     starts_BxL = visible.starts if isinstance(visible, Packed) else jnp.argmax(visible, axis=-1)
     starts_BxL, place_BxL = jnp.broadcast_to(starts_BxL, (B, L)), jnp.broadcast_to(jnp.arange(L), (B, L))
     long_BxL = real_BxL & (place_BxL - starts_BxL >= cfg.k)
-    long, both = long_BxL[:, None, None], jnp.minimum(attended, cfg.k)
-    totals = [jnp.broadcast_to(long, attended.shape), long * attended, long * both / max(cfg.k, 1)]
-    totals.append(long * both / jnp.maximum(attended, 1))
+    long = jnp.broadcast_to(long_BxL[:, None, None], attended.shape)
+    totals = [long, long * attended, long * jnp.minimum(attended / max(cfg.k, 1), 1)]
 
-    def histogram(q, k, starts, place, long):
-        def count(rows, own):
-            s = jnp.einsum('BNGLr,BNSr->BNGLS', rows(q, 3), k, preferred_element_type=jnp.float32)
-            keys, rows_of = jnp.arange(k.shape[2]), lambda x: rows(x, 1)[..., None]
-            where = (rows_of(starts) <= keys) & (keys <= rows_of(place)) & rows_of(long) & own[:, None]
-            return _histogram(s, *_mean_and_std(s, where[:, None, None]), where[:, None, None])
-
-        return _by_strips(count, q.shape[3], math.prod(q.shape[:3]) * k.shape[2])
-
-    def by_position(attended, positions, real):
+    def at_position(attended, positions, real):
         sum_BxL = jnp.sum(attended, axis=(1, 2)) * real / (N * G)  # over the heads of one device
         return jnp.zeros(L, jnp.float32).at[positions].add(sum_BxL)
 
-    tally = lambda attended, real: _tally(attended, jnp.broadcast_to(real[:, None, None], attended.shape), L)
-    scores = tuple(x[..., : cfg.r or d] for x in (q_BxNxGxLxd, k_BxNxSxd))
-    by_query, by_key, by_token = ('batch', 'kv_heads', None, 'length'), ('batch', 'kv_heads'), ('batch', 'length')
+    def by_piece(attended, positions, real):
+        piece, real = (jnp.broadcast_to(x[:, None, None], attended.shape) for x in (positions * PIECES // L, real))
+        return tally(piece * (L + 1) + attended, real, PIECES * (L + 1) - 1).reshape(PIECES, L + 1)
+
+    by_query, by_token = ('batch', 'kv_heads', None, 'length'), ('batch', 'length')
+    counted, axes = (attended, positions_BxL, real_BxL), (by_query, by_token, by_token)
     return {
         'long': jnp.stack([jnp.sum(x, dtype=jnp.float32) for x in totals]),
-        'attended': _over_devices(tally, (attended, real_BxL), (by_query, by_token)),
-        'by_position': _over_devices(by_position, (attended, positions_BxL, real_BxL), (by_query, by_token, by_token)),
-        'attention_scores': _over_devices(
-            histogram, (*scores, starts_BxL, place_BxL, long_BxL), (by_query, by_key, by_token, by_token, by_token)
-        ),
+        'attended': over_devices(by_piece, counted, axes),
+        'by_position': over_devices(at_position, counted, axes),
+        **selection.of_attention(module, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, starts_BxL, place_BxL, long_BxL),
     }
-
-
-def _over_devices(f, arrays, axes, **options):
-    """The sum over devices of f(*arrays, **options), each of its own part of the arrays, which have these logical axes.
-
-    The compiler would gather what a scatter adds up.
-    """
-    mesh, f = jax.sharding.get_abstract_mesh(), functools.partial(f, **options)
-    sizes = {(n, axis) for x, names in zip(arrays, axes, strict=True) for n, axis in zip(x.shape, names, strict=False) if axis}
-    if mesh.empty or any(n % shards(axis) for n, axis in sizes):
-        return f(*arrays)
-    specs = tuple(PartitionSpec(*(axis and (mesh_axes(axis) or None) for axis in names)) for names in axes)
-    split = tuple({name for _, axis in sizes for name in mesh_axes(axis)})
-    total = lambda *parts: jax.lax.psum(f(*parts), split)
-    return jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(*arrays)
-
-
-def _by_strips(count, n, width):
-    """The sum of count(rows, own) over strips of n rows of `width` scores; rows(x, axis) is a strip of x.
-
-    The last strip may begin in the one before it; `own` tells which rows do not belong to that.
-    """
-    size = min(max(STRIP // width, 1), n)
-
-    def add(i, total):
-        start = jnp.minimum(i * size, n - size)
-        rows = lambda x, axis=0: jax.lax.dynamic_slice_in_dim(x, start, size, axis)
-        return total + count(rows, start + jnp.arange(size) >= i * size)
-
-    return jax.lax.fori_loop(0, -(-n // size), add, jnp.zeros(len(EDGES) - 1, jnp.int32)).astype(jnp.float32)
-
-
-def _mean_and_std(s, where):
-    """Of the scores s where `where`, along the last axis, in float32; the variance is over n − 1."""
-    s = s.astype(jnp.float32)
-    n = jnp.sum(jnp.broadcast_to(where, s.shape), axis=-1, keepdims=True)
-    mean = jnp.sum(jnp.where(where, s, 0), axis=-1, keepdims=True) / jnp.maximum(n, 1)
-    squares = jnp.sum(jnp.where(where, s - mean, 0) ** 2, axis=-1, keepdims=True)
-    return mean, jnp.sqrt(squares / jnp.maximum(n - 1, 1))
-
-
-def _histogram(s, mean, std, where):
-    """A histogram over EDGES of the standardised scores s where `where`."""
-    bins = len(EDGES) - 1
-    z = (s.astype(jnp.float32) - mean) / jnp.where(std > 0, std, 1)
-    bin_ = jnp.clip(jnp.floor((z - EDGES[0]) * (bins / (EDGES[-1] - EDGES[0]))), 0, bins - 1).astype(jnp.int32)
-    return jnp.zeros(bins, jnp.int32).at[bin_].add(jnp.broadcast_to(where, s.shape))
-
-
-def _tally(counts, where, most):
-    """(most + 1) int32: how often each count from 0 to `most` occurs where `where`."""
-    return jnp.zeros(most + 1, jnp.int32).at[counts.astype(jnp.int32)].add(where)
-
-
-def _distribution(tally):
-    """Mean, 95th percentile and maximum of counts, of which count i occurs tally[i] times."""
-    n = np.arange(len(tally))
-    share = np.cumsum(tally) / tally.sum()
-    return {'mean': float(tally @ n / tally.sum()), 'p95': float(np.argmax(share >= 0.95)), 'max': float(np.max(n[tally > 0]))}

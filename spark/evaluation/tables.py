@@ -1,19 +1,27 @@
 """An evaluation's report as Markdown tables."""
 
-_LAYER_COLUMNS = [
+_FFN = [
     ('active_mean', 'active mean', '.1%'), ('active_p95', 'p95', '.1%'), ('active_max', 'max', '.1%'),
-    ('recall', 'recall', '.3f'), ('precision', 'precision', '.3f'), ('ks', 'KS', '.3f'),
+    ('calibration', 'calibration', '.3f'), ('recall', 'recall', '.3f'), ('recall_fitted', 'fitted', '.3f'),
+    ('contribution_kept', 'kept', '.3f'), ('contribution_kept_fitted', 'fitted', '.3f'), ('contribution_best', 'best', '.3f'),
+    ('ks_median', 'KS median', '.3f'), ('ks_p95', 'p95', '.3f'), ('ks_chance', 'chance', '.3f'),
     ('dead', 'dead', 'd'), ('gini', 'Gini', '.2f'),
-    ('attended_mean', 'keys mean', '.1f'), ('attended_max', 'max', '.0f'),
-    ('attention_recall', 'recall', '.3f'), ('attention_precision', 'precision', '.3f'), ('attention_ks', 'KS', '.3f'),
+]  # fmt: skip
+_ATTENTION = [
+    ('attended_mean', 'keys mean', '.1f'), ('attended_p95', 'p95', '.0f'), ('attended_max', 'max', '.0f'),
+    ('attention_calibration', 'calibration', '.3f'), ('attention_recall', 'recall', '.3f'),
+    ('attention_contribution_kept', 'kept', '.3f'), ('attention_contribution_best', 'best', '.3f'),
+    ('attention_ks_median', 'KS median', '.3f'), ('attention_ks_p95', 'p95', '.3f'),
 ]  # fmt: skip
 
 
 def tables(report: dict) -> str:
-    """The loss of the whole split; and, if the report has them, the lookups of each layer and FLOPs by part."""
-    lines = _losses(report)
+    """The loss of the whole split and by position; and, if the report has them, the lookups of each layer and FLOPs by part."""
+    lines = [*_losses(report), '', *_positions(report['by_position'])]
     if 'layers' in report:
-        lines += ['', *_layers(report['layers']), '', *_flops(report['flops'])]
+        layers = report['layers']
+        lines += ['', *_layers('FFN', layers, _FFN), '', *_layers('attention', layers, _ATTENTION)]
+        lines += [*_unions(layers), '', *_flops(report['flops'])]
     return '\n'.join(lines)
 
 
@@ -31,12 +39,39 @@ def _losses(report):
     return lines
 
 
-def _layers(layers):
-    heads = ' | '.join(head for _, head, _ in _LAYER_COLUMNS)
-    lines = [f'| layer | {heads} |', '|' + '---|' * (1 + len(_LAYER_COLUMNS))]
+def _positions(pieces):
+    attended = 'attended_mean' in pieces[0] if pieces else False
+    names = ['mean', 'p95', 'max'] if attended else []
+    heads = ['position', 'tokens', 'loss', *(f'keys {name}, layer by layer' for name in names)]
+    lines = ['| ' + ' | '.join(heads) + ' |', '|' + '---|' * len(heads)]
+    for piece in pieces:
+        cells = [f'{piece["from"]} … {piece["to"] - 1}', f'{piece["tokens"]:,}', f'{piece["loss"]:.4f}']
+        cells += [' '.join(f'{n:.0f}' for n in piece[f'attended_{name}']) for name in names]
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return lines
+
+
+def _layers(half, layers, columns):
+    """A row for each layer; columns that no layer has are left out."""
+    columns = [column for column in columns if any(column[0] in layer for layer in layers)]
+    heads = ' | '.join(head for _, head, _ in columns)
+    lines = [f'| {half} of layer | {heads} |', '|' + '---|' * (1 + len(columns))]
     for layer in layers:
-        cells = [format(layer[name], style) if name in layer else '–' for name, _, style in _LAYER_COLUMNS]
+        cells = [format(layer[name], style) if name in layer else '–' for name, _, style in columns]
         lines.append(f'| {layer["layer"]} {layer["span"]} | ' + ' | '.join(cells) + ' |')
+    return lines
+
+
+def _unions(layers):
+    """The share of neurons that any of several tokens activates."""
+    if 'union' not in layers[0]:
+        return []
+    lines = []
+    for name, which in [('union', 'consecutive tokens'), ('union_rows', 'tokens of different rows')]:
+        sizes = list(layers[0][name])
+        lines += ['', f'| active for any of n {which}, n = | ' + ' | '.join(sizes) + ' |', '|' + '---|' * (1 + len(sizes))]
+        for layer in layers:
+            lines.append(f'| {layer["layer"]} {layer["span"]} | ' + ' | '.join(f'{layer[name][n]:.1%}' for n in sizes) + ' |')
     return lines
 
 

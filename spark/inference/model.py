@@ -45,7 +45,7 @@ def computed_by(serving: Serving, half: str) -> str:
     reads_records = gathers and kind.gate == 'identity' and serving.dtype != 'int8'
     takes = {
         ('attention', 'cpu'): kind in nn_attention.KERNEL_KINDS,
-        ('ffn', 'cpu'): not kind.predictor or (kind == CPU_FFN and f.topk == 'statistical'),
+        ('ffn', 'cpu'): not kind.predictor or (kind == CPU_FFN and f.soft),
         ('ffn', 'tpu'): reads_records,
         ('ffn', 'gpu'): reads_records and rows_gpu.columns(cfg.d_model - f.r, cfg.d_model) > 0,
     }
@@ -88,8 +88,9 @@ def hidden(
 
     `first_B` is the position of each row's first token; all before it is padding. The cache must have room for L positions.
 
-    Counts: 'attended' (n_layers, B, L) keys, mean over the heads; 'active' (n_layers, B, L) neurons of sparse kinds; 'overflow'
-    (n_layers,) tokens and queries with more active entries than the capacity.
+    Counts: 'attended' (n_layers, B, L) keys, mean over the heads; 'active' (n_layers, B, L) neurons of sparse kinds; with a
+    predictor 'records_read' (n_layers,), neurons that any token activates; 'overflow' (n_layers,) tokens and queries with more
+    active entries than the capacity.
     """
     L, E = tokens_BxL.shape[1], weights['embedding']
     x_BxLxD = E.values[tokens_BxL].astype(jnp.float32)
@@ -190,11 +191,12 @@ def ffn(serving: Serving, w: dict, x_TxD: Float[Array, 'T D']) -> tuple[Float[Ar
         return y, {} if active is None else {'active': jnp.sum(active, axis=-1)}
     K1, table = w['K1'], w['records']
     if computed_by(serving, 'ffn') == 'cpu':
-        y, active = cpu.ffn(x_TxD, K1.values, table.values, f.k, f.huber, K1.scales, table.scales)
-        return y, {'active': active}
+        y, active, read = cpu.ffn(x_TxD, K1.values, table.values, f.k, f.huber, K1.scales, table.scales)
+        return y, {'active': active, 'records_read': read}
     a, active = nn_ffn.activations(f, product(serving, x_TxD[:, : f.r], K1).astype(serving.compute))
     y, overflow = _second_half(serving, 'ffn', x_TxD[:, f.r :], a, active, table)
-    return y[:, : x_TxD.shape[1]].astype(serving.compute), {'active': jnp.sum(active, axis=-1), 'overflow': overflow}
+    counts = {'active': jnp.sum(active, axis=-1), 'records_read': jnp.sum(jnp.any(active, axis=0)), 'overflow': overflow}
+    return y[:, : x_TxD.shape[1]].astype(serving.compute), counts
 
 
 def _second_half(serving, half, q2, a, active, table):
@@ -209,22 +211,17 @@ def _second_half(serving, half, q2, a, active, table):
     return gather.look_up(q2, a, active, table.values, sigma2, room, serving.overflow, table.scales, read)
 
 
-def union(share: float, n: int) -> float:
-    """The share of entries that at least one of n tokens activates, if each token activates `share` independently."""
-    return 1 - (1 - share) ** n
-
-
-def bytes_per_step(serving: Serving, weights: dict, cache: Cache, means: dict, batch: int, head: bool = True) -> float:
+def bytes_per_step(serving: Serving, weights: dict, cache: Cache, means: dict, head: bool = True) -> float:
     """Bytes that a step of decoding has to read.
 
     All weights, but of Spark's records only those of active neurons; of the cache, all keys and the records of attended keys.
-    Masked lookups read everything. A record that several tokens of a batch activate is read once; the tokens are assumed to
-    activate neurons independently. `means` has the mean of each of a step's counts.
+    Masked lookups read everything. A record that several tokens of a batch activate is read once: such steps count the union of
+    their tokens' active neurons. `means` has the mean of each of a step's counts.
     """
     nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     reads_all = {half: computed_by(serving, half) == 'masked' for half in ('attention', 'ffn')}
     total = nbytes(weights['embedding']) if head else 0
-    active = 1 if reads_all['ffn'] or 'active' not in means else union(means['active'] / serving.cfg.ffn.d_ff, batch)
+    active = 1 if reads_all['ffn'] or 'records_read' not in means else means['records_read'] / serving.cfg.ffn.d_ff
     for w, table in zip(weights['layers'], cache.layers, strict=True):
         records = nbytes(w.get('records', ()))
         total += nbytes(w) - records * (1 - active)

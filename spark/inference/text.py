@@ -42,7 +42,7 @@ def continue_prompts(
     prompt_tokens, new_tokens, n_steps = sum(map(len, ids)), sum(map(len, rows)), len(counts)
     counts = jax.device_get(counts or [stream.counts])  # those of the prompts, if EOS came at once
     activity = {name: float(np.mean([np.mean(c[name]) for c in counts])) for name in counts[0]}
-    read = bytes_per_step(serving, served.weights, stream.cache, activity, len(ids))
+    read = bytes_per_step(serving, served.weights, stream.cache, activity)
     return {
         'step': served.step, 'dtype': serving.dtype, 'kernels': serving.kernels,
         'attention_kernels': computed_by(serving, 'attention'), 'ffn_kernels': computed_by(serving, 'ffn'),

@@ -79,15 +79,16 @@ def ffn(
     x_TxD: Tokens, K1_Fxr: Num[AnyArray, 'F r'], records_FxR: Num[AnyArray, 'F 2*D-r'], k: int, huber: float = 0.0,
     K1_scales: Float32[AnyArray, ' F'] | None = None, record_scales: Float32[AnyArray, 'F 2'] | None = None,
     *, instructions: str = 'best',
-) -> tuple[Float32[Array, 'T D'], Int32[Array, ' T']]:  # fmt: skip
-    """The Spark FFN, V · (GELU(StatTopK_k(K1 x[:r])) ⊙ K2 x[r:]), and the number of active neurons of each token.
+) -> tuple[Float32[Array, 'T D'], Int32[Array, ' T'], Int32[Array, '']]:  # fmt: skip
+    """The Spark FFN, V · (GELU(StatTopK_k(K1 x[:r])) ⊙ K2 x[r:]), each token's active neurons, and the records read.
 
-    Only the records of active neurons are read. A record is a neuron's row of K2 followed by its row of V, in the dtype of K1;
-    in int8 it has a scale for each of the two. k and huber are those of FFNConfig.
+    Only the records of active neurons are read, once for all tokens of a chunk of 64. A record is a neuron's row of K2 followed
+    by its row of V, in the dtype of K1; in int8 it has a scale for each of the two. k and huber are those of FFNConfig.
     """
     T, F = x_TxD.shape[0], K1_Fxr.shape[0]
     quantile = -ndtri(k / F) if k < F else -np.inf
     shapes = jax.ShapeDtypeStruct(x_TxD.shape, jnp.float32), jax.ShapeDtypeStruct((T,), jnp.int32)
+    shapes = *shapes, jax.ShapeDtypeStruct((), jnp.int32)
     run = call('spark_ffn', shapes, instructions, quantile=np.float32(quantile), huber=np.float32(huber))
     return run(x_TxD, K1_Fxr, _scales(K1_scales), records_FxR, _scales(record_scales))
 

@@ -14,7 +14,7 @@ from spark.kernels import cpu, ffn_gpu, ffn_tpu, fused_ffn, sparse_ffn
 from spark.nn.block import Hidden
 from spark.nn.layers import by_token, matrix, mesh_axes, shards, sow
 
-# What the kernels for training compute, with a statistical top-k. They decline every other kind.
+# What the kernels for training compute, with a soft statistical top-k. They decline every other kind.
 KERNEL_KINDS = (
     Kind('gelu', gate='identity', topk=True, predictor=True),
     Kind('gelu', gate='identity', topk=True, ddof=0),
@@ -73,10 +73,10 @@ def computes_active_only(cfg: FFNConfig, dtype: DTypeLike, platform: str, tokens
     They compute in float32 on one CPU device. 'auto' takes them where they were measured to be faster: for at least 128 tokens,
     and at most a quarter of the neurons.
     """
-    covered = cfg.traits in KERNEL_KINDS and cfg.topk == 'statistical' and cfg.k < cfg.d_ff and (tokens + 16) * cfg.d_ff < 2**31
+    covered = cfg.traits in KERNEL_KINDS and cfg.soft and cfg.k < cfg.d_ff and (tokens + 16) * cfg.d_ff < 2**31
     able = covered and cpu.can_train(dtype, platform)
     if cfg.impl == 'sparse' and not able:
-        kernels = 'kernels compute a statistical top-k of k < d_ff neurons, in float32, on one CPU device, if they were built'
+        kernels = 'kernels compute a statistical top-k with shrink, k < d_ff, in float32, on one CPU device, if they were built'
         raise ConfigError(f"model.ffn.impl = 'sparse': want 'auto' or 'masked': {kernels}")
     return able and (cfg.impl == 'sparse' or (cfg.impl == 'auto' and tokens >= 128 and 4 * cfg.k <= cfg.d_ff))
 
@@ -90,8 +90,8 @@ def fused(
     A CPU interprets the kernels for TPUs.
     """
     kind = cfg.traits
-    if not (kind in KERNEL_KINDS and kind.gated and cfg.topk == 'statistical' and cfg.k < cfg.d_ff):
-        kernels = 'kernels compute a statistical top-k of k < d_ff neurons with a gate'
+    if not (kind in KERNEL_KINDS and kind.gated and cfg.soft and cfg.k < cfg.d_ff):
+        kernels = 'kernels compute a statistical top-k with shrink, of k < d_ff neurons with a gate'
         raise ConfigError(f"model.ffn.impl = 'pallas': want 'auto' or 'masked': {kernels}")
     passes = (ffn_gpu if platform == 'gpu' else ffn_tpu).PASSES[platform == 'cpu']
     if why_not := passes.why_not(x1.shape[-1], x2.shape[-1], *V.shape):
@@ -119,9 +119,9 @@ def activations(cfg: FFNConfig, s: Scores) -> tuple[Scores, Bool[Array, '*tokens
     match cfg.topk:
         case 'statistical':
             # Tokens are normalised and keys have random directions, so no mean is large against the standard deviation.
-            kept = ops.statistical_topk(s, cfg.k, ddof=kind.ddof, huber=cfg.huber, pivot=False)
+            kept = ops.statistical_topk(s, cfg.k, shrink=cfg.shrink, ddof=kind.ddof, huber=cfg.huber, pivot=False)
         case 'exact':
-            kept = ops.exact_topk(s, cfg.k)
+            kept = ops.exact_topk(s, cfg.k, shrink=cfg.shrink)
         case 'approx':
-            kept = ops.approx_topk(s, cfg.k)
+            kept = ops.approx_topk(s, cfg.k, shrink=cfg.shrink, recall=cfg.recall)
     return sigma(kept), kept != 0

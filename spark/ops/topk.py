@@ -3,9 +3,11 @@
     θ(x, k) = mean(x) + std(x) · Q(1 − k/n)          Q: quantile of the standard normal
     StatTopK_k(x) = max(x − θ, 0)                    argmin_{z ≥ 0} θ·‖z‖₁ + ½‖x − z‖²
 
-The three operators share one signature, `f(x, k, *, axis, where, …)`, and agree in the limits: with k ≥ n valid entries they
-return x itself, an entry outside `where` becomes 0, and k < 1 is a ValueError. `where` is a boolean mask of the valid entries,
-None for all; it broadcasts against x over the axes before `axis`.
+An operator is a choice of θ, by statistics or as the k-th largest entry, and of what it makes of the entries that reach θ: with
+`shrink` they become x − θ, a soft threshold, without it they stay x, a hard one. The three operators share one signature,
+`f(x, k, *, axis, where, shrink, …)`, and agree in the limits: with k ≥ n valid entries they return x itself, an entry outside
+`where` becomes 0, and k < 1 is a ValueError. `where` is a boolean mask of the valid entries, None for all; it broadcasts against
+x over the axes before `axis`.
 """
 
 import functools
@@ -57,26 +59,22 @@ def statistical_threshold(
 
 
 def statistical_topk(
-    x: X, k: K, *, axis: int = -1, where: Where = None, ddof: int = 1, huber: float = 0.0, pivot: bool = True
-) -> X:
+    x: X, k: K, *, axis: int = -1, where: Where = None, shrink: bool = True, ddof: int = 1, huber: float = 0.0,
+    pivot: bool = True,
+) -> X:  # fmt: skip
     """StatTopK_k(x) = max(x − θ(x, k), 0), the soft threshold of the paper, in the dtype of x.
 
-    Gradients flow through mean and standard deviation. With `huber` = δ > 0 a parabola of width δ (in units of x) replaces the
-    kink at θ: Huber(x − θ; δ)/δ is continuously differentiable (Theorem 3.2). The other arguments are those of
-    `statistical_threshold`.
+    Gradients flow through mean and standard deviation; without `shrink`, through the entries that stay alone. With `huber` = δ
+    a parabola of width δ (in units of x) replaces the kink at θ: Huber(x − θ; δ)/δ is continuously differentiable (Theorem 3.2),
+    and shrinks. The other arguments are those of `statistical_threshold`.
     """
-    if huber < 0:
-        raise ValueError(f'huber = {huber}: want a width ≥ 0')
+    if huber < 0 or (huber and not shrink):
+        raise ValueError(f'huber = {huber}: want ' + ('a width ≥ 0' if shrink else '0 without shrink'))
     if where is None and isinstance(k, numbers.Real) and k >= x.shape[axis]:
         return x
     theta = statistical_threshold(x, k, axis=axis, where=where, ddof=ddof, pivot=pivot)
-    # Rounding comes before clipping: XLA then keeps one array in the dtype of x for the backward pass.
-    above = jnp.maximum((x.astype(theta.dtype) - theta).astype(x.dtype), 0)
-    if huber:
-        above = jnp.where(above < huber, above * above / (2 * huber), above - huber / 2)
-    if where is not None or not isinstance(k, numbers.Real):  # a row with k ≥ n has θ = −∞ and keeps everything
-        above = jnp.where(jnp.isneginf(theta), x, above)
-    return _masked(above, where)
+    # A row with k ≥ n has θ = −∞ and keeps everything.
+    return _threshold(x, theta, where, shrink, huber, whole_rows=where is not None or not isinstance(k, numbers.Real))
 
 
 def statistical_keep(x: X, k: K, *, axis: int = -1, where: Where = None, ddof: int = 1) -> Bool[Array, '*shape']:
@@ -92,14 +90,20 @@ def statistical_keep(x: X, k: K, *, axis: int = -1, where: Where = None, ddof: i
     return keep if where is None else keep & where
 
 
-def exact_topk(x: X, k: int, *, axis: int = -1, where: Where = None) -> X:
-    """The k largest valid entries of x, and those that tie with the k-th, by a partial sort (`lax.top_k`); others become 0."""
-    return _keep_largest(x, k, axis, where, jax.lax.top_k)
+def exact_topk(x: X, k: int, *, axis: int = -1, where: Where = None, shrink: bool = True) -> X:
+    """max(x − θ, 0) for θ = the k-th largest valid entry, by a partial sort (`lax.top_k`); the k-th itself becomes 0.
+
+    Without `shrink`, the k largest valid entries, and those that tie with the k-th, stay as they are. Gradients flow through θ.
+    """
+    return _keep_largest(x, k, axis, where, shrink, jax.lax.top_k)
 
 
-def approx_topk(x: X, k: int, *, axis: int = -1, where: Where = None) -> X:
-    """As `exact_topk`, by `lax.approx_max_k`: approximate on TPU, with a recall of 95 %, and a sort elsewhere."""
-    return _keep_largest(x, k, axis, where, jax.lax.approx_max_k)
+def approx_topk(x: X, k: int, *, axis: int = -1, where: Where = None, shrink: bool = True, recall: float = 0.95) -> X:
+    """As `exact_topk`, by `lax.approx_max_k`: on TPU θ is the least of k entries that hold about `recall` of the k largest.
+
+    So on TPU more than k entries reach θ. Elsewhere it is a sort, whatever the recall.
+    """
+    return _keep_largest(x, k, axis, where, shrink, functools.partial(jax.lax.approx_max_k, recall_target=recall))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
@@ -126,14 +130,30 @@ def _mean_and_std_jvp(axis, ddof, pivot, primals, tangents):
     return (mean, std), (total(dx) / jnp.maximum(n, 1), slope * total((x - mean) * dx))
 
 
-def _keep_largest(x, k, axis, where, largest):
+def _keep_largest(x, k, axis, where, shrink, largest):
     _check_k(k)
     n = x.shape[axis]
     if k >= n:
         return _masked(x, where)
     ranked = x if where is None else jnp.where(where, x, -jnp.inf)
     kth = jnp.min(largest(jnp.moveaxis(ranked, axis, -1), k)[0], axis=-1, keepdims=True)
-    return _masked(jnp.where(x >= jax.lax.stop_gradient(jnp.moveaxis(kth, -1, axis)), x, 0), where)
+    theta = jnp.moveaxis(kth, -1, axis)
+    if where is not None:
+        theta = jnp.where(jnp.sum(where, axis=axis, keepdims=True) > k, theta, -jnp.inf)
+    return _threshold(x, theta, where, shrink, whole_rows=where is not None)
+
+
+def _threshold(x, theta, where, shrink, huber=0.0, whole_rows=False):
+    """The entries of at least θ, less θ with `shrink`, and 0 for the others. Among `whole_rows`, those with θ = −∞ stay."""
+    if not shrink:
+        return _masked(jnp.where(x.astype(theta.dtype) >= jax.lax.stop_gradient(theta), x, 0), where)
+    # Rounding comes before clipping: XLA then keeps one array in the dtype of x for the backward pass.
+    above = jnp.maximum((x.astype(theta.dtype) - theta).astype(x.dtype), 0)
+    if huber:
+        above = jnp.where(above < huber, above * above / (2 * huber), above - huber / 2)
+    if whole_rows:
+        above = jnp.where(jnp.isneginf(theta), x, above)
+    return _masked(above, where)
 
 
 def _masked(x, where):

@@ -21,7 +21,8 @@ from spark.errors import ConfigError
 from spark.runtime import Path, entries, in_bucket, write_json
 
 # No choice of these changes the parameter count, so runs that differ only in them are compared at equal parameters.
-LOOKUP_FIELDS = {f'model.{half}.{name}' for half in ('ffn', 'attention') for name in ('kind', 'k', 'r', 'topk', 'huber')}
+_NAMES = ('kind', 'k', 'r', 'topk', 'shrink', 'recall', 'huber')
+LOOKUP_FIELDS = {f'model.{half}.{name}' for half in ('ffn', 'attention') for name in _NAMES}
 
 
 class Run(NamedTuple):
@@ -103,7 +104,9 @@ def _adjust(base, chosen):
     if kind.topk and 'model.ffn.k' not in chosen:
         f['k'] = round(base_ffn.k * f['d_ff'] / base_ffn.d_ff)
     if not kind.topk:
-        f |= {'k': 0, 'topk': 'statistical', 'huber': 0.0}
+        f |= {'k': 0, 'topk': 'statistical', 'shrink': True, 'huber': 0.0}
+    if f['topk'] != 'approx':
+        f['recall'] = config.FFNConfig.model_fields['recall'].default
     if not kind.predictor:
         f['r'] = 0
     kind = config.ATTENTION_KINDS[a['kind']]

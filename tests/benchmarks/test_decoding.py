@@ -49,6 +49,6 @@ def test_a_half_that_is_masked_reads_all_records(monkeypatch):
     spark = decoding.Decoder(small('spark', **{'model.n_layers': 2, 'model.ffn.k': 0}).model)
     spark.begin(16, 40)
     read = lambda active, attended: bytes_per_step(
-        spark.serving, spark.weights, spark.cache, {'active': active, 'attended': attended}, 1
+        spark.serving, spark.weights, spark.cache, {'records_read': active, 'attended': attended}
     )
     assert spark.serving.kernels != 'masked' and read(1, 4) == read(96, 4) and read(1, 2) < read(1, 4)

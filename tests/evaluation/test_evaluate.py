@@ -8,7 +8,7 @@ import pytest
 
 from spark.data.documents import split_of
 from spark.errors import CheckpointError, ConfigError, DataError
-from spark.evaluation import evaluate, neurons, plots, sparsity, tables
+from spark.evaluation import evaluate, neurons, plots, strips, tables
 from spark.training.step import Trainer
 from tests.helpers import BOTH, corpus, small
 
@@ -69,7 +69,10 @@ def test_sums_outlive_the_int32_they_are_made_in(run, monkeypatch):
     drained, sums = evaluate.evaluate(model, 'train')
     assert sums['attended'].dtype == np.int64
     for a, b in zip(drained['layers'], whole['layers'], strict=True):
-        assert a.pop('span') == b.pop('span') and a == pytest.approx(b, rel=1e-6)
+        for name in ('span', 'union', 'union_rows'):
+            x, y = a.pop(name), b.pop(name)
+            assert x == (y if name == 'span' else pytest.approx(y, rel=1e-6))
+        assert a == pytest.approx(b, rel=1e-6)
     assert drained['loss'] == pytest.approx(whole['loss'], rel=1e-6)
 
 
@@ -104,7 +107,7 @@ def temporaries(f, trainer, *more):
 
 def test_memory_grows_with_the_length_and_losses_cost_a_forward_pass(monkeypatch):
     """Rows twice as long take at most about twice the memory, not four times; one layer's activations are one layer's."""
-    monkeypatch.setattr(sparsity, 'STRIP', 1 << 16)
+    monkeypatch.setattr(strips, 'STRIP', 1 << 16)
     found = {}
     for L in (1024, 2048):
         # As on accelerators: the CPU kernels for training need less memory than the logits.
@@ -121,6 +124,50 @@ def test_memory_grows_with_the_length_and_losses_cost_a_forward_pass(monkeypatch
         trainer = Trainer(small(**{'model.n_layers': n_layers, 'data.batch_size': 64}), jax.devices()[:1])
         kept[n_layers] = temporaries(lambda p, b, t=trainer: neurons.activations(t.model, p, b, 2), trainer)
     assert kept[32] < 1.5 * kept[4]
+
+
+def test_loss_and_keys_by_position_in_rows_longer_than_in_training(run):
+    workdir, _ = run
+    model = evaluate.load(workdir, length=128)
+    assert (model.cfg.data.seq_len, model.cfg.data.batch_size) == (128, 8)  # 2 rows, for 8 devices
+    report, sums = evaluate.evaluate(model, 'test')
+    pieces = report['by_position']
+    assert [piece['from'] for piece in pieces] == list(range(0, 128, 8)) and pieces[-1]['to'] == 128
+    assert sum(piece['tokens'] for piece in pieces) == report['tokens'] == sums['positions'].sum()
+    assert sum(piece['tokens'] * piece['loss'] for piece in pieces) == pytest.approx(report['tokens'] * report['loss'], rel=1e-5)
+    for i, layer in enumerate(report['layers']):
+        mean = sum(piece['tokens'] * piece['attended_mean'][i] for piece in pieces) / report['tokens']
+        assert mean == pytest.approx(layer['attended_mean'], rel=1e-6)
+        assert max(piece['attended_max'][i] for piece in pieces) == layer['attended_max']
+    assert pieces[0]['attended_max'][0] <= 8  # the first eight tokens see no more
+    alone, _ = evaluate.evaluate(model, 'test', statistics=False)
+    assert [piece['loss'] for piece in alone['by_position']] == pytest.approx([piece['loss'] for piece in pieces], rel=1e-5)
+
+
+def test_a_fitted_predictor_is_compared_on_other_text(run, evaluated):
+    _, report, _ = evaluated
+    model = evaluate.load(run[0])
+    found, _ = evaluate.evaluate(model, 'test', fit=True)
+    for layer, plain in zip(found['layers'], report['layers'], strict=True):
+        assert layer['recall'] == pytest.approx(plain['recall'], rel=1e-3)
+        assert 8 / 96 < layer['recall_fitted'] < 1 and 8 / 96 < layer['contribution_kept_fitted'] <= layer['contribution_best']
+    assert '| fitted |' in tables.tables(found) and '| fitted |' not in tables.tables(report)
+
+
+def test_a_dense_model_has_no_predictor_to_compare(trained):
+    with pytest.raises(ConfigError, match=r"model\.ffn\.kind = 'gated': want a kind with a predictor"):
+        evaluate.evaluate(evaluate.load(trained('dense')[0]), 'test', fit=True)
+
+
+def test_k_is_found_at_which_a_share_of_the_neurons_is_active(run, trained):
+    model = evaluate.load(run[0])
+    found = evaluate.with_k(model, 0.2)
+    report, _ = evaluate.evaluate(found, 'validation')
+    assert report['active'] == pytest.approx(0.2, abs=0.01) and found.cfg.model.ffn.k > 8 == model.cfg.model.ffn.k
+    with pytest.raises(ConfigError, match=r'a share of 0\.001 of the neurons: want'):
+        evaluate.with_k(model, 0.001)
+    with pytest.raises(ConfigError, match="kind 'gated': want a statistical top-k"):
+        evaluate.with_k(evaluate.load(trained('dense')[0]), 0.1)
 
 
 def test_losses_alone_are_the_same_losses(evaluated):

@@ -1,8 +1,6 @@
 """The statistics against what they stand for: real sets, real scores, counted one by one in numpy."""
 
 import flax.linen as nn
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,9 @@ import pytest
 from scipy import stats
 
 from spark import ops
-from spark.evaluation import sparsity
+from spark.evaluation import sparsity, strips
+from spark.nn.attention import Attention
+from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, sow
 from spark.nn.transformer import by_layer
 from spark.training.step import Trainer
@@ -34,12 +34,13 @@ def batch(cfg, B=3, L=32):
 
 
 def seen(model, params, rows):
-    """Per layer, the FFN's scores and activations, and attention's scores, activations and visible keys, as numpy arrays."""
+    """Per layer, the FFN's input, scores and activations, and attention's scores, activations, visible keys, and q, k, v."""
 
     def spy(method, args, kwargs, context):
         out = method(*args, **kwargs)
-        if context.method_name == 'activate':
-            everything = {'s': args[0], 'out': out} | ({'visible': args[1]} if len(args) > 1 else {})
+        names = {'activate': ('s', 'visible'), 'look_up': ('q', 'k', 'v'), '__call__': ('x',)}.get(context.method_name, ())
+        if isinstance(context.module, FFN | Attention):
+            everything = dict(zip(names, args, strict=False)) | ({'out': out} if context.method_name == 'activate' else {})
             for name, x in everything.items():
                 sow(context.module, name, x)
         return out
@@ -47,12 +48,47 @@ def seen(model, params, rows):
     with nn.intercept_methods(spy):
         _, state = jax.jit(lambda params, rows: model.apply(params, *rows, mutable=[METRICS]))(params, tuple(rows.values()))
     layers = lambda half, name: np.asarray(by_layer(model.cfg, state[METRICS], half, name))
-    ffns = zip(*(layers('ffn', name) for name in ('s', 'out')), strict=True)
-    return list(ffns), list(zip(*(layers('attention', name) for name in ('s', 'out', 'visible')), strict=True))
+    of = lambda half, names: list(zip(*(layers(half, name) for name in names), strict=True))
+    return of('ffn', ('x', 's', 'out')), of('attention', ('s', 'out', 'visible', 'q', 'k', 'v'))
+
+
+def check_skill(layer, prefix, on, c, k):
+    """Recall and contributions, token by token, of the entries that are `on`, with contributions c."""
+    order = np.argsort(-c, axis=-1)[:, :k]
+    best = np.zeros_like(on)
+    np.put_along_axis(best, order, True, -1)
+    assert layer[f'{prefix}recall'] == pytest.approx((on & best).sum(-1).mean() / k, rel=1e-5)
+    share = lambda kept: ((c * kept).sum(-1) / c.sum(-1)).mean()
+    assert layer[f'{prefix}contribution_kept'] == pytest.approx(share(on), rel=1e-4)
+    assert layer[f'{prefix}contribution_best'] == pytest.approx(share(best), rel=1e-4)
+    assert layer[f'{prefix}calibration'] == pytest.approx(np.minimum(on.sum(-1) / k, 1).mean(), rel=1e-5)
+
+
+def check_unions(layer, on_BxLxF, segments_BxL):
+    for size in (2, 4, 8, 16):
+        shares = []
+        for row, segments in zip(on_BxLxF, segments_BxL, strict=True):
+            for start in range(0, len(segments) - size + 1, size):
+                here = slice(start, start + size)
+                if segments[start] and (segments[here] == segments[start]).all():
+                    shares.append(row[here].any(0).mean())
+        assert layer['union'][str(size)] == pytest.approx(np.mean(shares), rel=1e-5)
+    assert list(layer['union']) == ['2', '4', '8', '16']  # no document has 32 tokens in a row
+    tokens, rng = on_BxLxF[segments_BxL > 0], np.random.default_rng(0)
+    drawn = [tokens[rng.integers(0, len(tokens), 8)].any(0).mean() for _ in range(4000)]
+    assert layer['union_rows']['8'] == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / 4000**0.5)
+
+
+def check_spread(layer, name, counts):
+    expected = {'mean': counts.mean(), 'max': counts.max()}
+    for which, q in [('p5', 0.05), ('median', 0.5), ('p95', 0.95)]:
+        expected[which] = np.quantile(counts, q, method='inverted_cdf')
+    assert {which: layer[f'{name}_{which}'] for which in expected} == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize('kind', list(KINDS))
-def test_every_figure_is_what_one_counts_by_hand(kind):
+def test_every_figure_is_what_one_counts_by_hand(kind, monkeypatch):
+    monkeypatch.setattr(strips, 'STRIDE', 1)
     cfg = small(**KINDS[kind])
     model, params = model_and_params(cfg)
     rows = batch(cfg)
@@ -63,55 +99,49 @@ def test_every_figure_is_what_one_counts_by_hand(kind):
     ffns, attentions = seen(model, params, rows)
     f, a = cfg.model.ffn, cfg.model.attention
     for i, layer in enumerate(report):
-        s, out = ffns[i]
+        x, s, out = ffns[i]
         on = (out != 0)[real]
         z = ((s - s.mean(-1, keepdims=True)) / s.std(-1, ddof=1, keepdims=True))[real]
-        assert layer['ks'] == pytest.approx(stats.kstest(z.ravel(), 'norm').statistic, abs=8e-3)  # edges of 1/64 against all z
+        pooled = stats.kstest(z.ravel(), 'norm').statistic
+        assert layer['ks_pooled'] == pytest.approx(pooled, abs=8e-3)  # edges of 1/64 against all z
+        distances = [stats.kstest(row, 'norm').statistic for row in z]
+        assert layer['ks_mean'] == pytest.approx(np.mean(distances), abs=1e-3)
+        assert layer['ks_max'] == pytest.approx(max(distances), abs=6e-4) and layer['ks_chance'] < layer['ks_p95']
         if kind == 'gated':
             assert 'active_mean' not in layer and 'dead' not in layer
         else:
-            share = on.mean(-1)
-            assert layer['active_mean'] == pytest.approx(share.mean()) and layer['active_max'] == pytest.approx(share.max())
-            assert (share <= layer['active_p95'] + 1e-9).mean() >= 0.95 > (share < layer['active_p95'] - 1e-9).mean()
+            check_spread(layer, 'active', on.mean(-1))
+            check_unions(layer, (out != 0).reshape(3, 32, -1), rows['segments'])
             assert layer['dead'] == (on.sum(0) == 0).sum()
             np.testing.assert_array_equal(sums['fired'][i], on.sum(0))
         if f.k:
-            best = np.asarray(ops.exact_topk(jnp.asarray(s + 100), f.k))[real] != 0  # + 100: a kept score is not 0
-            both = (on & best).sum(-1)
-            assert layer['recall'] == pytest.approx((both / f.k).mean(), rel=1e-6)
-            assert layer['precision'] == pytest.approx((both / np.maximum(on.sum(-1), 1)).mean(), rel=1e-6)
+            group, half = divmod(i, 2)
+            p = {name: x[group] for name, x in params['params']['groups'][f'ffn_{half}'].items()}
+            gate = x.reshape(-1, 32)[:, f.r :] @ p['K2'] if f.r else 1
+            c = np.abs(np.asarray(jax.nn.gelu(s) * gate)) * np.linalg.norm(p['V'], axis=-1)
+            check_skill(layer, '', on, c[real], f.k)
         else:
             assert 'recall' not in layer
 
-        s, out, visible = attentions[i]
+        s, out, visible, q, k, v = attentions[i]
         visible = np.broadcast_to(visible, s.shape)
         is_real = np.broadcast_to(np.tile(rows['segments'] > 0, (1, a.n_heads // a.n_kv_heads))[:, None], s.shape[:-1])
         on = out > 0
         count = on.sum(-1)
-        assert layer['attended_mean'] == pytest.approx(count[is_real].mean()) and layer['attended_max'] == count[is_real].max()
+        check_spread(layer, 'attended', count[is_real])
         long = is_real & (visible.sum(-1) > a.k)
-        best = np.asarray(ops.exact_topk(jnp.asarray(s + 100), a.k, where=jnp.asarray(visible))) != 0
-        both = (on & best).sum(-1)
-        assert layer['attention_recall'] == pytest.approx((both / a.k)[long].mean(), rel=1e-5)
-        assert layer['attention_precision'] == pytest.approx((both / count)[long].mean(), rel=1e-5)
+        gate = jax.nn.softplus(jnp.einsum('BNGLr,BNSr->BNGLS', q[..., a.r :], k[..., a.r :])).reshape(s.shape)
+        logits = np.where(visible, np.asarray(ops.softcap(jnp.asarray(s), a.logit_cap)), -np.inf)
+        mass = np.asarray(jax.nn.softmax(logits) * gate * jnp.linalg.norm(v, axis=-1)[:, :, None])
+        check_skill(layer, 'attention_', on[long], mass[long], a.k)
+        z = [(row[see] - row[see].mean()) / row[see].std(ddof=1) for row, see in zip(s[long], visible[long], strict=True)]
+        distances = [stats.kstest(row, 'norm').statistic for row in z]
+        assert layer['attention_ks_mean'] == pytest.approx(np.mean(distances), abs=1e-3)
         assert layer['attended_long'] == pytest.approx(count[long].mean(), rel=1e-6)
         by_head = count.reshape(3, a.n_heads, 32).mean(1)
         for place in (0, 7, 19):
             here = (rows['positions'] == place) & (rows['segments'] > 0)
-            assert sums['positions'][place] == here.sum()
             assert sums['by_position'][i, place] == pytest.approx(by_head[here].sum(), rel=1e-6)
-
-
-@hypothesis.given(
-    st.lists(st.floats(-5, 5, width=32), min_size=40, max_size=40, unique=True), st.sampled_from([2, 3, 40]), st.data()
-)
-@hypothesis.settings(deadline=None, max_examples=50)
-def test_sets_above_two_levels_are_nested(x, n, data):
-    """So of n kept entries and the k largest, min(n, k) are in both."""
-    x, k = np.array(x[:n], np.float32), data.draw(st.integers(1, n))
-    kept = np.asarray(ops.statistical_keep(jnp.asarray(x), k))
-    largest = x >= np.sort(x)[-k]
-    assert (kept & largest).sum() == min(kept.sum(), k)
 
 
 IN_BLOCKS = {'model.attention.block': 8, 'data.batch_size': 4}
@@ -127,7 +157,7 @@ def test_strips_on_many_devices_count_what_one_sees_at_once(kind, mesh, monkeypa
     rows = batch(whole, B=4)
     expected = jax.jit(lambda rows: sparsity.observe(model, params, rows)[1])(rows)
 
-    monkeypatch.setattr(sparsity, 'STRIP', 1000)  # several strips, the last one not a whole one
+    monkeypatch.setattr(strips, 'STRIP', 1000)  # several strips, the last one not a whole one
     cfg = small(kind, **IN_BLOCKS, **MESHES[mesh], **{'model.attention.impl': 'blockwise'})
     trainer = Trainer(cfg, jax.devices()[: 8 if mesh == 'context' else 1])
     with trainer.context():
@@ -136,11 +166,24 @@ def test_strips_on_many_devices_count_what_one_sees_at_once(kind, mesh, monkeypa
     assert found.keys() == expected.keys()
     for name, want in expected.items():
         got, want = np.asarray(found[name]), np.asarray(want)
-        if name.endswith('scores'):  # rounding may carry a score over a bin's edge
+        if name.endswith(('scores', 'ks')):  # rounding may carry a score over a bin's edge
             np.testing.assert_array_equal(got.sum(-1), want.sum(-1))
             assert np.abs(np.cumsum(got, -1) - np.cumsum(want, -1)).max() <= 5
         else:
             np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)
+
+
+def test_what_needs_a_sort_is_measured_of_every_eighth_token(monkeypatch):
+    cfg = small()
+    model, params = model_and_params(cfg)
+    rows = batch(cfg)
+    observe = lambda rows: jax.jit(lambda rows: sparsity.observe(model, params, rows)[1])(rows)
+    found, real = observe(rows), rows['segments'][:, ::8] > 0
+    assert (found['selection'][:, 0] == real.sum()).all() and (found['ffn_ks'].sum(-1) == real.sum()).all()
+    monkeypatch.setattr(strips, 'STRIDE', 1)
+    whole = observe(rows)
+    assert (whole['selection'][:, 0] == (rows['segments'] > 0).sum()).all()
+    np.testing.assert_array_equal(found['active'], whole['active'])
 
 
 def test_gini_and_kolmogorov_smirnov_of_known_cases():
@@ -165,7 +208,7 @@ def test_padding_and_empty_rows_change_nothing():
     observe = jax.jit(lambda rows: sparsity.observe(model, params, rows)[1])
     a, b = observe(rows), observe(longer)
     for name in a:
-        if name.endswith('scores'):  # rounding may carry a score over a bin's edge
+        if name.endswith(('scores', 'ks')):  # rounding may carry a score over a bin's edge
             assert np.sum(a[name]) == np.sum(b[name])
             assert np.abs(np.cumsum(a[name], -1) - np.cumsum(b[name], -1)).max() <= 3
         else:

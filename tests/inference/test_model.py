@@ -13,10 +13,10 @@ from spark.config import ATTENTION_KINDS, FFN_KINDS, Kind, ServeConfig
 from spark.errors import ConfigError
 from spark.inference.decoder import extend
 from spark.inference.layout import DTYPES, Serving, from_params, lay_out, rows, serving_for
-from spark.inference.model import computed_by, init_cache
+from spark.inference.model import computed_by, ffn, init_cache
 from spark.kernels import cpu
 from spark.nn import transformer
-from spark.nn.ffn import FFN
+from spark.nn.ffn import FFN, activations
 from spark.nn.layers import matrix
 from tests.helpers import model_and_params, random_rows, small
 
@@ -81,14 +81,28 @@ def test_every_kind_is_served_as_it_was_trained(half, kind, kernels):
 
 
 @pytest.mark.parametrize('kernels', KERNELS)
-@pytest.mark.parametrize('topk, huber', [('exact', 0.0), ('statistical', 0.5)])
-def test_every_topk_of_a_spark_ffn(topk, huber, kernels):
-    cfg = small('spark', **{'model.ffn.topk': topk, 'model.ffn.huber': huber, 'model.n_layers': 2})
+@pytest.mark.parametrize('topk, shrink, huber', [('exact', True, 0.0), ('statistical', False, 0.0), ('statistical', True, 0.5)])
+def test_every_topk_of_a_spark_ffn(topk, shrink, huber, kernels):
+    fields = {'model.ffn.topk': topk, 'model.ffn.shrink': shrink, 'model.ffn.huber': huber}
+    cfg = small('spark', **fields, **{'model.n_layers': 2})
     model, params = model_and_params(cfg)
     tokens = random_rows(cfg, length=12)[0]
     expected = full_logits(model, params, tokens)
     logits, _, _ = piecewise(Serving(cfg.model, kernels=kernels), from_params(Serving(cfg.model), params), tokens, 4, whole=8)
     np.testing.assert_allclose(logits[11], expected[:, 11], atol=1e-3)
+
+
+@pytest.mark.parametrize('kernels', KERNELS)
+def test_a_record_that_several_tokens_activate_is_read_once(kernels):
+    cfg = small('spark', **{'model.n_layers': 2})
+    w = from_params(Serving(cfg.model), model_and_params(cfg)[1])['layers'][0]
+    serving, x = Serving(cfg.model, kernels=kernels), jax.random.normal(jax.random.key(0), (12, 32))
+    counts = lambda x: jax.jit(lambda x: ffn(serving, w, x)[1])(x)
+    alone = [counts(row[None]) for row in x]
+    assert all(one['records_read'] == one['active'][0] > 0 for one in alone)
+    assert counts(x[:1].repeat(4, axis=0))['records_read'] == alone[0]['records_read']
+    _, active = activations(cfg.model.ffn, x[:, :16] @ w['K1'].values.T)
+    assert counts(x)['records_read'] == active.any(0).sum() < sum(one['records_read'] for one in alone)
 
 
 @pytest.mark.parametrize('kernels', KERNELS)

@@ -179,7 +179,8 @@ void check_ffn(const std::string& set, int tokens) {
   const Matrix<T> k1(F, r), records(F, R, 2, D - r);
   Floats y(size_t(tokens) * D), again(y);
   std::vector<int32_t> active(tokens);
-  FFN<T> m{tokens, D, F, r, quantile, huber, x.data(), k1.rows(), records.rows(), y.data(), active.data()};
+  int32_t read = -1;
+  FFN<T> m{tokens, D, F, r, quantile, huber, x.data(), k1.rows(), records.rows(), y.data(), active.data(), &read};
   compute(set, m, false);
   m.y = again.data();
   compute(set, m, true);

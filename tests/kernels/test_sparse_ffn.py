@@ -177,7 +177,7 @@ def test_several_devices_compute_every_neuron():
             chosen('sparse')
 
 
-@pytest.mark.parametrize('changes', [{'model.ffn.topk': 'exact'}, {'model.ffn.k': 96}])
+@pytest.mark.parametrize('changes', [{'model.ffn.topk': 'exact'}, {'model.ffn.shrink': False}, {'model.ffn.k': 96}])
 def test_what_the_kernels_decline_is_refused_in_one_line(changes):
     with pytest.raises(ConfigError, match=r"^model.ffn.impl = 'sparse': want 'auto' or 'masked': kernels compute"):
         ffn_steps('spark', **changes)

@@ -13,6 +13,7 @@ from spark.nn.layers import METRICS
 D, F, r, k = 12, 40, 4, 6
 KINDS = [(kind, topk) for kind, has in FFN_KINDS.items() for topk in
          (['statistical', 'exact', 'approx'] if has.topk else ['statistical'])]  # fmt: skip
+FORMS = [(*case, True) for case in KINDS] + [(*case, False) for case in KINDS if FFN_KINDS[case[0]].topk]
 EXPECTED = {
     'gated': lambda x, p, topk: jax.nn.gelu(x @ p['K1']) * (x @ p['K2']),
     'relu': lambda x, p, topk: jax.nn.relu(x @ p['K']),
@@ -23,23 +24,23 @@ EXPECTED = {
 }
 
 
-def build(kind, topk='statistical', d_ff=F):
+def build(kind, topk='statistical', d_ff=F, shrink=True):
     has = FFN_KINDS[kind]
-    ffn = FFN(FFNConfig(kind=kind, d_ff=d_ff, k=k * has.topk, r=r * has.predictor, topk=topk), jnp.float32)
+    ffn = FFN(FFNConfig(kind=kind, d_ff=d_ff, k=k * has.topk, r=r * has.predictor, topk=topk, shrink=shrink), jnp.float32)
     x = jax.random.normal(jax.random.key(0), (2, 5, D))
     variables = {'params': jax.tree.map(jnp.asarray, ffn.init(jax.random.key(1), x)['params'])}
     return ffn, jax.tree.map(lambda v: v.value, variables, is_leaf=lambda v: hasattr(v, 'value')), x
 
 
-@pytest.mark.parametrize(('kind', 'topk'), KINDS)
-def test_kind_is_its_equation(kind, topk):
-    ffn, variables, x = build(kind, topk)
+@pytest.mark.parametrize(('kind', 'topk', 'shrink'), FORMS)
+def test_kind_is_its_equation(kind, topk, shrink):
+    ffn, variables, x = build(kind, topk, shrink=shrink)
     y, state = ffn.apply(variables, x, mutable=[METRICS])
     p, has = variables['params'], FFN_KINDS[kind]
     operator = {
-        'statistical': lambda s: ops.statistical_topk(s, k, ddof=has.ddof),
-        'exact': lambda s: ops.exact_topk(s, k),
-        'approx': lambda s: ops.approx_topk(s, k),
+        'statistical': lambda s: ops.statistical_topk(s, k, ddof=has.ddof, shrink=shrink),
+        'exact': lambda s: ops.exact_topk(s, k, shrink=shrink),
+        'approx': lambda s: ops.approx_topk(s, k, shrink=shrink),
     }[topk]
     expected = EXPECTED[kind](x, p, operator) @ p['V']
     np.testing.assert_allclose(y, expected, atol=1e-5)
@@ -51,7 +52,7 @@ def test_kind_is_its_equation(kind, topk):
         fired = operator(scores) != 0 if has.topk else ops.ACTIVATIONS[has.activation](scores) != 0
         np.testing.assert_array_equal(state[METRICS]['active'], fired.sum(-1).reshape(-1))
         if topk == 'exact':
-            assert (state[METRICS]['active'] == k).all()
+            assert (state[METRICS]['active'] == k - shrink).all()  # the k-th itself becomes 0
 
 
 @pytest.mark.parametrize('kind', [kind for kind, has in FFN_KINDS.items() if has.topk])
@@ -61,6 +62,12 @@ def test_all_of_k_is_the_kind_without_topk(kind):
     full = FFN(ffn.cfg.model_copy(update={'k': F}), jnp.float32)
     p = variables['params']
     np.testing.assert_allclose(full.apply(variables, x), EXPECTED[kind](x, p, lambda s: s) @ p['V'], atol=1e-5)
+
+
+def test_recall_reaches_the_operator():
+    ffn, variables, x = build('spark', 'approx')
+    ffn = FFN(ffn.cfg.model_copy(update={'recall': 0.5}), jnp.float32)
+    assert 'recall_target=0.5' in str(jax.make_jaxpr(ffn.apply)(variables, x))
 
 
 def test_huber_reaches_the_operator():

@@ -161,12 +161,45 @@ def test_borders(f):
 @pytest.mark.parametrize('axis', [0, -1])
 def test_sorting_baselines_keep_the_k_largest(f, axis):
     x = gaussian(16, 24)
-    y = np.asarray(f(x, 5, axis=axis))  # approximate top-k is exact off TPU
+    y = np.asarray(f(x, 5, axis=axis, shrink=False))  # approximate top-k is exact off TPU
     assert ((y != 0).sum(axis) == 5).all()
     np.testing.assert_array_equal(y[y != 0], x[y != 0])
     smallest_kept = np.where(y != 0, y, np.inf).min(axis)
     largest_dropped = np.where(y == 0, x, -np.inf).max(axis)
     assert (smallest_kept > largest_dropped).all()
+
+
+@pytest.mark.parametrize('f', OPERATORS)
+@pytest.mark.parametrize('masked', [False, True])
+def test_shrink_is_the_distance_to_the_threshold(f, masked):
+    """Both forms keep the entries that reach θ; a slope of 1 for each, and with shrink that of θ. A short row stays whole."""
+    x, k = gaussian(3, 40), 6
+    where = np.arange(40) < np.array([[40], [23], [4]]) if masked else None
+    hard, soft = (np.asarray(f(x, k, where=where, shrink=shrink)) for shrink in (False, True))
+    if f is statistical_topk:
+        theta = np.asarray(statistical_threshold(x, k, where=where))
+    else:
+        theta = np.sort(np.where(where, x, -np.inf) if masked else x)[:, -k:][:, :1]
+    valid = np.broadcast_to(True if where is None else where, x.shape)
+    reach = (x >= theta) & valid
+    np.testing.assert_array_equal(hard, np.where(reach, x, 0))
+    whole = np.isneginf(theta)
+    assert whole.sum() == masked
+    expected = np.where(reach, np.where(whole, x, x - np.where(whole, 0, theta)), 0)
+    np.testing.assert_allclose(soft, expected, atol=1e-6)
+    of_theta = 0 if f is statistical_topk else ~whole[:, 0]  # the k-th largest less itself
+    assert ((hard != 0).sum(-1) == (soft != 0).sum(-1) + of_theta).all()
+
+    slope = lambda shrink: jax.grad(lambda x: jnp.sum(f(x, k, where=where, shrink=shrink)))(x)
+    np.testing.assert_array_equal(slope(False), reach)
+    if f is not statistical_topk:  # of the entries above θ, each takes 1 from the k-th largest
+        above = np.where(whole, reach, (x > theta) & valid)
+        np.testing.assert_allclose(slope(True), above - ~whole * (x == theta) * (k - 1.0))
+
+
+def test_a_hard_threshold_has_no_huber_form():
+    with pytest.raises(ValueError, match=r'huber = 0\.1: want 0 without shrink'):
+        statistical_topk(gaussian(3, 10), 4, shrink=False, huber=0.1)
 
 
 @pytest.mark.parametrize('f', OPERATORS)

@@ -71,6 +71,14 @@ def test_points_that_a_kind_does_not_tell_apart_are_one_run():
     assert runs[0].cfg.model.attention.k == runs[0].cfg.model.attention.r == 0
 
 
+def test_the_form_of_top_k_is_an_axis():
+    _, _, runs = grid('model.ffn.kind=relu,spark', 'model.ffn.topk=statistical,approx', 'model.ffn.shrink=true,false',
+                      'model.ffn.recall=0.5,0.95')  # fmt: skip
+    forms = [(f.kind, f.topk, f.shrink, f.recall) for f in (run.cfg.model.ffn for run in runs)]
+    plain = [(kind, 'statistical', shrink, 0.95) for kind, shrink in [('relu', True), ('spark', True), ('spark', False)]]
+    assert forms == [*plain, *(('spark', 'approx', shrink, recall) for shrink in (True, False) for recall in (0.5, 0.95))]
+
+
 def test_other_sizes_may_have_other_parameters():
     _, _, runs = grid('model.d_model=32,64', 'model.ffn.r=8,16')
     assert len({flops.parameters(r.cfg.model) for r in runs}) == 2

@@ -41,7 +41,8 @@ ffi::Error MatmulImpl(ffi::ThreadPool threads, int64_t set, Floats x, ffi::AnyBu
 }
 
 ffi::Error FFNImpl(ffi::ThreadPool threads, int64_t set, float quantile, float huber, Floats x, ffi::AnyBuffer k1, Floats k1_scales,
-                   ffi::AnyBuffer records, Floats record_scales, ffi::Result<Floats> y, ffi::Result<Ints> active) {
+                   ffi::AnyBuffer records, Floats record_scales, ffi::Result<Floats> y, ffi::Result<Ints> active,
+                   ffi::Result<Ints> read) {
   auto use = resolve(set);
   if (use.has_error()) return use.error();
   if (x.dimensions().size() != 2 || k1.dimensions().size() != 2) return wrong_shape("k1", k1, "two axes, as x");
@@ -49,6 +50,7 @@ ffi::Error FFNImpl(ffi::ThreadPool threads, int64_t set, float quantile, float h
   REQUIRE_SHAPE(records, neurons, 2 * D - r);
   REQUIRE_SHAPE(*y, tokens, D);
   REQUIRE_SHAPE(*active, tokens);
+  REQUIRE_SHAPE(*read);
   if (records.element_type() != k1.element_type()) return ffi::Error::InvalidArgument("k1 and records: want one dtype");
   return dispatch_type(k1, [&](auto type) {
     using T = decltype(type);
@@ -56,7 +58,7 @@ ffi::Error FFNImpl(ffi::ThreadPool threads, int64_t set, float quantile, float h
       return wrong_shape("record_scales", record_scales, "(neurons, 2), and (neurons) for k1, of int8 weights");
     XlaPool pool(threads);
     FFN<T> m{int(tokens), int(D), int(neurons), int(r), quantile, huber, x.typed_data(), rows<T>(k1, k1_scales),
-             rows<T>(records, record_scales), y->typed_data(), active->typed_data()};
+             rows<T>(records, record_scales), y->typed_data(), active->typed_data(), read->typed_data()};
     compute(*use, m, pool);
     return ffi::Error::Success();
   });
@@ -120,7 +122,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_matmul, spark::MatmulImpl,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_ffn, spark::FFNImpl,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set").Attr<float>("quantile").Attr<float>("huber")
                                   .Arg<spark::Floats>().Arg<ffi::AnyBuffer>().Arg<spark::Floats>().Arg<ffi::AnyBuffer>()
-                                  .Arg<spark::Floats>().Ret<spark::Floats>().Ret<spark::Ints>());
+                                  .Arg<spark::Floats>().Ret<spark::Floats>().Ret<spark::Ints>().Ret<spark::Ints>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(spark_attention, spark::AttentionImpl,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("set").Attr<int64_t>("k").Attr<int64_t>("window")
                                   .Attr<float>("cap").Arg<spark::Floats>().Arg<spark::Floats>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()

@@ -102,12 +102,14 @@ void ffn_decode(const FFN<T>& m, Pool& pool) {
   // Each piece of the neurons has its own sums, which are added up at the end, so the order does not depend on the threads' timing.
   const int pieces = min(F, pool.threads() * 4);
   Scratch<float> sums(size_t(pieces) * tokens * D);
+  Scratch<int> read(pieces);
   parallel(pool, pieces, [&](int piece) {
     const int lo = int64_t(F) * piece / pieces, hi = int64_t(F) * (piece + 1) / pieces, size = hi - lo;
     float* y = sums + size_t(piece) * tokens * D;
     std::memset(y, 0, sizeof(float) * tokens * D);
     const ActiveNeurons<T> found(scores, lo, size);
     const int n = found.n, *list = found.list;
+    read[piece] = n;
     auto listed = [&](int j) { return record(m, lo + list[min(j, n - 1)]); };
     for (int j = 0; j < n; ++j) {
       const T* k2 = listed(j);
@@ -133,6 +135,7 @@ void ffn_decode(const FFN<T>& m, Pool& pool) {
       if (sharing == 4) add_record(std::integral_constant<int, 4>{});
     }
   });
+  for (int piece = 0; piece < pieces; ++piece) *m.read += read[piece];
   parallel(pool, tokens, [&](int t) {
     float* y = sums + size_t(t) * D;
     for (int piece = 1; piece < pieces; ++piece) {
@@ -156,6 +159,7 @@ class Prefill {
 
   void run(Pool& pool) {
     parallel(pool, blocks, [&](int b) { list_entries(b); });
+    for (int f = 0; f < m.d_ff; ++f) *m.read += used[f];
     const int pieces = min(blocks, 4 * pool.threads());
     parallel(pool, pieces, [&](int i) {
       for (int b = blocks * i / pieces, end = blocks * (i + 1) / pieces; b < end; ++b) multiply_by_k2(b, b + 1 < end);
@@ -251,6 +255,7 @@ class Prefill {
 
 template <class T>
 void ffn(const FFN<T>& m, Pool& pool) {
+  *m.read = 0;
   for (int t = 0; t < m.tokens; t += 64) {
     FFN<T> chunk = m;
     chunk.tokens = min(64, m.tokens - t);

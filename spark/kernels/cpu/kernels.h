@@ -57,6 +57,7 @@ struct FFN {
   Rows<T> k1, records;
   float* y;
   int32_t* active;  // (tokens) active neurons
+  int32_t* read;    // how many records were read: one that several tokens of a chunk use counts once
 };
 
 // First, the new keys and values, (batch, heads, tokens, 2 * head_dim), are written to the cache: a ring buffer of `slots` tokens per
