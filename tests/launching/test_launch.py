@@ -251,7 +251,7 @@ def test_slurm():
     line = train(32, '.venv/bin/python', workdir=shared)
     task = (
         f'trap stopped=1 TERM; {line}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $((240 + code)); '
-        '[ "$stopped" ] && [ $code -ne 0 ] && exit 75; [ $code -gt 240 ] && exit 1; exit $code'
+        '[ $code -ne 0 ] && sleep 2; [ "$stopped" ] && [ $code -ne 0 ] && exit 75; [ $code -gt 240 ] && exit 1; exit $code'
     )
     step = f"srun --wait=300 bash -c '{task}'"
     assert script == f"""#!/bin/bash
@@ -552,7 +552,7 @@ def test_what_a_config_names_must_be_there(tmp_path, monkeypatch):
         ('gcloud', {'data.source': 'text:d/*'}, 'd/b.csv: want .txt, .jsonl or .parquet'),
         ('slurm', {'data.eval_source': 'stdlib + text:/nowhere/*.txt'}, 'text:/nowhere/*.txt: no file matches'),
         ('slurm', {'data.source': 'tokens:/nowhere'}, '/nowhere: is no token store'),
-        ('slurm', {'data.tokenizer': 'sentencepiece:/no.model'}, "data.tokenizer = 'sentencepiece:/no.model': No such file"),
+        ('slurm', {'data.tokenizer': 'sentencepiece:/no.model'}, 'data.tokenizer: /no.model: No such file'),
         ('gcloud', {'data.tokenizer': 'hf:gemma2.json'}, "data.tokenizer = 'hf:gemma2.json': want an absolute path, a bucket"),
         ('gcloud', {'data.source': 'tfds:c4/en'}, 'tfds:c4/en: want --env=TFDS_DATA_DIR=gs://…'),
         ('slurm', {'train.restore_from': '/nowhere'}, "train.restore_from = '/nowhere': is not there"),
