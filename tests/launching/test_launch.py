@@ -351,6 +351,14 @@ def test_what_is_launched_is_a_revision(tmp_path):
     with pytest.raises(ConfigError, match=r'a\.py differs from the revision .*: commit it first'):
         git_revision(tmp_path)
     assert git_revision(tmp_path, allow_changes=True) == git('rev-parse', 'HEAD').strip()
+    git('checkout', '-q', 'a.py')
+    for name in ('stores', 'configs'):  # somebody's data, and code
+        (tmp_path / name).mkdir()
+    (tmp_path / 'stores' / 'manifest.json').touch()
+    assert git_revision(tmp_path) == git('rev-parse', 'HEAD').strip()
+    (tmp_path / 'configs' / 'mine.py').touch()
+    with pytest.raises(ConfigError, match=r'configs/.* differs from the revision .*: commit it first'):
+        git_revision(tmp_path)
 
 
 def test_environment_variables():
@@ -509,6 +517,7 @@ def launch_script(*arguments, **more):
         (['--via=gcloud', '--topology=v5e-128', '--set=zone=z'], 'mesh = data 1 × fsdp 256 × context 1 × model 1: that is 256'),
         (['--via=slurm', '--processes=2'], '--processes=2: only for --via=local'),
         (['--dry_run', '--', '--branch_from=/run', '--typo=3'], "after --: Unknown command line flag 'typo'; want --"),
+        (['--dry_run', '--branch_from=/run'], '--branch_from: want it after --, since it is a flag of scripts/train.py'),
         (['--dry_run', '--', '--extend', 'more'], "after --: 'more': want --restore_from, --branch_from, --extend, --json"),
     ],
 )
