@@ -51,16 +51,16 @@ def main() -> None:
 
 def run_here(workdir: str) -> None:
     """Trains in processes of this machine; train.py itself checks the rest."""
-    from spark.launching import job, local, parse_env, parse_options
+    from spark.launching import HIDDEN, job, local, parse_env, parse_options
 
     if TOPOLOGY.value:
         raise errors.ConfigError(f'--topology={TOPOLOGY.value}: not for --via=local')
     parse_options('local', SET.value)
-    os.environ.update(parse_env(ENV.value))
+    os.environ.update(env := parse_env(ENV.value))
     file, variant = config_file()
     words = [sys.executable, str(ROOT / 'scripts' / 'train.py'), *train_arguments(file, variant, workdir)]
     if DRY_RUN.value:
-        print(f'{PROCESSES.value} × {shlex.join(words)}')
+        print(f'{PROCESSES.value} ×', *(f'{name}={HIDDEN}' for name in env), shlex.join(words))
         return
     sys.exit(local.run(words, PROCESSES.value, job.git_revision(ROOT, allow_changes=True), workdir, RESTARTS.value))
 
@@ -104,6 +104,14 @@ def submit(cfg: config.ExperimentConfig, workdir: str, extend: bool) -> None:
     launch(via, launched, ROOT, DRY_RUN.value)
 
 
+def check_flags(argv: list[str]) -> None:
+    """Raises a ConfigError for a flag of train.py that does not stand after --, and as `config.check_flags` does."""
+    config.check_flags(argv)
+    for arg in argv:
+        if (name := arg.lstrip('-').partition('=')[0]) in start.NAMES and arg.startswith('-'):
+            raise errors.ConfigError(f'--{name}: want it after --, since it is a flag of scripts/train.py: … -- {arg}')
+
+
 def config_file() -> tuple[str, str]:
     """PATH and :VARIANT of --config."""
     file, colon, variant = config.given(flags.FLAGS['config'])[0].partition(':')
@@ -120,4 +128,4 @@ if __name__ == '__main__':
     end = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     TRAIN_FLAGS = sys.argv[end + 1 :]
     del sys.argv[end:]
-    errors.run(main, check=config.check_flags, required=[CONFIG, WORKDIR])
+    errors.run(main, check=check_flags, required=[CONFIG, WORKDIR])

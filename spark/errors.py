@@ -5,6 +5,7 @@ import contextlib
 import glob
 import logging
 import os
+import pathlib
 import re
 import sys
 import traceback
@@ -97,7 +98,9 @@ def run(
         else:
             if check:
                 check(sys.argv[1:])
-            main(*_parse_flags(required, arguments))
+            words = _parse_flags(required, arguments)
+            _check_json()
+            main(*words)
         sys.stdout.flush()
     except SparkError as e:
         _print_error(e)
@@ -108,6 +111,15 @@ def run(
     except BrokenPipeError:  # the reader of stdout has read enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
+
+
+def _check_json():
+    """Raises a ConfigError at once where --json=FILE could not be written in the end."""
+    given = lambda name: (name in flags.FLAGS and flags.FLAGS[name].value) or ''
+    parent = pathlib.Path(given('json')).expanduser().absolute().parent
+    made = [pathlib.Path(given(name)).expanduser().absolute() for name in ('workdir', 'out')]
+    if given('json') and '://' not in given('json') and not parent.is_dir() and parent not in made:
+        raise ConfigError(f'--json={given("json")}: there is no directory {parent}')
 
 
 def _silence_libraries():
@@ -121,6 +133,7 @@ def _silence_libraries():
         return True
 
     logging.getLogger('absl').addFilter(without_traceback)
+    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # a traceback for each try; `storage.insistently` writes a line
     # When one array cannot be read or written, asyncio reports all others of the same operation, some only at garbage collection.
     logging.getLogger('asyncio').addFilter(lambda record: 'exception was never retrieved' not in record.getMessage())
     previous, known = sys.unraisablehook, ('Event loop is closed', 'Encountered error while reading array index')

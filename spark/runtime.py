@@ -123,6 +123,8 @@ def path_of(text: epath.PathLike, name: str = '') -> epath.Path:
 
 def run_directory(flag: str) -> epath.Path:
     """The path that --workdir names: a directory, or gs://BUCKET/…; a ConfigError if support for buckets is not installed."""
+    if str(flag).startswith('s3://'):  # Orbax lacks it
+        raise ConfigError(f'--workdir={flag}: checkpoints cannot be saved to s3://; want a directory or gs://BUCKET/…')
     return path_of(flag, f'--workdir={flag}')
 
 
@@ -159,8 +161,14 @@ def locate(path: Path, step: int | None = None) -> tuple[str, int | None]:
 
 
 def check_bucket(name: str, path: epath.PathLike) -> None:
-    """Raises a ConfigError that starts with `name` if `path` is in a bucket and support for its kind is not installed."""
-    extra, module = BUCKETS.get(str(path).partition('://')[0], ('', ''))
+    """Raises a ConfigError that starts with `name` if `path` is in a bucket and support for its kind is not installed.
+
+    Also if it looks like a bucket but for a slash, and would be taken for a local directory.
+    """
+    scheme, _, rest = str(path).partition(':')
+    if scheme in BUCKETS and not rest.startswith('//'):
+        raise ConfigError(f'{name}: want {scheme}://BUCKET/…, with two slashes')
+    extra, module = BUCKETS.get(scheme, ('', ''))
     if module and not importlib.util.find_spec(module):
         raise ConfigError(f"{name}: buckets need pip install 'spark-transformer[{extra}]'")
 

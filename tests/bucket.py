@@ -3,7 +3,7 @@
 The clients (gcsfs, s3fs, TensorStore) start threads, which disturb other tests. So tests run scripts in processes with the
 `environment` of a bucket, and look at what lies in it with the methods here, which are plain HTTP.
 
-`python -m tests.bucket gs|s3` serves gs://bkt or s3://bkt until it is ended, and prints its port.
+`python -m tests.bucket gs|s3` serves gs://bkt or s3://bkt until it is ended, and prints its port and the `environment`.
 """
 
 import contextlib
@@ -121,7 +121,7 @@ def serve_s3() -> None:
     server.start()
     _, port = server.get_host_and_port()
     S3Bucket(port)._ask('/bkt', method='PUT')
-    print(port, flush=True)
+    announce(S3Bucket, port)
     threading.Event().wait()
 
 
@@ -209,8 +209,13 @@ def serve_gs() -> None:
     server.HANDLERS = (*own, *((route, handlers(of)) for route, of in server.HANDLERS))
     http.server.ThreadingHTTPServer.handle_error = lambda *_: None  # a client that has hung up
     emulator.start()
-    print(emulator._api._httpd.server_port, flush=True)
+    announce(Bucket, emulator._api._httpd.server_port)
     threading.Event().wait()
+
+
+def announce(kind: type[Bucket], port: int) -> None:
+    """Prints the port, and a line NAME=VALUE for each variable by which clients find the bucket."""
+    print(port, *(f'{name}={value}' for name, value in kind(port).environment.items()), sep='\n', flush=True)
 
 
 if __name__ == '__main__':

@@ -66,3 +66,10 @@ def test_tracebacks_are_shown_on_request(asked):
     line = 'DataError: a.txt: cannot be read\n'
     assert ended.returncode == 4 and ended.stderr.endswith(line)
     assert (ended.stderr == line) == (asked == '0') and ('in the_cause' in ended.stderr) == (asked == '1')
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_work():
+    words = [sys.executable, str(ROOT / 'scripts/evaluate.py'), '--workdir=/nowhere', '--json=/nor/there/e.json']
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 2
+    assert done.stderr == 'ConfigError: --json=/nor/there/e.json: there is no directory /nor/there\n'

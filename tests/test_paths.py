@@ -43,10 +43,20 @@ def test_what_is_neither_local_nor_a_bucket(name):
         runtime.run_directory(name)
 
 
+@pytest.mark.parametrize('name', ['gs:/bkt/run', 'gs:bkt', 's3:/bkt/run'])
+def test_a_bucket_that_lacks_a_slash_is_no_local_directory(name):
+    with pytest.raises(ConfigError, match=f'--workdir={name}: want {name[:2]}://BUCKET/…, with two slashes'):
+        runtime.run_directory(name)
+    with pytest.raises(ConfigError, match=f'{name}: want {name[:2]}://BUCKET/…, with two slashes'):
+        store.Store(name)
+
+
 def test_paths_in_buckets_stay_as_they_are(monkeypatch):
     monkeypatch.setattr(runtime.importlib.util, 'find_spec', lambda name: True)
     for name in ('gs://bkt/~/run', 's3://bkt/run'):
-        assert str(runtime.absolute(runtime.run_directory(name))) == name
+        assert str(runtime.absolute(runtime.path_of(name))) == name
+    with pytest.raises(ConfigError, match='--workdir=s3://bkt/run: checkpoints cannot be saved to s3://'):
+        runtime.run_directory('s3://bkt/run')
     assert str(documents.cache_dir('gs://bkt/cache')) == 'gs://bkt/cache'
     assert runtime.absolute(epath.Path('run')) == epath.Path(pathlib.Path.cwd()) / 'run'
 
@@ -55,9 +65,9 @@ def test_a_tokenizer_in_a_bucket_that_refuses(monkeypatch):
     monkeypatch.setattr(runtime.importlib.util, 'find_spec', lambda name: True)
 
     def refuse(self):
-        raise Exception('403: Forbidden')
+        raise OSError('Forbidden: bkt/t.model')  # as gcsfs says it
 
     monkeypatch.setattr(type(epath.Path('a')), 'exists', lambda self: True)
     monkeypatch.setattr(type(epath.Path('a')), 'read_bytes', refuse)
-    with pytest.raises(DataError, match=r'sentencepiece:gs://bkt/t\.model.*403: Forbidden'):
+    with pytest.raises(DataError, match=r'gs://bkt/t\.model: .*Forbidden: bkt'):
         tokenizer.load('sentencepiece:gs://bkt/t.model')

@@ -61,7 +61,9 @@ def git_revision(root: pathlib.Path, allow_changes: bool = False) -> str:
     head = git('rev-parse', 'HEAD')
     if head.returncode:
         raise ConfigError(f'{root}: not a git repository; only a committed revision can be launched')
-    if not allow_changes and (changed := git('status', '--porcelain').stdout.splitlines()):
+    # New files matter where the code is; elsewhere they are somebody's data and results.
+    matters = lambda line: not line.startswith('??') or line[3:].startswith(('spark/', 'scripts/', 'configs/'))
+    if not allow_changes and (changed := [*filter(matters, git('status', '--porcelain').stdout.splitlines())]):
         raise ConfigError(f'{changed[0][3:]} differs from the revision {head.stdout[:12]} that would run: commit it first')
     return head.stdout.strip()
 

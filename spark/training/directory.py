@@ -7,7 +7,7 @@ from etils import epath
 from spark import config
 from spark.checkpoints.reading import by_first_process
 from spark.errors import ConfigError
-from spark.runtime import in_bucket, write_text
+from spark.runtime import in_bucket, run_directory, write_text
 from spark.storage import accessed
 from spark.training import lease
 
@@ -19,8 +19,7 @@ def check(workdir: epath.Path, cfg: config.ExperimentConfig, extend: bool = Fals
 
     Raises a ConfigError otherwise, and if the directory holds what a run writes, but no config.json: it would be overwritten.
     """
-    if str(workdir).startswith('s3://'):  # Orbax lacks it
-        raise ConfigError(f'--workdir={workdir}: checkpoints cannot be saved to s3://; want a directory or gs://BUCKET/…')
+    run_directory(str(workdir))
     return accessed(lambda: _check(workdir, cfg, extend), f'--workdir={workdir}')
 
 
@@ -33,6 +32,8 @@ def _check(workdir, cfg, extend):
             hint = '' if beyond_schedule else 'add --extend to go on so, or '
             raise ConfigError(f'--workdir={workdir} belongs to a run with {different}: {hint}choose another directory')
         return config.differences(previous, cfg)
+    if extend:
+        raise ConfigError(f'--workdir={workdir}: holds no run that --extend could extend')
     # A start that failed leaves an empty checkpoints/.
     there = lambda path: path.exists() and not (path.name == 'checkpoints' and _is_empty(path))
     if others := [name for name in WRITTEN if there(workdir / name)]:

@@ -7,6 +7,7 @@ from spark.errors import ConfigError
 
 flags.disclaim_key_flags()  # --help shows them as those of the script
 FIELDS = ('restore_from', 'branch_from')  # flags that set a field of `train`
+NAMES = (*FIELDS, 'extend', 'json')
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:

@@ -64,7 +64,8 @@ class Profiler:
         if self._last is not None and step >= self._last:
             self._last = None
             jax.block_until_ready(state)
-            self._try(jax.profiler.stop_trace)
+            if self._try(jax.profiler.stop_trace) and jax.process_index() == 0:
+                tqdm.write(f'Trace of {self._cfg.profile_steps} steps: {self._directory}')
 
     def _try(self, act):
         """Whether that succeeded; no run ends for a trace."""

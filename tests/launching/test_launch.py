@@ -251,7 +251,7 @@ def test_slurm():
     line = train(32, '.venv/bin/python', workdir=shared)
     task = (
         f'trap stopped=1 TERM; {line}; code=$?; [ $code -ge 2 ] && [ $code -le 5 ] && exit $((240 + code)); '
-        '[ "$stopped" ] && [ $code -ne 0 ] && exit 75; [ $code -gt 240 ] && exit 1; exit $code'
+        '[ $code -ne 0 ] && sleep 2; [ "$stopped" ] && [ $code -ne 0 ] && exit 75; [ $code -gt 240 ] && exit 1; exit $code'
     )
     step = f"srun --wait=300 bash -c '{task}'"
     assert script == f"""#!/bin/bash
@@ -351,6 +351,14 @@ def test_what_is_launched_is_a_revision(tmp_path):
     with pytest.raises(ConfigError, match=r'a\.py differs from the revision .*: commit it first'):
         git_revision(tmp_path)
     assert git_revision(tmp_path, allow_changes=True) == git('rev-parse', 'HEAD').strip()
+    git('checkout', '-q', 'a.py')
+    for name in ('stores', 'configs'):  # somebody's data, and code
+        (tmp_path / name).mkdir()
+    (tmp_path / 'stores' / 'manifest.json').touch()
+    assert git_revision(tmp_path) == git('rev-parse', 'HEAD').strip()
+    (tmp_path / 'configs' / 'mine.py').touch()
+    with pytest.raises(ConfigError, match=r'configs/.* differs from the revision .*: commit it first'):
+        git_revision(tmp_path)
 
 
 def test_environment_variables():
@@ -509,6 +517,7 @@ def launch_script(*arguments, **more):
         (['--via=gcloud', '--topology=v5e-128', '--set=zone=z'], 'mesh = data 1 × fsdp 256 × context 1 × model 1: that is 256'),
         (['--via=slurm', '--processes=2'], '--processes=2: only for --via=local'),
         (['--dry_run', '--', '--branch_from=/run', '--typo=3'], "after --: Unknown command line flag 'typo'; want --"),
+        (['--dry_run', '--branch_from=/run'], '--branch_from: want it after --, since it is a flag of scripts/train.py'),
         (['--dry_run', '--', '--extend', 'more'], "after --: 'more': want --restore_from, --branch_from, --extend, --json"),
     ],
 )
@@ -552,7 +561,7 @@ def test_what_a_config_names_must_be_there(tmp_path, monkeypatch):
         ('gcloud', {'data.source': 'text:d/*'}, 'd/b.csv: want .txt, .jsonl or .parquet'),
         ('slurm', {'data.eval_source': 'stdlib + text:/nowhere/*.txt'}, 'text:/nowhere/*.txt: no file matches'),
         ('slurm', {'data.source': 'tokens:/nowhere'}, '/nowhere: is no token store'),
-        ('slurm', {'data.tokenizer': 'sentencepiece:/no.model'}, "data.tokenizer = 'sentencepiece:/no.model': No such file"),
+        ('slurm', {'data.tokenizer': 'sentencepiece:/no.model'}, 'data.tokenizer: /no.model: No such file'),
         ('gcloud', {'data.tokenizer': 'hf:gemma2.json'}, "data.tokenizer = 'hf:gemma2.json': want an absolute path, a bucket"),
         ('gcloud', {'data.source': 'tfds:c4/en'}, 'tfds:c4/en: want --env=TFDS_DATA_DIR=gs://…'),
         ('slurm', {'train.restore_from': '/nowhere'}, "train.restore_from = '/nowhere': is not there"),

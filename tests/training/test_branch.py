@@ -118,6 +118,8 @@ def test_a_run_is_extended_with_its_optimizer(origin, tmp_path):
         train(small(**overrides | longer | {'model.ffn.k': 9}), tmp_path / 'run', extend=True)
     with pytest.raises(ConfigError, match=r'train\.steps = 9: want at least 10'):
         train(small(**overrides | {'train.steps': 9}), tmp_path / 'run', extend=True)
+    with pytest.raises(ConfigError, match='rum: holds no run that --extend could extend'):
+        train(cfg, tmp_path / 'rum', extend=True)
     summary, _, extended = train(cfg, tmp_path / 'run', extend=True)
     rates = [r['learning_rate'] for r in after(tmp_path / 'run', 10) if r['split'] == 'train']
     np.testing.assert_allclose(rates, [2e-3, 1.5e-3, 1e-3, 5e-4], rtol=1e-6)

@@ -136,6 +136,7 @@ def test_a_process_that_stood_still_ends_when_another_has_the_lease(workdir):
 
 
 def test_a_process_ends_whose_lease_is_removed(workdir):
+    (workdir / 'config.json').touch()  # without it the whole directory would be gone
     process = other_process(workdir)
     (workdir / 'lease').unlink()
     assert process.wait(60) == 2
