@@ -147,8 +147,15 @@ class ModelConfig(_Section):
     ffn: FFNConfig
     attention: AttentionConfig
     logit_cap: float = Field(0.0, ge=0)  # soft-cap of the output logits; 0: none
+    # muP: init and learning rates are scaled so that those that are best at this d_model are so at every other. 0: they are not.
+    base_width: int = Field(0, ge=0)
     remat: Literal['none', 'full', 'dots', 'dots_no_batch'] = 'none'  # what the backward pass recomputes; see nn/transformer.py
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the computation; auto: float32 on CPU, else bfloat16
+
+    @property
+    def width(self) -> float:
+        """How many times wider than base_width the model is."""
+        return self.d_model / self.base_width if self.base_width else 1.0
 
     @property
     def windows(self) -> list[int]:
@@ -223,6 +230,7 @@ class OptimizerConfig(_Section):
     rates: str = ''  # factors of the learning rate; 0 freezes
     decays: str = ''  # weight decay in place of weight_decay
     clip: float = Field(1.0, ge=0)  # global gradient norm; 0: no clipping
+    ema: float = Field(0.0, ge=0, lt=1)  # decay of a mean of the parameters, which is evaluated beside them; 0: none is kept
     z_loss: float = Field(0.0, ge=0)  # weight of log²Z in the loss
 
     @property

@@ -69,7 +69,7 @@ class Transformer(nn.Module):
             in_axes=nn.broadcast,
             metadata_params={nn.PARTITION_NAME: 'layers'},
         )(cfg, self.dtype, self.platform)
-        self.final_norm = RMSNorm()
+        self.final_norm = RMSNorm(cfg.width**-0.5 - 1)  # muP: wider models begin with smaller logits; by_path.py has the rates
 
     def __call__(self, tokens_BxL: Integers, positions_BxL: Integers, segments_BxL: Integers) -> Hidden:
         """Hidden states after the final norm.

@@ -46,8 +46,12 @@ def sides(name: str, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]] | Non
     return tuple(range(1, split)), tuple(range(split, ndim))
 
 
-def settings(cfg: OptimizerConfig, params: Any) -> dict[str, Setting]:
+def settings(cfg: OptimizerConfig, params: Any, width: float = 1.0) -> dict[str, Setting]:
     """The Setting of each parameter, by name; of several patterns that match a name the last one counts.
+
+    `width` is that of the model over its base width (muP, arXiv 2203.03466). A matrix moves by 1 / width, since what its updates
+    add up to grows with the number of inputs; Muon's updates add up to less, and take the root. The logits are made by the
+    embedding and the final norm together: each moves by the root. Weight decay does not depend on the width.
 
     Raises a ConfigError for a pattern that matches none.
     """
@@ -59,6 +63,10 @@ def settings(cfg: OptimizerConfig, params: Any) -> dict[str, Setting]:
         if cfg.name == 'muon':
             rule = 'muon' if axes else 'adamw'
             scale = MUON_RMS * math.sqrt(max(math.prod(shape[i] for i in side) for side in axes)) if axes else 1.0
+        if axes:
+            scale /= width if rule != 'muon' else width**0.5
+        elif key in ('embedding', 'final_norm/scale'):
+            scale /= width**0.5
         decay = 0.0 if key.endswith('scale') else cfg.weight_decay  # of norms
         found[key] = Setting(rule, rates.get(key, 1.0), decays.get(key, decay), scale, math.prod(shape))
     return found

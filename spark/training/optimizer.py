@@ -1,5 +1,9 @@
 """Optimizers and learning-rate schedules by name, from optax."""
 
+import math
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
@@ -40,6 +44,15 @@ def _cooldown(form, lr, end, length):
             return optax.cosine_decay_schedule(lr, length, alpha=end / lr)
         case 'sqrt':  # arXiv 2405.18392
             return lambda i: lr + (end - lr) * jnp.sqrt(jnp.clip(i / length, 0, 1))
+
+
+def average(decay: float, count: jax.Array, mean: Any, params: Any) -> Any:
+    """The mean of the parameters after each of count + 1 updates, the last of which made `params`.
+
+    What is n updates old weighs decay**n. The mean before the first update weighs nothing.
+    """
+    kept = decay * jnp.expm1(count * math.log(decay)) / jnp.expm1((count + 1) * math.log(decay))
+    return jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, mean, params)
 
 
 def title(cfg: OptimizerConfig, steps: int) -> str:

@@ -171,7 +171,8 @@ class Run:
             report = self._evaluate('validation', self.cfg.train.eval_batches)
         if report:
             self.evaluated = True
-            self.bar.write(f'step {self.step}: validation loss {report["loss"]:.4f}')
+            mean = f', of the mean of the parameters {report["ema_loss"]:.4f}' if 'ema_loss' in report else ''
+            self.bar.write(f'step {self.step}: validation loss {report["loss"]:.4f}{mean}')
 
     def save(self) -> None:
         """Starts to save the state and the number of rows seen."""
@@ -299,6 +300,9 @@ class Run:
         """Evaluates a held-out split and writes its metrics; returns None if interrupted."""
         stop = lambda: self.stop_requested('evaluating', slow=True)
         report = evaluate(self.trainer, self.state.params, self.held_out[split], split, limit, stop=stop)
+        if report and self.cfg.optimizer.ema:
+            mean = evaluate(self.trainer, self.state.ema, self.held_out[split], f'{split}, ema', limit, stop=stop)
+            report = mean and report | {f'ema_{name}': mean[name] for name in ('loss', 'perplexity', 'bits_per_byte')}
         if report and self.writer:
             self.writer.write(self.step, split, report)
         return report

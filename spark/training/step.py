@@ -32,6 +32,13 @@ class TrainState:
     guard: Guard  # counts bad updates
 
 
+@flax.struct.dataclass
+class AveragedState(TrainState):
+    """The state where optimizer.ema is set. It is another class, so that the tree without a mean is as it always was."""
+
+    ema: dict  # a mean of the parameters after each update
+
+
 class Trainer:
     """The compiled parts of a run on a mesh of some devices (None: all); model.vocab_size of the config must be filled in."""
 
@@ -42,7 +49,7 @@ class Trainer:
         self.model = Transformer(cfg.model, compute_dtype(cfg.model, platform), platform)
         self.schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
         boxed = jax.eval_shape(self._init_params, jax.random.key(0))
-        self.settings = by_path.settings(cfg.optimizer, meta.unbox(boxed))
+        self.settings = by_path.settings(cfg.optimizer, meta.unbox(boxed), cfg.model.width)
         self.tx = optimizer.make_optimizer(cfg.optimizer, cfg.train.steps, self.settings)
         state = jax.eval_shape(self._init, jax.random.key(0))
         self.state_shardings = sharding.like_params(self.mesh, boxed, state)
@@ -116,7 +123,8 @@ class Trainer:
 
     def _init(self, key):
         params = meta.unbox(self._init_params(key))
-        return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params), Guard.new())
+        state = jnp.zeros((), jnp.int32), params, self.tx.init(params), Guard.new()
+        return AveragedState(*state, params) if self.cfg.optimizer.ema else TrainState(*state)
 
     def _eval_step(self, params, batch):
         forward = lambda rows: loss.forward(self.model, params, rows, pieces=self.cfg.train.loss_pieces)
@@ -135,14 +143,16 @@ class Trainer:
         norm = optax.tree.norm(grads)
         good, guard = judge(cfg.train, state.guard, sums['nll'] + cfg.optimizer.z_loss * sums['log_z2'], norm)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-        old, new = (state.params, state.opt_state), (optax.apply_updates(state.params, updates), opt_state)
+        new = {'params': optax.apply_updates(state.params, updates), 'opt_state': opt_state}
+        if cfg.optimizer.ema:
+            new['ema'] = optimizer.average(cfg.optimizer.ema, state.guard.good, state.ema, new['params'])
         if self.guarded:  # a select rather than a product, since 0 · NaN is NaN
+            old = {name: getattr(state, name) for name in new}
             new = jax.tree.map(lambda old, new: jnp.where(good, new, old), old, new)
-        params, opt_state = new
         sums |= {'grad_norm': norm, 'left_out': guard.left_out, 'in_a_row': guard.in_a_row}
         sums['learning_rate'] = self.schedule(state.step - state.guard.left_out)
         sums['batch_crc'] = _batch_checksum(batch['tokens'], norm)
-        return TrainState(state.step + 1, params, opt_state, guard), sums
+        return state.replace(step=state.step + 1, guard=guard, **new), sums
 
 
 def _over_microbatches(f, batch, n):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +13,12 @@ import pytest
 from spark import config
 from spark.checkpoints.manager import Checkpoints
 from spark.errors import ConfigError
+from spark.evaluation import evaluate
+from spark.inference.load import load
+from spark.nn.layers import METRICS
 from spark.training import by_path, optimizer
 from spark.training.run import train
+from spark.training.start import initial_state
 from spark.training.step import Trainer
 from tests.helpers import corpus, model_and_params, records, small
 from tests.training.test_step import random_batch
@@ -230,7 +235,7 @@ def test_a_run_of_an_older_version_goes_on_bitwise_also_in_its_warm_up(tmp_path)
     overrides = corpus(tmp_path) | {'optimizer.warmup_steps': 8, 'optimizer.warmup_from_zero': True}
     train(small(**overrides), tmp_path / 'run')
     raw = json.loads((tmp_path / 'run' / 'config.json').read_text())
-    for name in ('name', 'schedule', 'warmup_from_zero', 'decay_share', 'decay_form', 'momentum', 'rates', 'decays'):
+    for name in ('name', 'schedule', 'warmup_from_zero', 'decay_share', 'decay_form', 'momentum', 'rates', 'decays', 'ema'):
         del raw['optimizer'][name]
     (tmp_path / 'run' / 'config.json').write_text(json.dumps(raw))
     assert config.load(tmp_path / 'run' / 'config.json').optimizer.warmup_from_zero
@@ -250,3 +255,110 @@ def test_a_run_of_an_older_version_goes_on_bitwise_also_in_its_warm_up(tmp_path)
     adamw = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lambda step: 1.0, mask=everything))
     ours = optimizer.make_optimizer(cfg.optimizer, 10, by_path.settings(cfg.optimizer, params))
     assert jax.tree.structure(ours.init(params)) == jax.tree.structure(adamw.init(params))
+
+
+def test_the_mean_of_the_parameters_is_kept_sharded_evaluated_and_resumed(tmp_path):
+    overrides = corpus(tmp_path) | {'optimizer.ema': 0.8, 'mesh.fsdp': 4, 'mesh.model': 2}
+    overrides |= {'train.save_every': 1, 'train.keep': 10}
+    _, trainer, state = train(small(**overrides), tmp_path / 'run')
+    cfg, checkpoints = trainer.cfg, Checkpoints(tmp_path / 'run' / 'checkpoints')
+    seen = [checkpoints.restore_params(step, trainer.abstract_state.params) for step in range(1, 11)]
+    weights = 0.8 ** np.arange(9, -1, -1) / np.sum(0.8 ** np.arange(10))
+    expected = jax.tree.map(lambda *x: sum(w * np.asarray(y, np.float64) for w, y in zip(weights, x, strict=True)), *seen)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), jax.device_get(state.ema), expected)
+    assert jax.tree.map(lambda x: x.sharding, state.ema) == jax.tree.map(lambda x: x.sharding, state.params)
+
+    evaluated = {(r['step'], r['split']): r for r in records(tmp_path / 'run') if r['split'] != 'train'}
+    last = evaluated[10, 'validation']
+    assert last['loss'] != last['ema_loss'] and 'ema_bits_per_byte' in evaluated[5, 'validation']
+    model = evaluate.load(tmp_path / 'run', ema=True)
+    report, _ = evaluate.evaluate(model, 'validation', statistics=False)
+    np.testing.assert_allclose(report['loss'], last['ema_loss'], rtol=1e-5)
+    served = load(tmp_path / 'run', ema=True).weights, load(tmp_path / 'run').weights
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, served), strict=True))
+
+    shutil.copytree(tmp_path / 'run', tmp_path / 'again')
+    for step in range(4, 11):
+        shutil.rmtree(tmp_path / 'again' / 'checkpoints' / str(step))
+    _, _, again = train(small(**overrides), tmp_path / 'again')
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(again))
+    assert records(tmp_path / 'again') == records(tmp_path / 'run')
+
+    # An update that is left out does not count; from other weights the mean starts there.
+    wrong = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(np.nan), again.params)
+    source = {'train': cfg.train.model_copy(update={'restore_from': str(tmp_path / 'run')})}
+    other = Trainer(cfg.model_copy(update=source))
+    with trainer.context():
+        kept = jax.device_get(again.ema)
+        after, _ = trainer.train_step(again.replace(params=wrong), trainer.put(random_batch(cfg)))
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.ema), kept)
+        born = initial_state(other)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(born.ema), jax.device_get(born.params))
+    plain = small(**corpus(tmp_path))
+    (tmp_path / 'run' / 'config.json').write_text(plain.model_dump_json())
+    for loading in (evaluate.load, load):
+        with pytest.raises(ConfigError, match=r'--ema: want a run with optimizer\.ema above 0'):
+            loading(tmp_path / 'run', ema=True)
+
+
+def moved(width, base, name):
+    """RMS of what four steps change in the outputs of both halves, in the scores of neurons, and in the logits of the targets."""
+    n = width // 32
+    heads = {'model.d_model': width, 'model.attention.n_heads': 4 * n, 'model.attention.n_kv_heads': 2 * n}
+    ffn = {'model.ffn.d_ff': 96 * n, 'model.ffn.k': 8 * n, 'model.ffn.r': 16 * n, 'model.ffn.impl': 'masked'}
+    layers = {'model.n_layers': 1, 'model.pattern': ('global',), 'model.attention.window': 0, 'model.logit_cap': 0.0}
+    more = {'optimizer.name': name, 'optimizer.schedule': 'constant', 'optimizer.warmup_steps': 0, 'model.base_width': base}
+    trainer = Trainer(small(**heads | ffn | layers | more), jax.devices()[:1])
+    batch = random_batch(trainer.cfg)
+
+    def note(call, args, kwargs, context):
+        y, module = call(*args, **kwargs), context.module
+        if module.name in ('attention_0', 'ffn_0') and context.method_name in ('__call__', 'activate'):
+            seen = args[0] if context.method_name == 'activate' else y  # the scores
+            module.sow(METRICS, f'seen_{context.method_name}', seen, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return y
+
+    @jax.jit
+    def observe(params):
+        with nn.intercept_methods(note):
+            inputs = [batch[name] for name in ('tokens', 'positions', 'segments')]
+            hidden, sown = trainer.model.apply(params, *inputs, mutable=[METRICS])
+        sown = {by_path.name(path): x for path, x in jax.tree_util.tree_leaves_with_path(sown[METRICS])}
+        logits = trainer.model.apply(params, hidden, method='logits')
+        of_targets = jnp.take_along_axis(logits, batch['targets'][..., None], axis=-1) - logits.mean(-1, keepdims=True)
+        return {name: x for name, x in sown.items() if '/seen_' in name} | {'logits': of_targets}
+
+    with trainer.context():
+        state, on_device = trainer.init_state(0), trainer.put(batch)
+        before = jax.device_get(observe(state.params))
+        for _ in range(4):
+            state, _ = trainer.train_step(state, on_device)
+        after = jax.device_get(observe(state.params))
+    assert len(before) == 5
+    return np.array([np.sqrt(np.mean((after[name] - before[name]) ** 2)) for name in before])
+
+
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:]]
+
+
+@pytest.mark.parametrize('name', ['adamw', *OTHERS])
+def test_coordinate_check(name):
+    """In wider models, what steps change keeps its size with a base width, and grows without."""
+    narrow = moved(32, 32, name)
+    scaled = np.array([moved(width, 32, name) / narrow for width in (64, 128)])
+    unscaled = np.array([moved(width, 0, name) / narrow for width in (64, 128)])
+    assert (scaled > 0.75).all() and (scaled < 1.25).all()
+    assert (unscaled[1] > 1.35).all() and (unscaled[1] > unscaled[0]).all()
+
+
+def test_without_a_base_width_nothing_is_scaled_and_at_it_neither():
+    _, params = model_and_params(small())
+    plain, at_base = by_path.settings(small().optimizer, params), by_path.settings(small().optimizer, params, 1.0)
+    assert plain == at_base and all(setting.scale == 1 for setting in plain.values())
+    wide = small(**{'model.base_width': 8})
+    assert (wide.model.width, small().model.width) == (4, 1)
+    scales = {name: s.scale for name, s in Trainer(wide, jax.devices()[:1]).settings.items()}
+    assert (scales['groups/ffn_0/V'], scales['embedding'], scales['final_norm/scale']) == (0.25, 0.5, 0.5)
+    assert scales['groups/pre_ffn_0/scale'] == 1
+    _, params = model_and_params(wide)
+    np.testing.assert_array_equal(params['params']['final_norm']['scale'], -0.5)
