@@ -153,11 +153,6 @@ class ModelConfig(_Section):
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the computation; auto: float32 on CPU, else bfloat16
 
     @property
-    def width(self) -> float:
-        """How many times wider than base_width the model is."""
-        return self.d_model / self.base_width if self.base_width else 1.0
-
-    @property
     def windows(self) -> list[int]:
         """The window of each layer; 0 for a global one."""
         window = {'local': self.attention.window, 'global': 0}

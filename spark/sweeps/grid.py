@@ -88,8 +88,8 @@ def _adjust(base, chosen):
     """`base` with the chosen fields and what follows from them, as (config, a note of what was adjusted).
 
     Another FFN kind gets the d_ff of equal parameters and the same share of active neurons. Where a kind has no k or r, they
-    become 0 whatever an axis says, so that a grid over kinds and k need not leave points out. What an optimizer or a schedule does
-    not read has its default.
+    become 0 whatever an axis says, so that a grid over kinds and k need not leave points out. What an optimizer or a schedule
+    does not read has its default.
     """
     raw = base.model_dump()
     for field, value in chosen.items():

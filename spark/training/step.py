@@ -16,7 +16,7 @@ from flax.core import meta
 from spark.checkpoints.checksums import checksum
 from spark.config import ExperimentConfig
 from spark.errors import DataError
-from spark.nn.transformer import Transformer, compute_dtype
+from spark.nn.transformer import Transformer, compute_dtype, width
 from spark.progress import tqdm
 from spark.training import by_path, loss, optimizer, sharding
 from spark.training.guard import Guard, judge
@@ -49,7 +49,7 @@ class Trainer:
         self.model = Transformer(cfg.model, compute_dtype(cfg.model, platform), platform)
         self.schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
         boxed = jax.eval_shape(self._init_params, jax.random.key(0))
-        self.settings = by_path.settings(cfg.optimizer, meta.unbox(boxed), cfg.model.width)
+        self.settings = by_path.settings(cfg.optimizer, meta.unbox(boxed), width(cfg.model))
         self.tx = optimizer.make_optimizer(cfg.optimizer, cfg.train.steps, self.settings)
         state = jax.eval_shape(self._init, jax.random.key(0))
         self.state_shardings = sharding.like_params(self.mesh, boxed, state)

@@ -16,6 +16,7 @@ from spark.errors import ConfigError
 from spark.evaluation import evaluate
 from spark.inference.load import load
 from spark.nn.layers import METRICS
+from spark.nn.transformer import width
 from spark.training import by_path, optimizer
 from spark.training.run import train
 from spark.training.start import initial_state
@@ -301,10 +302,10 @@ def test_the_mean_of_the_parameters_is_kept_sharded_evaluated_and_resumed(tmp_pa
             loading(tmp_path / 'run', ema=True)
 
 
-def moved(width, base, name):
+def moved(D, base, name):
     """RMS of what four steps change in the outputs of both halves, in the scores of neurons, and in the logits of the targets."""
-    n = width // 32
-    heads = {'model.d_model': width, 'model.attention.n_heads': 4 * n, 'model.attention.n_kv_heads': 2 * n}
+    n = D // 32
+    heads = {'model.d_model': D, 'model.attention.n_heads': 4 * n, 'model.attention.n_kv_heads': 2 * n}
     ffn = {'model.ffn.d_ff': 96 * n, 'model.ffn.k': 8 * n, 'model.ffn.r': 16 * n, 'model.ffn.impl': 'masked'}
     layers = {'model.n_layers': 1, 'model.pattern': ('global',), 'model.attention.window': 0, 'model.logit_cap': 0.0}
     more = {'optimizer.name': name, 'optimizer.schedule': 'constant', 'optimizer.warmup_steps': 0, 'model.base_width': base}
@@ -345,8 +346,8 @@ OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:]]
 def test_coordinate_check(name):
     """In wider models, what steps change keeps its size with a base width, and grows without."""
     narrow = moved(32, 32, name)
-    scaled = np.array([moved(width, 32, name) / narrow for width in (64, 128)])
-    unscaled = np.array([moved(width, 0, name) / narrow for width in (64, 128)])
+    scaled = np.array([moved(D, 32, name) / narrow for D in (64, 128)])
+    unscaled = np.array([moved(D, 0, name) / narrow for D in (64, 128)])
     assert (scaled > 0.75).all() and (scaled < 1.25).all()
     assert (unscaled[1] > 1.35).all() and (unscaled[1] > unscaled[0]).all()
 
@@ -356,7 +357,7 @@ def test_without_a_base_width_nothing_is_scaled_and_at_it_neither():
     plain, at_base = by_path.settings(small().optimizer, params), by_path.settings(small().optimizer, params, 1.0)
     assert plain == at_base and all(setting.scale == 1 for setting in plain.values())
     wide = small(**{'model.base_width': 8})
-    assert (wide.model.width, small().model.width) == (4, 1)
+    assert (width(wide.model), width(small().model)) == (4, 1)
     scales = {name: s.scale for name, s in Trainer(wide, jax.devices()[:1]).settings.items()}
     assert (scales['groups/ffn_0/V'], scales['embedding'], scales['final_norm/scale']) == (0.25, 0.5, 0.5)
     assert scales['groups/pre_ffn_0/scale'] == 1
