@@ -1,6 +1,6 @@
 """Evaluate a checkpoint of any run, dense or Spark: loss, statistics of its lookups, FLOPs, benchmark tasks.
 
-    python scripts/evaluate.py --workdir=DIR [--step=N] [--split=test] [--loss_only] [--json=FILE] [--plots]
+    python scripts/evaluate.py --workdir=DIR [--step=N] [--ema] [--split=test] [--loss_only] [--json=FILE] [--plots]
         [--length=TOKENS] [--fit_predictor] [--k_measured=SHARE] [--neurons=LAYER] [--tasks=hellaswag,arc_easy,…]
 
 Prints tables. --length=N takes rows of N tokens, also longer ones than in training: see loss and attended keys by position.
@@ -17,6 +17,7 @@ from spark.runtime import run_directory, use_huge_pages, write_json
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory.')
 STEP = flags.DEFINE_integer('step', None, 'The step of the checkpoint; default the newest.', lower_bound=0)
+EMA = flags.DEFINE_bool('ema', False, 'The mean of the parameters, which optimizer.ema keeps.')
 SPLIT = flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test', 'none'], 'The text; none with --tasks alone.')
 SOURCE = flags.DEFINE_string('source', '', "Held-out text instead of the run's own, such as text:GLOB; see data.source.")
 BATCH = flags.DEFINE_integer('batch_size', 0, 'Rows per batch; default those of a microbatch in training.', lower_bound=0)
@@ -47,7 +48,7 @@ def main() -> None:
     # Imported late, so that usage errors come before jax starts.
     from spark.evaluation import evaluate, neurons, plots, tables
 
-    model = evaluate.load(workdir, STEP.value, SOURCE.value, BATCH.value, LENGTH.value)
+    model = evaluate.load(workdir, STEP.value, SOURCE.value, BATCH.value, LENGTH.value, EMA.value)
     if SHARE.value is not None:
         model = evaluate.with_k(model, SHARE.value)
         print(f'{SHARE.value:.2%} of the neurons are active at model.ffn.k = {model.cfg.model.ffn.k}')

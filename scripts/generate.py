@@ -1,7 +1,7 @@
 """Generate text from a checkpoint of any run, dense or Spark.
 
     python scripts/generate.py --workdir=DIR --prompt=TEXT [--prompt=TEXT …] [--prompts=FILE] [--n=128] [--stream]
-        [--temperature=0.8] [--top_k=K] [--top_p=P] [--min_p=P] [--stop=TEXT …] [--step=N] [--dtype=float32|bfloat16|int8]
+        [--temperature=0.8] [--top_k=K] [--top_p=P] [--min_p=P] [--stop=TEXT …] [--step=N] [--ema] [--dtype=float32|bfloat16|int8]
         [--kernels=auto|cpu|tpu|gpu|gather|masked] [--capacity=1.5] [--overflow=masked|drop] [--json=FILE]
 
 Prints the continuations, the activity of the lookups, and the speed: tokens per second of prefill and decoding, and the rate at
@@ -18,6 +18,7 @@ from spark.runtime import path_of, run_directory, use_huge_pages, write_json
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run directory, or gs://….')
 STEP = flags.DEFINE_integer('step', None, 'The step of the checkpoint; default the newest.', lower_bound=0)
+EMA = flags.DEFINE_bool('ema', False, 'With the mean of the parameters, which optimizer.ema keeps.')
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'The text to continue; give it several times to continue texts side by side.')
 PROMPTS = flags.DEFINE_string('prompts', None, 'A file with a prompt per line, in which \\n and \\t are line ends and tabs.')
 N = flags.DEFINE_integer('n', 128, 'Tokens at most.', lower_bound=1)
@@ -53,7 +54,7 @@ def main() -> None:
 
     changes = {'kernels': KERNELS.value, 'capacity': CAPACITY.value, 'overflow': OVERFLOW.value}
     serve = {name: value for name, value in changes.items() if value is not None}
-    served = load(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve)
+    served = load(run_directory(WORKDIR.value), STEP.value, DTYPE.value, serve, EMA.value)
     if served.serving.platform == 'cpu' and not cpu.available():
         how = 'to build them, install a C++ compiler, then spark again with `pip install`'
         slower = f'The C++ kernels are not built ({cpu.why_unavailable()}), so lookups are computed by XLA, more slowly; {how}.'

@@ -16,7 +16,8 @@ from spark.checkpoints.checksums import by_path, checksums, json_crc
 from spark.checkpoints.deletion import Deletion
 from spark.checkpoints.reading import by_first_process, together
 from spark.checkpoints.stored import StoredArray
-from spark.errors import CheckpointError, DamagedCheckpointError, SparkError, exit_now, root_cause
+from spark.config import ExperimentConfig
+from spark.errors import CheckpointError, ConfigError, DamagedCheckpointError, SparkError, exit_now, root_cause
 from spark.progress import tqdm
 from spark.runtime import absolute, in_bucket, is_complete, write_json, write_text
 from spark.storage import PAUSES, Verdict, accessed, insistently, verdict
@@ -210,20 +211,25 @@ class Checkpoints:
         self._verify(step, restored, metadata['checksums'])
         return restored, metadata['data']
 
-    def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """The parameters of a step, or those of them that `abstract_params` names; raises as `restore` does."""
-        return self.restore(step, {'params': abstract_params}, partial=True)[0]['params']
+    def restore_params(self, step: int, abstract_params: Any, name: str = 'params') -> Any:
+        """The parameters of a step, or those of them that `abstract_params` names; raises as `restore` does.
 
-    def stored(self, step: int, abstract_params: Any, tick: Callable[[int], None] = lambda n: None) -> Any:
-        """The parameters of a step as a tree of `StoredArray`, to read piece by piece; raises as `restore` does.
+        `name` is the field of the state: 'params', or 'ema' for the mean of the parameters.
+        """
+        return self.restore(step, {name: abstract_params}, partial=True)[0][name]
+
+    def stored(
+        self, step: int, abstract_params: Any, tick: Callable[[int], None] = lambda n: None, name: str = 'params'
+    ) -> Any:
+        """The same as a tree of `StoredArray`, to read piece by piece; raises as `restore` does.
 
         `abstract_params` has the dtypes to cast to; `tick` is called with the number of elements of each piece that was read.
         """
-        tree = {'params': abstract_params}
+        tree = {name: abstract_params}
         saved = accessed(lambda: self._metadata(step, tree, partial=True), *self._reading(step))['checksums']
         state = self._path(step) / 'state'
-        arrays = [StoredArray(state, name, x.dtype, saved[name], tick) for name, x in by_path(tree).items()]
-        return jax.tree.unflatten(jax.tree.structure(tree), arrays)['params']
+        arrays = [StoredArray(state, path, x.dtype, saved[path], tick) for path, x in by_path(tree).items()]
+        return jax.tree.unflatten(jax.tree.structure(tree), arrays)[name]
 
     def _metadata(self, step, abstract, partial=False):
         """{'data': position in the data, 'checksums': {path: int}} of a step, if it was saved from a tree like `abstract`."""
@@ -309,6 +315,13 @@ def open_checkpoint(workdir: epath.PathLike, step: int | None = None) -> tuple[C
     if step is not None and step not in steps:
         raise CheckpointError(f'{directory}: no step {step}; there are {", ".join(map(str, steps))}')
     return checkpoints, steps[-1] if step is None else step
+
+
+def field_of_params(cfg: ExperimentConfig, ema: bool) -> str:
+    """The field of a saved state that has the parameters, or their mean; a ConfigError if there is no mean."""
+    if ema and not cfg.optimizer.ema:
+        raise ConfigError('--ema: want a run with optimizer.ema above 0; this one has kept no mean of its parameters')
+    return 'ema' if ema else 'params'
 
 
 def _save_args(x):

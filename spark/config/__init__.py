@@ -15,10 +15,12 @@ from spark.config.schema import (
     OptimizerConfig,
     ServeConfig,
     TrainConfig,
+    by_pattern,
 )
 
 __all__ = [
     'ATTENTION_KINDS', 'FFN_KINDS', 'RESUMABLE', 'SCHEDULE', 'AttentionConfig', 'DataConfig', 'ExperimentConfig', 'FFNConfig',
-    'Kind', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'ServeConfig', 'TrainConfig', 'check_devices', 'check_flags',
-    'differences', 'field_type', 'fields', 'from_file', 'given', 'load', 'matched_d_ff', 'nearest', 'template', 'validate',
+    'Kind', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'ServeConfig', 'TrainConfig', 'by_pattern', 'check_devices',
+    'check_flags', 'differences', 'field_type', 'fields', 'from_file', 'given', 'load', 'matched_d_ff', 'nearest', 'template',
+    'validate',
 ]  # fmt: skip

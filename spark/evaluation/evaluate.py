@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spark import config, flops
-from spark.checkpoints.manager import open_checkpoint
+from spark.checkpoints.manager import field_of_params, open_checkpoint
 from spark.data import rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import ConfigError
@@ -36,15 +36,17 @@ class Model(NamedTuple):
 
 
 def load(
-    workdir: pathlib.Path | epath.Path, step: int | None = None, source: str = '', batch_size: int = 0, length: int = 0
-) -> Model:
+    workdir: pathlib.Path | epath.Path, step: int | None = None, source: str = '', batch_size: int = 0, length: int = 0,
+    ema: bool = False,
+) -> Model:  # fmt: skip
     """The model of a run directory at its newest checkpoint or that of `step`, without the state of the optimizer.
 
     It runs on the mesh of the run if that fits the available devices, else on all devices, else on one. `source` replaces the
     held-out text of the run, as DataConfig.eval_source does. `length` is the tokens in a row; 0: data.seq_len. `batch_size` is
-    the rows per batch; 0: as many as hold the tokens of a microbatch.
+    the rows per batch; 0: as many as hold the tokens of a microbatch. `ema`: with the mean of the parameters in their place.
     """
     cfg = config.load(workdir / 'config.json')
+    field = field_of_params(cfg, ema)
     length = length or cfg.data.seq_len
     rows_ = max(cfg.data.batch_size // cfg.train.accumulate * cfg.data.seq_len // length, 1)
     data = {'batch_size': batch_size or rows_, 'seq_len': length} | ({'eval_source': source} if source else {})
@@ -54,7 +56,7 @@ def load(
     checkpoints, step = open_checkpoint(workdir, step)
     cfg, devices = _fit_mesh(cfg, jax.devices())
     trainer = Trainer(cfg, devices)
-    params = checkpoints.restore_params(step, trainer.abstract_state.params)
+    params = checkpoints.restore_params(step, trainer.abstract_state.params, field)
     checkpoints.close()
     return Model(cfg, step, tokenizer, trainer, params)
 

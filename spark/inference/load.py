@@ -9,7 +9,7 @@ from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from spark import config
-from spark.checkpoints.manager import open_checkpoint
+from spark.checkpoints.manager import field_of_params, open_checkpoint
 from spark.data.tokenizer import tokenizer_for
 from spark.inference.layout import Serving, from_params, serving_for
 from spark.nn.transformer import abstract_params
@@ -28,8 +28,12 @@ class Served(NamedTuple):
     mesh: jax.sharding.Mesh
 
 
-def load(workdir: epath.Path | pathlib.Path, step: int | None = None, dtype: str = 'auto', serve: dict | None = None) -> Served:
+def load(
+    workdir: epath.Path | pathlib.Path, step: int | None = None, dtype: str = 'auto', serve: dict | None = None, ema: bool = False
+) -> Served:
     """The model of a run directory, from its newest checkpoint by default; `serve` has changes to the run's ServeConfig.
+
+    `ema`: with the mean of the parameters in their place.
 
     The dtype of the weights is one of `layout.DTYPES`, or 'auto': float32 on CPUs, else bfloat16.
 
@@ -37,6 +41,7 @@ def load(workdir: epath.Path | pathlib.Path, step: int | None = None, dtype: str
     use, and a CheckpointError if there is no such checkpoint, or it cannot be read.
     """
     cfg = config.load(workdir / 'config.json')
+    field = field_of_params(cfg, ema)
     tokenizer, cfg = tokenizer_for(cfg.model_copy(update={'serve': cfg.serve.model_copy(update=serve or {})}))
     checkpoints, step = open_checkpoint(workdir, step)
     devices = jax.devices()
@@ -56,7 +61,7 @@ def load(workdir: epath.Path | pathlib.Path, step: int | None = None, dtype: str
     as_read = lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype if path[-1].key == 'scale' else narrow)
     size = sum(x.size for x in jax.tree.leaves(shapes))
     with freed_at_once(), tqdm(total=size, desc='weights', unit='', unit_scale=True, leave=False) as bar:
-        stored = checkpoints.stored(step, jax.tree_util.tree_map_with_path(as_read, shapes), tick=bar.update)
+        stored = checkpoints.stored(step, jax.tree_util.tree_map_with_path(as_read, shapes), bar.update, field)
         weights = from_params(serving, stored, place)
     checkpoints.close()
     return Served(cfg, step, tokenizer, serving, weights, mesh)

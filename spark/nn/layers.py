@@ -51,9 +51,11 @@ def sow(module: nn.Module, name: str, x: Shaped[Array, '...']) -> None:
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its scale."""
+    """`rms_norm` with its scale, which begins at `start`."""
+
+    start: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, '*tokens D']) -> Float[Array, '*tokens D']:
-        init = nn.with_logical_partitioning(nn.initializers.zeros, ('norm',))
+        init = nn.with_logical_partitioning(nn.initializers.constant(self.start), ('norm',))
         return rms_norm(x, self.param('scale', init, (x.shape[-1],), jnp.float32))

@@ -69,7 +69,7 @@ class Transformer(nn.Module):
             in_axes=nn.broadcast,
             metadata_params={nn.PARTITION_NAME: 'layers'},
         )(cfg, self.dtype, self.platform)
-        self.final_norm = RMSNorm()
+        self.final_norm = RMSNorm(width(cfg) ** -0.5 - 1)  # muP: wider models begin with smaller logits; by_path.py has the rates
 
     def __call__(self, tokens_BxL: Integers, positions_BxL: Integers, segments_BxL: Integers) -> Hidden:
         """Hidden states after the final norm.
@@ -101,6 +101,11 @@ class Transformer(nn.Module):
             return nn.with_logical_constraint(y_BxLxV, ('batch', 'length', 'vocab'))
 
         return logits(x_BxLxD, unembed, self.cfg.logit_cap)
+
+
+def width(cfg: ModelConfig) -> float:
+    """How many times wider than its base width a model is."""
+    return cfg.d_model / cfg.base_width if cfg.base_width else 1.0
 
 
 def abstract_params(cfg: ModelConfig) -> dict:

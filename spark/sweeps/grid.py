@@ -88,7 +88,8 @@ def _adjust(base, chosen):
     """`base` with the chosen fields and what follows from them, as (config, a note of what was adjusted).
 
     Another FFN kind gets the d_ff of equal parameters and the same share of active neurons. Where a kind has no k or r, they
-    become 0 whatever an axis says, so that a grid over kinds and k need not leave points out.
+    become 0 whatever an axis says, so that a grid over kinds and k need not leave points out. What an optimizer or a schedule
+    does not read has its default.
     """
     raw = base.model_dump()
     for field, value in chosen.items():
@@ -116,6 +117,12 @@ def _adjust(base, chosen):
             wanted = chosen.get(f'model.{half}.{name}', getattr(before, name))
             if after[name] != wanted:
                 notes.append(f'{half}.{name} {wanted} → {after[name]}')
+    optimizer = raw['optimizer']
+    for name in config.OptimizerConfig.model_construct(**optimizer).unread:
+        default = config.OptimizerConfig.model_fields[name].default
+        if optimizer[name] != default:
+            notes.append(f'{name} {optimizer[name]} → {default}')
+            optimizer[name] = default
     return config.validate(raw), ', '.join(notes)
 
 

@@ -25,7 +25,7 @@ from spark.errors import CheckpointError, ConfigError, DataError, Preempted, Spa
 from spark.progress import tqdm
 from spark.runtime import revision, stop_requests
 from spark.storage import insistently
-from spark.training import directory, environment, start, trackers
+from spark.training import by_path, directory, environment, optimizer, start, trackers
 from spark.training.logs import Clock, Log, Profiler
 from spark.training.step import Trainer, TrainState, evaluate
 from spark.training.watchdog import Watchdog
@@ -68,6 +68,7 @@ class Run:
         holder: contextlib.ExitStack | None = None,
     ):  # fmt: skip
         self.workdir, self.clock, self.writer = workdir, Clock(), None  # the first process has a writer
+        cfg = directory.as_begun(workdir, cfg)
         self.about = {'config': cfg.model_dump(mode='json'), **revision()}
         with self.clock.during('start'):
             self.tokenizer, self.cfg = together(lambda: tokenizer_for(cfg), 'data.tokenizer: cannot be read', DataError)
@@ -104,6 +105,7 @@ class Run:
             stack.callback(self.checkpoints.close)
         if self.step < cfg.train.steps:
             print(f'Compiling a step of {self.trainer.n_params:,} parameters for {self._devices()} …', flush=True)
+            print(f'{optimizer.title(self.cfg.optimizer, cfg.train.steps)}\n{by_path.table(self.trainer.settings)}', flush=True)
             self.watchdog.alive('compiling', slow=True)
             with self.clock.during('compile'):
                 self.train_step = self.trainer.compile_train_step()
@@ -169,7 +171,8 @@ class Run:
             report = self._evaluate('validation', self.cfg.train.eval_batches)
         if report:
             self.evaluated = True
-            self.bar.write(f'step {self.step}: validation loss {report["loss"]:.4f}')
+            mean = f', of the mean of the parameters {report["ema_loss"]:.4f}' if 'ema_loss' in report else ''
+            self.bar.write(f'step {self.step}: validation loss {report["loss"]:.4f}{mean}')
 
     def save(self) -> None:
         """Starts to save the state and the number of rows seen."""
@@ -297,6 +300,9 @@ class Run:
         """Evaluates a held-out split and writes its metrics; returns None if interrupted."""
         stop = lambda: self.stop_requested('evaluating', slow=True)
         report = evaluate(self.trainer, self.state.params, self.held_out[split], split, limit, stop=stop)
+        if report and self.cfg.optimizer.ema:
+            mean = evaluate(self.trainer, self.state.ema, self.held_out[split], f'{split}, ema', limit, stop=stop)
+            report = mean and report | {f'ema_{name}': mean[name] for name in ('loss', 'perplexity', 'bits_per_byte')}
         if report and self.writer:
             self.writer.write(self.step, split, report)
         return report

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.core import meta
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -66,6 +67,25 @@ def spec(logical: Sequence[str | None] | PartitionSpec) -> PartitionSpec:
 def shardings(mesh: Mesh, boxed: Any) -> Any:
     """NamedShardings for a tree of Flax variables boxed with their logical axes; those without are replicated."""
     return jax.tree.map(lambda s: NamedSharding(mesh, spec(s)), nn.get_partition_spec(boxed))
+
+
+def like_params(mesh: Mesh, boxed: Any, tree: Any) -> Any:
+    """NamedShardings for a tree of shapes: what lies at the path of a parameter (`boxed` as above) is split as that is.
+
+    What lacks one of the parameter's axes, as Adafactor's moments do, is split along the others. All else is replicated.
+    """
+    logical = dict(jax.tree_util.tree_leaves_with_path(nn.get_partition_spec(boxed)))
+    shapes = {path: x.shape for path, x in jax.tree_util.tree_leaves_with_path(meta.unbox(boxed))}
+
+    def one(path, x):
+        parameter = next((path[i:] for i in range(len(path)) if path[i:] in shapes), None)
+        shape = shapes.get(parameter, ())
+        axes = [*logical.get(parameter, ()), *[None] * len(shape)][: len(shape)]
+        without = lambda values, i: (*values[:i], *values[i + 1 :])
+        ways = [(shape, axes), *((without(shape, i), without(axes, i)) for i in range(len(shape)))]
+        return NamedSharding(mesh, spec(next((axes for shape, axes in ways if shape == x.shape), ())))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def logical_rules() -> AbstractContextManager:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from etils import epath
 
 from spark import config
@@ -39,7 +41,7 @@ def initial_state(trainer: Trainer) -> TrainState:
     checkpoints.close()
     if different := _other_tokenizer(workdir, trainer.cfg.data):
         print(f'Warning: {different}', flush=True)
-    return state.replace(params=params)
+    return state.replace(params=params, **({'ema': jax.tree.map(jnp.copy, params)} if trainer.cfg.optimizer.ema else {}))
 
 
 def branch(trainer: Trainer, cfg: config.ExperimentConfig) -> tuple[int, TrainState, Any, epath.Path]:

@@ -16,9 +16,9 @@ from flax.core import meta
 from spark.checkpoints.checksums import checksum
 from spark.config import ExperimentConfig
 from spark.errors import DataError
-from spark.nn.transformer import Transformer, compute_dtype
+from spark.nn.transformer import Transformer, compute_dtype, width
 from spark.progress import tqdm
-from spark.training import loss, optimizer, sharding
+from spark.training import by_path, loss, optimizer, sharding
 from spark.training.guard import Guard, judge
 
 
@@ -32,6 +32,13 @@ class TrainState:
     guard: Guard  # counts bad updates
 
 
+@flax.struct.dataclass
+class AveragedState(TrainState):
+    """The state where optimizer.ema is set. It is another class, so that the tree without a mean is as it always was."""
+
+    ema: dict  # a mean of the parameters after each update
+
+
 class Trainer:
     """The compiled parts of a run on a mesh of some devices (None: all); model.vocab_size of the config must be filled in."""
 
@@ -41,11 +48,13 @@ class Trainer:
         platform = self.mesh.devices.flat[0].platform
         self.model = Transformer(cfg.model, compute_dtype(cfg.model, platform), platform)
         self.schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
-        self.tx = optimizer.make_optimizer(cfg.optimizer, cfg.train.steps)
-        boxed = jax.eval_shape(self._init, jax.random.key(0))
-        self.state_shardings = sharding.shardings(self.mesh, boxed)
+        boxed = jax.eval_shape(self._init_params, jax.random.key(0))
+        self.settings = by_path.settings(cfg.optimizer, meta.unbox(boxed), width(cfg.model))
+        self.tx = optimizer.make_optimizer(cfg.optimizer, cfg.train.steps, self.settings)
+        state = jax.eval_shape(self._init, jax.random.key(0))
+        self.state_shardings = sharding.like_params(self.mesh, boxed, state)
         self.abstract_state = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), meta.unbox(boxed), self.state_shardings
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.state_shardings
         )
         self.n_params = sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
         self._batch_sharding = jax.NamedSharding(self.mesh, sharding.spec(('batch', 'length')))
@@ -72,8 +81,7 @@ class Trainer:
 
     def init_state(self, seed: int) -> TrainState:
         """The state at step 0; it is created sharded."""
-        init = jax.jit(lambda key: meta.unbox(self._init(key)), out_shardings=self.state_shardings)
-        return init(jax.random.key(seed))
+        return jax.jit(self._init, out_shardings=self.state_shardings)(jax.random.key(seed))
 
     def compile_train_step(self) -> jax.stages.Compiled:
         """The train step, compiled ahead of time."""
@@ -109,10 +117,14 @@ class Trainer:
         one = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._batch_sharding)
         return dict.fromkeys(('tokens', 'targets', 'positions', 'segments', 'bytes'), one)
 
-    def _init(self, key):
+    def _init_params(self, key):
         token = jnp.zeros((1, 1), jnp.int32)
-        params = self.model.init(key, token, token, token)
-        return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params), Guard.new())
+        return self.model.init(key, token, token, token)
+
+    def _init(self, key):
+        params = meta.unbox(self._init_params(key))
+        state = jnp.zeros((), jnp.int32), params, self.tx.init(params), Guard.new()
+        return AveragedState(*state, params) if self.cfg.optimizer.ema else TrainState(*state)
 
     def _eval_step(self, params, batch):
         forward = lambda rows: loss.forward(self.model, params, rows, pieces=self.cfg.train.loss_pieces)
@@ -127,18 +139,20 @@ class Trainer:
 
         gradient = jax.grad(objective, has_aux=True)
         grads, sums = _over_microbatches(lambda rows: gradient(state.params, rows), batch, cfg.train.accumulate)
-        grads = jax.tree.map(lambda g: g / sums['tokens'], grads)
+        grads = by_path.without_frozen(self.settings, jax.tree.map(lambda g: g / sums['tokens'], grads))
         norm = optax.tree.norm(grads)
         good, guard = judge(cfg.train, state.guard, sums['nll'] + cfg.optimizer.z_loss * sums['log_z2'], norm)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-        old, new = (state.params, state.opt_state), (optax.apply_updates(state.params, updates), opt_state)
+        new = {'params': optax.apply_updates(state.params, updates), 'opt_state': opt_state}
+        if cfg.optimizer.ema:
+            new['ema'] = optimizer.average(cfg.optimizer.ema, state.guard.good, state.ema, new['params'])
         if self.guarded:  # a select rather than a product, since 0 · NaN is NaN
+            old = {name: getattr(state, name) for name in new}
             new = jax.tree.map(lambda old, new: jnp.where(good, new, old), old, new)
-        params, opt_state = new
         sums |= {'grad_norm': norm, 'left_out': guard.left_out, 'in_a_row': guard.in_a_row}
         sums['learning_rate'] = self.schedule(state.step - state.guard.left_out)
         sums['batch_crc'] = _batch_checksum(batch['tokens'], norm)
-        return TrainState(state.step + 1, params, opt_state, guard), sums
+        return state.replace(step=state.step + 1, guard=guard, **new), sums
 
 
 def _over_microbatches(f, batch, n):

@@ -108,3 +108,14 @@ def test_a_directory_belongs_to_one_sweep(tmp_path):
     (tmp_path / 'home' / 'thesis.tex').write_text('mine')
     with pytest.raises(ConfigError, match=r"holds 'thesis\.tex' but no sweep\.json"):
         prepare_directory(tmp_path / 'home', base, axes, runs)
+
+
+def test_what_an_optimizer_or_a_schedule_does_not_read_has_its_default():
+    _, _, runs = grid('optimizer.name=adamw,muon,lion', 'optimizer.momentum=0.9,0.95', base=small(**{'optimizer.eps': 1e-6}))
+    assert [(r.cfg.optimizer.name, r.cfg.optimizer.momentum, r.cfg.optimizer.eps) for r in runs] == [
+        ('adamw', 0.95, 1e-6), ('muon', 0.9, 1e-6), ('muon', 0.95, 1e-6), ('lion', 0.95, 1e-8),
+    ]  # fmt: skip
+    assert runs[-1].adjustments == 'momentum 0.9 → 0.95, eps 1e-06 → 1e-08'
+    base = small(**{'optimizer.final_lr': 0.0})
+    _, _, runs = grid('optimizer.schedule=constant,linear,wsd', 'optimizer.decay_share=0.1', base=base)
+    assert [r.cfg.optimizer.final_lr for r in runs] == [0.1, 0, 0] and runs[-1].cfg.optimizer.decay_share == 0.1

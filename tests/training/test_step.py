@@ -10,7 +10,7 @@ import pytest
 from spark.kernels import cpu
 from spark.nn.layers import METRICS
 from spark.nn.transformer import activity
-from spark.training import loss, optimizer, sharding
+from spark.training import by_path, loss, optimizer, sharding
 from spark.training.guard import first_not_finite
 from spark.training.step import Trainer
 from tests.helpers import model_and_params, small
@@ -205,14 +205,14 @@ def test_a_loss_in_pieces_is_the_loss(pieces):
 def test_weight_decay_spares_the_norms_and_the_schedule_is_warm_up_and_cosine():
     cfg = small(**{'optimizer.warmup_steps': 4, 'train.steps': 20})
     _, params = model_and_params(cfg)
-    mask = jax.tree_util.tree_leaves_with_path(optimizer.decayed(params))
-    assert {path[-1].key for path, decays in mask if decays} == {'embedding', 'K1', 'K2', 'V', 'q', 'k', 'v', 'out'}
-    assert {path[-1].key for path, decays in mask if not decays} == {'scale'}
+    settings = by_path.settings(cfg.optimizer, params)
+    leaves = lambda decay: {name.rpartition('/')[2] for name, setting in settings.items() if setting.decay == decay}
+    assert leaves(0.1) == {'embedding', 'K1', 'K2', 'V', 'q', 'k', 'v', 'out'} and leaves(0) == {'scale'}
     rate = optimizer.schedule(cfg.optimizer, 20)
-    np.testing.assert_allclose([rate(0), rate(2), rate(4), rate(12), rate(20)], [0, 5e-3, 1e-2, 5.5e-3, 1e-3], rtol=1e-5)
-    tx = optimizer.make_optimizer(cfg.optimizer, 20)
+    np.testing.assert_allclose([rate(0), rate(2), rate(4), rate(12), rate(20)], [2e-3, 6e-3, 1e-2, 5.5e-3, 1e-3], rtol=1e-5)
+    tx = optimizer.make_optimizer(cfg.optimizer, 20, settings)
     huge = jax.tree.map(lambda p: jnp.full_like(p, 1e6), params)
-    clipped = optimizer.make_optimizer(cfg.optimizer.model_copy(update={'clip': 0.0}), 20)
+    clipped = optimizer.make_optimizer(cfg.optimizer.model_copy(update={'clip': 0.0}), 20, settings)
     update = lambda tx: jax.jit(lambda: tx.update(huge, tx.init(params), params)[1])()
     moment = lambda state: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(state) if x.ndim)
     assert moment(update(tx)) < 1 < moment(update(clipped))
