@@ -97,8 +97,7 @@ def checked(act: Callable[[], T], what: str, mistake: type[SparkError] = ConfigE
         return act()
     except Exception as e:
         cause, found = _innermost(e), verdict(e)
-        # What is unknown of a SparkError is no failure of storage: it has said what it is.
-        passes = found is Verdict.PASSES or (found is Verdict.UNKNOWN and not isinstance(e, SparkError))
+        passes = found in (Verdict.PASSES, Verdict.UNKNOWN)
         if isinstance(e, UnreadableError) or (isinstance(e, SparkError) and not passes):
             raise
         message = f'{what}: {_said(e)}'

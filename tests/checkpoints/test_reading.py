@@ -199,16 +199,3 @@ def test_all_processes_end_as_the_first(monkeypatch, error):
                 said.append((type(e) if isinstance(e, SparkError) else SparkError, str(e)))
         assert said[0] == said[1]
     assert said[0][1] == 3
-
-
-def test_an_error_that_has_said_what_it_is_stays():
-    """A parser's own exception behind it is none of storage."""
-
-    def act():
-        try:
-            raise RuntimeError('INTERNAL: ParseFromArray')
-        except RuntimeError:
-            raise DataError('a tokenizer that is none') from None
-
-    with pytest.raises(DataError, match='^a tokenizer that is none$'):
-        checked(act, 'data.tokenizer')
