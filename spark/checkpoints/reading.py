@@ -19,9 +19,14 @@ BLOCK = 8192  # bytes: what is broadcast is a multiple of it, so that hardly mor
 
 def together(act: Callable[[], T], what: str, *kinds: Any) -> T:
     """`storage.checked`, in all processes of a job: if it fails in one, all raise an error of the same kind."""
+    return agreed(lambda: checked(act, what, *kinds), what)
+
+
+def agreed(act: Callable[[], T], what: str) -> T:
+    """The result of `act`, which judges its exceptions itself: if it fails in one process, all raise an error of that kind."""
     result, error = None, None
     try:
-        result = checked(act, what, *kinds)
+        result = act()
     except Exception as e:
         error = e
     worst = kind = _kind(error)

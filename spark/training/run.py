@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from spark import config
 from spark.checkpoints.manager import Checkpoints
 from spark.checkpoints.period import Period
-from spark.checkpoints.reading import by_first_process, together
+from spark.checkpoints.reading import agreed, by_first_process, together
 from spark.data import documents, rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, translated_xla_errors
@@ -71,7 +71,7 @@ class Run:
         cfg = directory.as_begun(workdir, cfg)
         self.about = {'config': cfg.model_dump(mode='json'), **revision()}
         with self.clock.during('start'):
-            self.tokenizer, self.cfg = together(lambda: tokenizer_for(cfg), 'data.tokenizer: cannot be read', DataError)
+            self.tokenizer, self.cfg = agreed(lambda: tokenizer_for(cfg), 'data.tokenizer: cannot be read')
             config.check_devices(self.cfg, jax.device_count())
             self.trainer = Trainer(self.cfg)
             self._first(lambda: directory.check(workdir, cfg, extend))

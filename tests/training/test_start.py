@@ -6,7 +6,7 @@ import pytest
 from etils import epath
 
 from spark.checkpoints import manager
-from spark.errors import CheckpointError
+from spark.errors import CheckpointError, DataError
 from spark.training import start
 from spark.training.run import train
 from spark.training.start import check_nothing_lost, initial_state
@@ -80,3 +80,11 @@ def test_nothing_is_lost(tmp_path):
         check_nothing_lost(tmp_path, None, 5)
     with pytest.raises(CheckpointError, match='there is none, but the run has saved step 1: restore them'):
         check_nothing_lost(tmp_path, 1, 5)
+
+
+@pytest.mark.parametrize('kind', ['sentencepiece', 'hf'])
+def test_a_file_that_is_no_tokenizer_is_no_failure_of_storage(tmp_path, kind):
+    (tmp_path / 't').write_bytes(b'\x01\x02 no tokenizer')
+    with pytest.raises(DataError, match=r'^data\.tokenizer: .*/t is not a ') as e:
+        train(small(**{'data.tokenizer': f'{kind}:{tmp_path}/t'}), tmp_path / 'run')
+    assert e.value.exit_code == 4 and not (tmp_path / 'run').exists()
