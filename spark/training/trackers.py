@@ -13,7 +13,7 @@ from tensorboardX import record_writer
 
 from spark.errors import CheckpointError, root_cause
 from spark.progress import tqdm
-from spark.runtime import in_bucket, write_bytes, write_text
+from spark.runtime import entries, in_bucket, write_bytes, write_text
 
 PART = 1 << 20  # bytes of a part of a file in a bucket
 FLUSH_SECONDS = 60  # between writes of metrics to a bucket, of TensorBoard anywhere, and after a write that failed
@@ -178,8 +178,7 @@ for _scheme in ('gs', 's3'):
 
 def metric_files(workdir: epath.PathLike) -> list[epath.Path]:
     """The files that together are WORKDIR/metrics.jsonl, in order: in a bucket there are more, metrics.jsonl.00001, …"""
-    workdir = epath.Path(workdir)
-    found = workdir.iterdir() if workdir.exists() else []
+    found = entries(epath.Path(workdir))
     return sorted((path for path in found if re.fullmatch(r'metrics\.jsonl(\.\d{5,})?', path.name)), key=_number)
 
 
