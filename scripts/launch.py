@@ -99,6 +99,8 @@ def submit(cfg: config.ExperimentConfig, workdir: str, extend: bool) -> None:
     settings = TOPOLOGY.value, cfg.mesh.slices, options, env, needed, RESTARTS.value
     launched = job.Job(name, train, workdir, revision, *settings)
     check.check_names(cfg, launched, ROOT, shared=not on_tpu, mount=mount)
+    if in_bucket(workdir):
+        check.check_bucket_exists(workdir)
     if in_bucket(workdir) or not on_tpu:
         directory.check(epath.Path(workdir), cfg, extend)
     launch(via, launched, ROOT, DRY_RUN.value)

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -157,6 +158,18 @@ def test_a_branch_and_a_tokenizer_in_a_bucket(place, tmp_path):
     words = f'--source=text:{found.url}/texts/*.txt', '--vocab_size=300', f'--out={found.url}/files/new.model'
     call(config.parent, found, 'tokenizer.py', *words)
     assert found.read('files/new.model')
+
+
+@pytest.mark.slow
+@GS
+def test_a_bucket_that_does_not_exist_is_told_before_a_launch(place):
+    found, *_ = place
+    look = 'import sys; from spark.launching import check; check.check_bucket_exists(sys.argv[1])'
+    for name in ('gs://bkt/run', 'gs://bktt/run'):
+        env = environment(place[1].parent, **found.environment)
+        done = subprocess.run([sys.executable, '-c', look, name], env=env, capture_output=True, text=True)
+        missing = f'--workdir={name}: there is no bucket gs://bktt'
+        assert (missing in done.stderr) == (done.returncode != 0) == (name == 'gs://bktt/run')
 
 
 @pytest.mark.slow

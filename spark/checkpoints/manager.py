@@ -48,7 +48,7 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, keep: int | None = None, keep_every: int = 0, keep_minutes: float = 0.0):
         self.directory = epath.Path(directory)
-        self._saving, self._failures = None, 0  # a function that waits for the save under way, and returns its error or None
+        self._saving, self._failures = None, 0  # (step, a function that waits for its save and returns the error or None)
         self._deletion = Deletion(self._path(), keep, keep_every, keep_minutes)
         # If a directory cannot be created, Orbax's other threads wait for it for minutes, and the process cannot end. In a job
         # of several processes the others would wait for ever if it were not created in the background.

@@ -67,6 +67,11 @@ def preferred() -> str:
     return os.environ.get('SPARK_CPU_INSTRUCTIONS', 'best')
 
 
+def instructions() -> str:
+    """The instruction set that kernels use."""
+    return instruction_sets()[-1] if preferred() == 'best' else preferred()
+
+
 def matmul(
     x_TxD: Tokens, W_OxD: Num[AnyArray, 'O D'], scales: Float32[AnyArray, ' O'] | None = None, *, instructions: str = 'best'
 ) -> Float32[Array, 'T O']:

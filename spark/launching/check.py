@@ -110,6 +110,17 @@ def _check_origin(label, path):
         raise ConfigError(f'{label}: has no step {step}; there are {", ".join(map(str, steps))}')
 
 
+def check_bucket_exists(workdir: str) -> None:
+    """Raises an error if there is no such bucket; a warning if that cannot be seen from here, as without the right to list it."""
+    bucket = '/'.join(workdir.split('/')[:3])
+    try:
+        next(iter(epath.Path(bucket).iterdir()), None)
+    except FileNotFoundError:
+        raise ConfigError(f'--workdir={workdir}: there is no bucket {bucket}') from None
+    except Exception as e:  # clients of buckets raise exceptions of their own
+        print(f'Warning: {bucket}: cannot be listed from here: {root_cause(e)}', flush=True)
+
+
 def extras(cfg: ExperimentConfig, workdir: str, accelerator: str, env: dict[str, str]) -> tuple[str, ...]:
     """The extras of the package that a job needs: for its devices ('tpu', 'cuda' or ''), buckets and sources."""
     sources = f'{cfg.data.source} {cfg.data.eval_source}'

@@ -52,6 +52,9 @@ def parse_topology(text: str) -> tuple[str, str, int]:
         raise ConfigError(f'--topology={text}: want KIND-N or KIND:AxB of {", ".join(ACCELERATORS)}, such as v5e-256, v5e:16x16')
     name, per_unit = ACCELERATORS[match[1]]
     devices = int(int(match[2]) * per_unit) if match[2] else math.prod(map(int, match[3].split('x')))
+    flat = match[1] in ('v5e', 'v6e')  # those of the others are boxes of many shapes
+    if not devices or (flat and devices not in (1, 4, 8, 16, 32, 64, 128, 256)):
+        raise ConfigError(f'--topology={text}: want ' + ('1, 4, 8, 16, … 256 chips' if flat else 'at least one chip'))
     return match[1], f'{name}-{int(devices / per_unit)}', devices
 
 

@@ -70,15 +70,16 @@ class FFN(nn.Module):
 def computes_active_only(cfg: FFNConfig, dtype: DTypeLike, platform: str, tokens: int) -> bool:
     """True if kernels that compute active neurons only run this lookup; a ConfigError if `cfg.impl` wants them and they cannot.
 
-    They compute in float32 on one CPU device. 'auto' takes them where they were measured to be faster: for at least 128 tokens,
-    and at most a quarter of the neurons.
+    They compute in float32 on one CPU device. 'auto' takes them where they were measured to be faster: with AVX, for at least 512
+    tokens, and at most a tenth of the neurons.
     """
     covered = cfg.traits in KERNEL_KINDS and cfg.soft and cfg.k < cfg.d_ff and (tokens + 16) * cfg.d_ff < 2**31
     able = covered and cpu.can_train(dtype, platform)
     if cfg.impl == 'sparse' and not able:
         kernels = 'kernels compute a statistical top-k with shrink, k < d_ff, in float32, on one CPU device, if they were built'
         raise ConfigError(f"model.ffn.impl = 'sparse': want 'auto' or 'masked': {kernels}")
-    return able and (cfg.impl == 'sparse' or (cfg.impl == 'auto' and tokens >= 128 and 4 * cfg.k <= cfg.d_ff))
+    faster = able and cpu.instructions() != 'portable' and tokens >= 512 and 10 * cfg.k <= cfg.d_ff
+    return able and (cfg.impl == 'sparse' or (cfg.impl == 'auto' and faster))
 
 
 def fused(

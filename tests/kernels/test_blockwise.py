@@ -66,6 +66,18 @@ def both(q, k, v, c, segments, window, spec, attention=blockwise.attention):
     return ours, with_gradients(by_ops, q, k, v, c, visible_of(segments, window), spec)
 
 
+def assert_as_ops(q, k, v, c, segments, window, spec, attention=blockwise.attention):
+    """Values, gradients and numbers of keys are those of ops."""
+    ((y, n), gradients), ((y_ops, n_ops), gradients_ops) = both(q, k, v, c, segments, window, spec, attention)
+    np.testing.assert_array_equal(n, n_ops)
+    for a, b in zip((y, *gradients), (y_ops, *gradients_ops), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+# Length, window, soft-cap, documents: for kernels with blocks of 128 tokens.
+LONG_ROWS = [(256, 0, 0.0, False), (300, 0, 5.0, True), (300, 140, 5.0, True), (300, 5, 5.0, False), (40, 0, 5.0, True)]
+
+
 @pytest.mark.parametrize('spec', [DENSE, SPARK], ids=['dense', 'spark'])
 @pytest.mark.parametrize(
     ('L', 'window', 'block', 'cap', 'segments'),
@@ -81,10 +93,7 @@ def both(q, k, v, c, segments, window, spec, attention=blockwise.attention):
 def test_values_and_gradients_are_those_of_ops(spec, L, window, block, cap, segments):
     spec = spec._replace(block=block, logit_cap=cap)
     q, k, v, c, seen = inputs(L=L, segments=segments, seed=L + window)
-    ((y, n), gradients), ((y_ops, n_ops), gradients_ops) = both(q, k, v, c, seen, window, spec)
-    np.testing.assert_array_equal(n, n_ops)
-    for a, b in zip((y, *gradients), (y_ops, *gradients_ops), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+    assert_as_ops(q, k, v, c, seen, window, spec)
 
 
 @pytest.mark.parametrize('spec', [DENSE, SPARK], ids=['dense', 'spark'])

@@ -120,6 +120,18 @@ def test_a_model_trained_with_the_kernels_has_the_same_parameters_where_they_are
     assert f'model.{half}.impl' in config.RESUMABLE
 
 
+@pytest.mark.parametrize(
+    ('tokens', 'k', 'instructions', 'expected'),
+    [(512, 9, 'best', True), (511, 9, 'best', False), (512, 10, 'best', False), (512, 9, 'portable', False)],
+)
+def test_auto_takes_the_kernels_where_they_are_faster(tokens, k, instructions, expected, monkeypatch):
+    monkeypatch.setenv('SPARK_CPU_INSTRUCTIONS', instructions)
+    cfg = small(**{'model.ffn.d_ff': 96, 'model.ffn.k': k}).model.ffn
+    if expected and cpu.instructions() == 'portable':
+        pytest.skip('no AVX')
+    assert computes_active_only(cfg, jnp.float32, 'cpu', tokens) == expected
+
+
 def test_results_do_not_depend_on_the_threads():
     args = inputs(300, 40, 60, 1300, 90)
     run = lambda: with_gradients(sparse_ffn.ffn, *args, k=100, huber=0.0, ddof=1)
@@ -169,8 +181,9 @@ def test_the_module_computes_the_same(kind, remat):
 
 def test_several_devices_compute_every_neuron():
     cfg = small(**{'mesh.data': 8})
-    chosen = lambda impl: computes_active_only(cfg.model.ffn.model_copy(update={'impl': impl}), jnp.float32, 'cpu', 256)
-    assert chosen('auto') and chosen('sparse') and not chosen('masked')
+    chosen = lambda impl: computes_active_only(cfg.model.ffn.model_copy(update={'impl': impl}), jnp.float32, 'cpu', 512)
+    assert chosen('auto') == (cpu.instructions() != 'portable')
+    assert chosen('sparse') and not chosen('masked')
     with jax.set_mesh(sharding.make_mesh(cfg)):
         assert not chosen('auto')
         with pytest.raises(ConfigError, match=r"model.ffn.impl = 'sparse': want 'auto' or 'masked': .* one CPU device"):

@@ -329,6 +329,9 @@ def test_topologies():
     for wrong in ('v5e', 'v9-8', 'v5e:16', '256'):
         with pytest.raises(ConfigError, match='want KIND-N or KIND:AxB'):
             parse_topology(wrong)
+    for wrong in ('v5e-257', 'v6e:3x3', 'v5e-512', 'v6e-2', 'v6e-0', 'v4:0x2x2'):
+        with pytest.raises(ConfigError, match=f'--topology={wrong}: want (1, 4, 8, 16, … 256 chips|at least one chip)'):
+            parse_topology(wrong)
 
 
 def test_options():
