@@ -19,6 +19,7 @@ namespace {
 constexpr int BLOCK_COLUMNS = 512;                          // columns of the sparse matrix in a block
 constexpr int DOT_TILE = 256;                               // floats of a row of b that `sampled` takes at a time
 constexpr int SUM_VECTORS = 8, SUM_TILE = SUM_VECTORS * W;  // those of a row of out that `weighted` keeps in registers
+constexpr int SUM_BLOCKS = 2;                               // blocks of which it adds before it writes
 
 // (n, width), a row every `stride` floats
 struct Table {
@@ -95,24 +96,30 @@ void weighted(Pool& pool, const Pattern& pattern, const int* columns, const floa
   const int tiles = (b.width + SUM_TILE - 1) / SUM_TILE;
   parallel_pieces(pool, tiles, pattern.rows, [&](int tile, int lo, int hi) {
     const int at = tile * SUM_TILE, n = min(SUM_TILE, b.width - at);
-    Scratch<float> packed(BLOCK_COLUMNS * SUM_TILE);  // where rows lie a power of two apart, few of them fit in a cache
-    for (int block = 0; block < pattern.blocks; ++block) {
-      const int* start = pattern.starts(block);
-      const float* from = b.rows + size_t(block) * BLOCK_COLUMNS * b.stride + at;
-      for (int f = 0; f < pattern.width(block); ++f) {
+    Scratch<float> packed(SUM_BLOCKS * BLOCK_COLUMNS * SUM_TILE);  // where rows lie a power of two apart, few of them fit in a cache
+    for (int block = 0; block < pattern.blocks; block += SUM_BLOCKS) {
+      const int end = min(block + SUM_BLOCKS, pattern.blocks), first = block * BLOCK_COLUMNS;
+      const float* from = b.rows + size_t(first) * b.stride + at;
+      for (int f = 0; f < min(end * BLOCK_COLUMNS, pattern.columns) - first; ++f) {
         float* row = packed + f * SUM_TILE;
         std::memcpy(row, from + size_t(f) * b.stride, sizeof(float) * n);
         std::memset(row + n, 0, sizeof(float) * (SUM_TILE - n));
       }
       for (int t = lo; t < hi; ++t) {
-        if (add && start[t] == start[t + 1]) continue;
-        float* to = out + size_t(t) * out_stride + at;
         VecF sums[SUM_VECTORS] = {};
-        for (int p = start[t]; p < start[t + 1]; ++p) {
-          const float* row = packed + columns[p] * SUM_TILE;
+        int entries = 0;
+        for (int g = block; g < end; ++g) {
+          const float* rows = packed + (g - block) * BLOCK_COLUMNS * SUM_TILE;
+          const int* start = pattern.starts(g) + t;
+          entries += start[1] - start[0];
+          for (int p = start[0]; p < start[1]; ++p) {
+            const float* row = rows + columns[p] * SUM_TILE;
 #pragma GCC unroll 8
-          for (int c = 0; c < SUM_VECTORS; ++c) sums[c] += values[p] * load(row + c * W);
+            for (int c = 0; c < SUM_VECTORS; ++c) sums[c] += values[p] * load(row + c * W);
+          }
         }
+        if (add && !entries) continue;
+        float* to = out + size_t(t) * out_stride + at;
         if (n == SUM_TILE) {
 #pragma GCC unroll 8
           for (int c = 0; c < SUM_VECTORS; ++c) store(to + c * W, block || add ? load(to + c * W) + sums[c] : sums[c]);
@@ -187,15 +194,17 @@ class Transposed {
 // first-level cache.
 template <class F>
 void by_columns(Pool& pool, int rows, int columns, const float* from, F put) {
-  constexpr int ROWS_IN = 32, COLUMNS_IN = 128;
+  constexpr int ROWS_IN = 32, COLUMNS_IN = 128, STRIDE = COLUMNS_IN + 1;  // columns of a power of two would share few sets of the cache
   parallel(pool, (columns + COLUMNS_IN - 1) / COLUMNS_IN, [&](int block) {
     const int lo = block * COLUMNS_IN, n = min(COLUMNS_IN, columns - lo);
-    float tile[COLUMNS_IN][ROWS_IN];
+    float tile[ROWS_IN][STRIDE], column[ROWS_IN];
     for (int i = 0; i < rows; i += ROWS_IN) {
       const int m = min(ROWS_IN, rows - i);
-      for (int k = 0; k < m; ++k)
-        for (int j = 0; j < n; ++j) tile[j][k] = from[size_t(i + k) * columns + lo + j];
-      for (int j = 0; j < n; ++j) put(lo + j, i, tile[j], m);
+      for (int k = 0; k < m; ++k) std::memcpy(tile[k], from + size_t(i + k) * columns + lo, sizeof(float) * n);
+      for (int j = 0; j < n; ++j) {
+        for (int k = 0; k < m; ++k) column[k] = tile[k][j];
+        put(lo + j, i, column, m);
+      }
     }
   });
 }
