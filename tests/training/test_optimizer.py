@@ -25,6 +25,7 @@ from tests.helpers import corpus, model_and_params, records, small
 from tests.training.test_step import random_batch
 
 NAMES = ('adamw', 'adafactor', 'lion', 'muon')
+FIRST = [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
 WIDE = {'model.d_model': 128, 'model.ffn.d_ff': 256, 'model.n_layers': 2}  # wide enough that Adafactor's moments are factored
 
 
@@ -138,7 +139,7 @@ def test_updates_are_those_of_optax(name):
     jax.tree.map(np.testing.assert_array_equal if name == 'adamw' else close, found, expected)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', FIRST)
 def test_the_state_of_each_optimizer_is_sharded_and_resumes_exactly(name, tmp_path):
     rates = {'optimizer.rates': 'final_norm=0 K2=0.5'} if name in ('muon', 'adafactor') else {}
     mesh, more = {'mesh.fsdp': 4, 'mesh.model': 2}, {'optimizer.name': name, 'optimizer.lr': 1e-3} | rates | WIDE
@@ -339,10 +340,7 @@ def moved(D, base, name):
     return np.array([np.sqrt(np.mean((after[name] - before[name]) ** 2)) for name in before])
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:]]
-
-
-@pytest.mark.parametrize('name', ['adamw', *OTHERS])
+@pytest.mark.parametrize('name', FIRST)
 def test_coordinate_check(name):
     """In wider models, what steps change keeps its size with a base width, and grows without."""
     narrow = moved(32, 32, name)
