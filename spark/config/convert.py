@@ -12,7 +12,7 @@ import pydantic
 from etils import epath
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from spark.config.schema import AS_BEGUN, ExperimentConfig
+from spark.config.schema import ExperimentConfig
 from spark.errors import ConfigError
 
 RETIRED = (('data', 'shuffle_rows'),)  # fields that older runs wrote
@@ -88,19 +88,23 @@ def load(path: pathlib.Path | epath.Path) -> ExperimentConfig:
     try:
         text = path.read_text()
         with contextlib.suppress(ValueError, TypeError, AttributeError):  # whatever it is, pydantic tells it better
-            raw = json.loads(text)
-            for section, field in RETIRED:
-                raw.get(section, {}).pop(field, None)
-            if (ffn := raw.get('model', {}).get('ffn', {})).get('topk', 'statistical') != 'statistical':
-                ffn.setdefault('shrink', False)  # before there was a choice, exact and approx kept the scores themselves
-            if 'schedule' not in (optimizer := raw.get('optimizer', {'schedule': ''})):
-                optimizer['warmup_from_zero'] = True  # before there was a choice
-            text = json.dumps(raw)
+            text = json.dumps(upgraded(json.loads(text)))
         return ExperimentConfig.model_validate_json(text)
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f'{path}: {getattr(e, "strerror", None) or e}; want the config.json of a run') from None
     except pydantic.ValidationError as e:
         raise ConfigError(f'{path}: {_one_line(e)}') from None
+
+
+def upgraded(raw: dict) -> dict:
+    """What an older version recorded of a config, in the words of this one: what it did before there was a choice stays so."""
+    for section, field in RETIRED:
+        raw.get(section, {}).pop(field, None)
+    if (ffn := raw.get('model', {}).get('ffn', {})).get('topk', 'statistical') != 'statistical':
+        ffn.setdefault('shrink', False)  # exact and approx kept the scores themselves
+    if 'schedule' not in (optimizer := raw.get('optimizer', {'schedule': ''})):
+        optimizer['warmup_from_zero'] = True
+    return raw
 
 
 def fields(cfg: pydantic.BaseModel, prefix: str = '') -> dict[str, Any]:
@@ -114,12 +118,9 @@ def fields(cfg: pydantic.BaseModel, prefix: str = '') -> dict[str, Any]:
 
 
 def differences(old: ExperimentConfig, new: ExperimentConfig, ignore: Collection[str] = ()) -> str:
-    """'a.b = 1, now 2; …' for the fields that differ; '' if none does. `ignore` names fields and sections.
-
-    Of AS_BEGUN the default does not count as a difference: see `training.directory.as_begun`.
-    """
+    """'a.b = 1, now 2; …' for the fields that differ; '' if none does. `ignore` names fields and sections."""
     old, new = fields(old), fields(new)
-    ignored = lambda f: any(f == name or f.startswith(f'{name}.') for name in ignore) or (f in AS_BEGUN and not new[f])
+    ignored = lambda f: any(f == name or f.startswith(f'{name}.') for name in ignore)
     return '; '.join(f'{f} = {old[f]!r}, now {new[f]!r}' for f in new if old[f] != new[f] and not ignored(f))
 
 

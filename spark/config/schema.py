@@ -31,8 +31,6 @@ SCHEDULE = (
     *('train.steps', 'optimizer.lr', 'optimizer.schedule', 'optimizer.final_lr', 'optimizer.warmup_steps'),
     *('optimizer.decay_steps', 'optimizer.decay_share', 'optimizer.decay_form'),
 )
-# A run goes on with what it began with, though the command says the default: older versions had another one.
-AS_BEGUN = ('optimizer.warmup_from_zero',)
 
 
 class _Section(pydantic.BaseModel):
@@ -212,7 +210,7 @@ class OptimizerConfig(_Section):
     schedule: Literal['auto', 'constant', 'cosine', 'linear', 'wsd', 'inverse_sqrt'] = 'auto'
     final_lr: float = Field(0.1, ge=0, le=1)  # learning rate at the last step, as a share of the peak
     warmup_steps: int = Field(0, ge=0)  # a line to lr, which begins above 0
-    warmup_from_zero: bool = False  # the first step of the warm-up has rate 0, and is wasted: runs of older versions go on so
+    warmup_from_zero: bool = False  # the first step of the warm-up has rate 0, and is wasted: as in older versions
     decay_steps: int = Field(0, ge=0)  # length of the cool-down of wsd; 0: decay_share
     decay_share: float = Field(0.2, gt=0, le=1)  # the same, as a share of train.steps
     decay_form: Literal['linear', 'cosine', 'sqrt'] = 'linear'  # of the cool-down; sqrt: 1 − sqrt(share of it that has passed)
@@ -250,6 +248,7 @@ class OptimizerConfig(_Section):
         for field in ('rates', 'decays'):
             want = "'PATTERN=NUMBER …', regular expressions with numbers that are at least 0"
             yield by_pattern(getattr(self, field)) is not None, field, want
+        yield self.name != 'adafactor' or self.eps >= 1e-15, 'eps', 'at least 1e-15 for adafactor, which squares it in float32'
 
 
 class TrainConfig(_Section):
@@ -326,4 +325,5 @@ class ExperimentConfig(_Section):
         most = t.steps - o.warmup_steps
         yield o.decay_steps <= most, 'optimizer.decay_steps', f'at most train.steps − optimizer.warmup_steps = {most}'
         share = o.shape != 'wsd' or o.decay_steps or o.decay_share * t.steps <= most
-        yield share, 'optimizer.decay_share', f'at most a share of train.steps − optimizer.warmup_steps = {most}'
+        want = f'at most {most / t.steps:.4g}, since {o.warmup_steps} of {t.steps} steps are warm-up'
+        yield share, 'optimizer.decay_share', want

@@ -146,7 +146,7 @@ def prepare_directory(out: Path, base: config.ExperimentConfig, axes: dict[str, 
     if path.exists():
         try:
             recorded = json.loads(path.read_text())
-            recorded_base = config.ExperimentConfig.model_validate_json(json.dumps(recorded['config']))
+            recorded_base = config.ExperimentConfig.model_validate_json(json.dumps(config.upgraded(recorded['config'])))
             recorded_axes = set(recorded['axes'])
         except (OSError, ValueError, KeyError, TypeError) as e:
             reason = ' '.join(str(getattr(e, 'strerror', None) or e).split())

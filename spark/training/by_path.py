@@ -14,12 +14,13 @@ MUON_RMS = 0.2  # of the updates of AdamW, which Muon's are scaled to (arXiv 250
 
 
 class Setting(NamedTuple):
-    """How a parameter moves: by lr · rate · (scale · update of the rule + decay · parameter)."""
+    """How a parameter moves: by lr · rate · (width · shape · update of the rule + decay · parameter)."""
 
     rule: str  # an optimizer's name
     rate: float  # 0: it is frozen
     decay: float
-    scale: float
+    shape: float  # what makes Muon's updates as large as AdamW's
+    width: float  # muP's factor
     size: int  # numbers in it
 
     @property
@@ -59,16 +60,18 @@ def settings(cfg: OptimizerConfig, params: Any, width: float = 1.0) -> dict[str,
     rates, decays = _chosen('rates', cfg.rates, shapes), _chosen('decays', cfg.decays, shapes)
     found = {}
     for key, shape in shapes.items():
-        rule, scale, axes = cfg.name, 1.0, sides(key, len(shape))
-        if cfg.name == 'muon':
-            rule = 'muon' if axes else 'adamw'
-            scale = MUON_RMS * math.sqrt(max(math.prod(shape[i] for i in side) for side in axes)) if axes else 1.0
-        if axes:
-            scale /= width if rule != 'muon' else width**0.5
-        elif key in ('embedding', 'final_norm/scale'):
-            scale /= width**0.5
+        axes = sides(key, len(shape))
+        rule = cfg.name if cfg.name != 'muon' or axes else 'adamw'
+        of_shape = MUON_RMS * math.sqrt(max(math.prod(shape[i] for i in side) for side in axes)) if rule == 'muon' else 1.0
+        root = rule == 'muon' or key in ('embedding', 'final_norm/scale')
+        of_width = width**-0.5 if root else 1 / width if axes else 1.0
         decay = 0.0 if key.endswith('scale') else cfg.weight_decay  # of norms
-        found[key] = Setting(rule, rates.get(key, 1.0), decays.get(key, decay), scale, math.prod(shape))
+        found[key] = Setting(rule, rates.get(key, 1.0), decays.get(key, decay), of_shape, of_width, math.prod(shape))
+    if all(setting.frozen for setting in found.values()):
+        raise ConfigError(f'optimizer.rates = {cfg.rates!r}: every parameter has rate 0, and none would move')
+    for pattern, decay in by_pattern(cfg.decays):
+        if decay and all(setting.frozen for key, setting in found.items() if re.search(pattern, key)):
+            raise ConfigError(f'optimizer.decays = {cfg.decays!r}: what {pattern!r} matches is frozen, and does not decay')
     return found
 
 
@@ -86,17 +89,20 @@ def _chosen(field, text, names):
 
 
 def without_frozen(found: dict[str, Setting], grads: Any) -> Any:
-    """The gradients with zeros for frozen parameters: they count in no norm, and XLA does not compute them."""
+    """The gradients with zeros for frozen parameters: they count in no norm, clipping included, and XLA does not compute them."""
     if not any(setting.frozen for setting in found.values()):
         return grads
     return map_by_name(lambda name, g: jax.numpy.zeros_like(g) if found[name].frozen else g, grads)
 
 
 def table(found: dict[str, Setting]) -> str:
-    """What moves at which rate and what decays: a line for each group of parameters that are treated alike."""
+    """What moves at which rate and what decays: a line for each group of parameters that are treated alike.
+
+    The rate's second factor is muP's, which the decay leaves out.
+    """
     groups = {}
     for key, setting in found.items():
-        rate = 'frozen' if setting.frozen else f'lr × {setting.rate:g}'
+        rate = 'frozen' if setting.frozen else f'lr × {setting.rate:g}' + f' × {setting.width:g}' * (setting.width != 1)
         decay = '' if setting.frozen else f'decay {setting.decay:g}'
         groups.setdefault((setting.rule, rate, decay), []).append(key)
     lines = [(*group, f'{sum(found[key].size for key in keys):,}', _listed(keys, found)) for group, keys in groups.items()]

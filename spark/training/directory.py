@@ -41,15 +41,6 @@ def _check(workdir, cfg, extend):
     return ''
 
 
-def as_begun(workdir: epath.Path, cfg: config.ExperimentConfig) -> config.ExperimentConfig:
-    """`cfg` with the warm-up that the run in a directory began with: in older versions it was from 0 (`config.AS_BEGUN`)."""
-    path = workdir / 'config.json'
-    old = not str(workdir).startswith('s3://') and by_first_process(
-        lambda: path.exists() and config.load(path).optimizer.warmup_from_zero, f'--workdir={workdir}'
-    )
-    return cfg.model_copy(update={'optimizer': cfg.optimizer.model_copy(update={'warmup_from_zero': True})}) if old else cfg
-
-
 def claim(workdir: epath.Path, cfg: config.ExperimentConfig, extend: bool = False) -> None:
     """Writes config.json: to a new run directory, or where fields that may change did. Raises as `check` does."""
     changed, path = check(workdir, cfg, extend), workdir / 'config.json'

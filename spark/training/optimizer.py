@@ -9,7 +9,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from spark.config import OptimizerConfig
-from spark.training.by_path import Setting, map_by_name, sides, without_frozen
+from spark.training.by_path import Setting, map_by_name, sides
 
 
 def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -66,13 +66,14 @@ def title(cfg: OptimizerConfig, steps: int) -> str:
 def make_optimizer(cfg: OptimizerConfig, steps: int, found: dict[str, Setting]) -> optax.GradientTransformation:
     """Clipping by the global gradient norm, then the rules of `by_path.settings`, with decoupled weight decay.
 
-    Frozen parameters do not move, and have no state.
+    Frozen parameters do not move, and have no state. Their gradients must be zeros (`by_path.without_frozen`).
     """
 
     def move(updates, params):
         def one(name, u, p):
             setting = found[name]
-            u = u if setting.scale == 1 else setting.scale * u
+            scale = setting.shape * setting.width
+            u = u if scale == 1 else scale * u
             u = u + setting.decay * p if setting.decay else u
             return u if setting.rate == 1 else setting.rate * u
 
@@ -84,8 +85,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, found: dict[str, Setting]) 
     tx = optax.chain(*tx, optax.scale_by_learning_rate(schedule(cfg, steps)))
     frozen = any(setting.frozen for setting in found.values())
     tx = optax.masked(tx, trained) if frozen else tx
-    tx = optax.chain(optax.clip_by_global_norm(cfg.clip), tx) if cfg.clip else tx
-    return optax.chain(optax.stateless(lambda grads, _: without_frozen(found, grads)), tx) if frozen else tx
+    return optax.chain(optax.clip_by_global_norm(cfg.clip), tx) if cfg.clip else tx
 
 
 def _directions(cfg, found):

@@ -68,7 +68,6 @@ class Run:
         holder: contextlib.ExitStack | None = None,
     ):  # fmt: skip
         self.workdir, self.clock, self.writer = workdir, Clock(), None  # the first process has a writer
-        cfg = directory.as_begun(workdir, cfg)
         self.about = {'config': cfg.model_dump(mode='json'), **revision()}
         with self.clock.during('start'):
             self.tokenizer, self.cfg = agreed(lambda: tokenizer_for(cfg), 'data.tokenizer: cannot be read')
@@ -302,7 +301,8 @@ class Run:
         report = evaluate(self.trainer, self.state.params, self.held_out[split], split, limit, stop=stop)
         if report and self.cfg.optimizer.ema:
             mean = evaluate(self.trainer, self.state.ema, self.held_out[split], f'{split}, ema', limit, stop=stop)
-            report = mean and report | {f'ema_{name}': mean[name] for name in ('loss', 'perplexity', 'bits_per_byte')}
+            names = [name for name in ('loss', 'perplexity', 'bits_per_byte') if name in report]
+            report = mean and report | {f'ema_{name}': mean[name] for name in names}
         if report and self.writer:
             self.writer.write(self.step, split, report)
         return report

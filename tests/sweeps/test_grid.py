@@ -95,6 +95,16 @@ def test_a_directory_belongs_to_one_sweep(tmp_path):
     other = small(**{'train.steps': 20, 'seed': 3})
     with pytest.raises(ConfigError, match=r'belongs to a sweep with seed = 0, now 3; train\.steps = 10, now 20: choose another'):
         prepare_directory(tmp_path / 'out', other, axes, runs)
+    # The record of a version that had no choice of the warm-up, nor whether exact top-k shrinks.
+    raw = json.loads((tmp_path / 'out' / 'sweep.json').read_text())
+    old, (before, old_axes, old_runs) = tmp_path / 'old', grid('model.ffn.k=4,8', base=small(**{
+        'model.ffn.topk': 'exact', 'model.ffn.shrink': False, 'optimizer.warmup_from_zero': True}))  # fmt: skip
+    old.mkdir()
+    raw['config'] = json.loads(before.model_dump_json())
+    del raw['config']['model']['ffn']['shrink'], raw['config']['optimizer']['schedule'], raw['config']['optimizer']['warmup_from_zero']
+    (old / 'sweep.json').write_text(json.dumps(raw))
+    prepare_directory(old, before, old_axes, old_runs)
+
     workdir = tmp_path / 'out' / 'runs' / runs[0].name
     workdir.mkdir(parents=True)
     (workdir / 'config.json').write_text(small(**{'model.ffn.k': 4, 'optimizer.lr': 0.5}).model_dump_json())

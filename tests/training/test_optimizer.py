@@ -1,6 +1,7 @@
 """Optimizers and schedules by name, by-path settings: against optax, sharded, resumed."""
 
 import json
+import re
 import shutil
 
 import flax.linen as nn
@@ -79,11 +80,12 @@ def test_no_step_is_wasted_and_the_warm_up_is_a_line(schedule, warm):
         ({'name': 'adam'}, r"optimizer\.name = 'adam': want 'adamw', 'adafactor', 'lion' or 'muon'"),
         ({'momentum': 0.9}, r"optimizer\.momentum = 0\.9: want 0\.95, the default: name 'adamw' has no Muon"),
         ({'name': 'lion', 'eps': 1e-6}, r"optimizer\.eps = 1e-06: want 1e-08, the default: name 'lion' has none"),
+        ({'name': 'adafactor', 'eps': 1e-20}, r'optimizer\.eps = 1e-20: want at least 1e-15 for adafactor'),
         ({'schedule': 'linear', 'decay_steps': 3}, r"optimizer\.decay_steps = 3: want 0, the default: schedule 'linear'"),
         ({'decay_form': 'sqrt'}, r"optimizer\.decay_form = 'sqrt': want 'linear', the default: schedule 'auto' has no cool-down"),
         ({'schedule': 'constant', 'final_lr': 0.0}, r"optimizer\.final_lr = 0\.0: want 0\.1, the default: schedule 'constant'"),
         ({'decay_steps': 3, 'decay_share': 0.5}, r'optimizer\.decay_share = 0\.5: want 0\.2, the default: decay_steps says it'),
-        ({'schedule': 'wsd', 'decay_share': 0.9, 'warmup_steps': 2}, r'decay_share = 0\.9: want at most a share .* = 8'),
+        ({'schedule': 'wsd', 'decay_share': 0.9, 'warmup_steps': 2}, r'decay_share = 0\.9: want at most 0\.8, since 2 of 10 steps'),
         ({'rates': 'embedding'}, r"optimizer\.rates = 'embedding': want 'PATTERN=NUMBER …'"),
         ({'rates': '(=1'}, r"optimizer\.rates = '\(=1': want 'PATTERN=NUMBER …'"),
         ({'decays': 'V=-1'}, r"optimizer\.decays = 'V=-1': want 'PATTERN=NUMBER …'"),
@@ -203,6 +205,19 @@ def test_patterns_choose_rates_and_decay_and_freeze():
     assert 0 < float(sums['grad_norm']) < float(all_['grad_norm'])  # without what is frozen
 
 
+@pytest.mark.parametrize(
+    'rates, decays, message',
+    [
+        ('.=0', '', r"optimizer\.rates = '.=0': every parameter has rate 0"),
+        ('V$=0', 'scale=0.1 V$=0.5', r"optimizer\.decays = .*: what 'V\$' matches is frozen"),
+    ],
+)
+def test_what_would_do_nothing_is_an_error(rates, decays, message):
+    cfg = small(**{'optimizer.rates': rates, 'optimizer.decays': decays})
+    with pytest.raises(ConfigError, match=message):
+        by_path.settings(cfg.optimizer, model_and_params(cfg)[1])
+
+
 def test_a_pattern_that_matches_nothing_is_an_error():
     with pytest.raises(ConfigError) as e:
         Trainer(small(**{'optimizer.decays': 'V=0 embeding=1'}), jax.devices()[:1])
@@ -244,12 +259,10 @@ def test_a_run_of_an_older_version_goes_on_bitwise_also_in_its_warm_up(tmp_path)
     expected = records(tmp_path / 'run')
     assert expected[0]['learning_rate'] == 0
     shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '10')
-    command = small(**overrides | {'optimizer.warmup_from_zero': False})
-    train(command, tmp_path / 'run')
+    with pytest.raises(ConfigError, match=r'belongs to a run with optimizer\.warmup_from_zero = True, now False'):
+        train(small(**overrides | {'optimizer.warmup_from_zero': False}), tmp_path / 'run')
+    train(small(**overrides), tmp_path / 'run')
     assert records(tmp_path / 'run') == expected
-    with pytest.raises(ConfigError, match=r'belongs to a run with optimizer\.warmup_from_zero = False, now True'):
-        (tmp_path / 'run' / 'config.json').write_text(command.model_dump_json())
-        train(small(**overrides), tmp_path / 'run')
     # What a checkpoint of that version holds.
     cfg = small()
     _, params = model_and_params(cfg)
@@ -353,10 +366,15 @@ def test_coordinate_check(name):
 def test_without_a_base_width_nothing_is_scaled_and_at_it_neither():
     _, params = model_and_params(small())
     plain, at_base = by_path.settings(small().optimizer, params), by_path.settings(small().optimizer, params, 1.0)
-    assert plain == at_base and all(setting.scale == 1 for setting in plain.values())
+    assert plain == at_base and all(setting.shape == setting.width == 1 for setting in plain.values())
     wide = small(**{'model.base_width': 8})
     assert (width(wide.model), width(small().model)) == (4, 1)
-    scales = {name: s.scale for name, s in Trainer(wide, jax.devices()[:1]).settings.items()}
+    settings = Trainer(wide, jax.devices()[:1]).settings
+    scales = {name: s.width for name, s in settings.items()}
+    of = {line.split('  ')[-1]: line for line in by_path.table(settings).splitlines()}
+    assert {re.search('lr × 1( × [0-9.]+)?', line)[0]: 'K1' in names for names, line in of.items()} == {
+        'lr × 1': False, 'lr × 1 × 0.25': True, 'lr × 1 × 0.5': False,
+    }  # fmt: skip
     assert (scales['groups/ffn_0/V'], scales['embedding'], scales['final_norm/scale']) == (0.25, 0.5, 0.5)
     assert scales['groups/pre_ffn_0/scale'] == 1
     _, params = model_and_params(wide)

@@ -435,17 +435,18 @@ def test_a_run_of_an_older_version_is_told_how_to_go_on(corpus, tmp_path):
 def test_batches_of_ones_own(corpus, tmp_path):
     """An iterable, or a function of the number of batches seen; on resume both go on where they were."""
     overrides, _, _, _ = corpus
-    _, cfg = tokenizer_for(small(**overrides))
+    _, cfg = tokenizer_for(small(**overrides, **{'optimizer.ema': 0.9}))
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 256, (12, 8, 33), np.int32)
     place = np.broadcast_to(np.arange(32, dtype=np.int32), (8, 32))
     own = [{'tokens': x[:, :-1], 'targets': x[:, 1:], 'positions': place, 'segments': np.ones_like(place),
             'bytes': np.ones_like(place)} for x in tokens]  # fmt: skip
-    held_out = {'validation': own[10:11], 'test': own[11:]}
+    held_out = {'validation': own[10:11], 'test': [own[11] | {'bytes': np.zeros_like(place)}]}  # no text, so no bits per byte
     asked = []
     source = lambda first: (asked.append(first), iter(own[first:]))[1]
     summary, _, expected = train(cfg, tmp_path / 'a', batches=own, held_out=held_out)
     assert summary['test']['tokens'] == summary['validation']['tokens'] == 256 and summary['test']['gzip_bits_per_byte'] is None
+    assert 'ema_bits_per_byte' in summary['validation'] and 'ema_loss' in summary['test'] and 'ema_bits_per_byte' not in summary['test']
     for name, batches in [('b', own), ('c', source)]:
         shutil.copytree(tmp_path / 'a', tmp_path / name)
         shutil.rmtree(tmp_path / name / 'checkpoints' / '10')
