@@ -11,6 +11,7 @@ from spark.evaluation import evaluate
 from spark.inference import decoder
 from spark.inference import load as inference
 from spark.inference.sampling import GREEDY
+from spark.training.guard import first_not_finite
 from spark.training.run import train
 from spark.training.step import Trainer
 from spark.training.trackers import MetricsWriter
@@ -108,3 +109,37 @@ def test_a_checkpoint_writes_what_its_forward_pass_says(run):
             hidden = apply(model.params, row, np.arange(row.shape[1])[None], np.ones_like(row))
             best = jax.device_get(apply(model.params, hidden, method='logits').argmax(-1))
         np.testing.assert_array_equal(best[0, prompt.shape[1] - 1 : -1], row[0, prompt.shape[1] :])
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_losses_of_one_device():
+    """Rows of which devices hold parts, in blocks, too: k is an operand there."""
+
+    def losses(devices, **overrides):
+        cfg = small(**SCHEDULE, **KINDS, **overrides)
+        trainer, seen = Trainer(cfg, devices), []
+        rng = np.random.default_rng(0)
+        tokens, ones = rng.integers(0, 264, (8, 32)).astype(np.int32), np.ones((8, 32), np.int32)
+        batch = {'tokens': tokens, 'targets': tokens, 'positions': np.arange(32, dtype=np.int32) * ones}
+        with trainer.context():
+            state, rows = trainer.init_state(0), trainer.put(batch | {'segments': ones, 'bytes': ones})
+            for _ in range(6):
+                state, sums = trainer.train_step(state, rows)
+                seen.append(jax.device_get((sums['nll'], sums['k'], sums['active'].sum())))
+        return seen
+
+    expected = losses(jax.devices()[:1])
+    mesh = {'mesh.data': 2, 'mesh.context': 2, 'mesh.model': 2, 'train.accumulate': 2}
+    np.testing.assert_allclose(losses(jax.devices(), **mesh), expected, rtol=2e-5)
+
+
+def test_what_is_not_finite_is_found_in_its_layer(run):
+    _, overrides, state = run
+    trainer = Trainer(small(**overrides | {'model.vocab_size': 258}))  # that of bytes
+    params = jax.tree.map(np.array, state.params)
+    params['params']['groups_1']['ffn_1']['V'][:] = 3e38
+    ones = np.ones((8, 32), np.int32)
+    names = ('tokens', 'targets', 'positions', 'segments', 'bytes')
+    with trainer.context():
+        found = first_not_finite(trainer, params, dict.fromkeys(names, ones), step=1)
+    assert found == 'first not finite: the output of ffn in layer 3 of 4'
