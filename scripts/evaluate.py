@@ -62,7 +62,8 @@ def main() -> None:
         except ImportError as e:
             raise errors.ConfigError(f"--tasks needs lm-eval: pip install 'spark-transformer[eval]' ({e})") from None
         manager = tasks.load(TASKS.value, TASK_PATH.value)
-    report = {'workdir': str(workdir), 'step': model.step, 'k': model.cfg.model.ffn.k}
+    ks = [layer.ffn.k for layer in model.cfg.model.per_layer]
+    report = {'workdir': str(workdir), 'step': model.step, 'k': ks[0] if len(set(ks)) == 1 else ks}
     if SPLIT.value != 'none':
         found, sums = evaluate.evaluate(model, SPLIT.value, CONTEXT.value, not LOSS_ONLY.value, FIT.value)
         print(tables.tables(found))

@@ -82,12 +82,14 @@ def _continuation(trainer, state):
 
     from spark.data.tokenizer import of_config
     from spark.inference import decoder, layout, sampling
+    from spark.nn.runs import at_step
 
     cfg = trainer.cfg
     text = of_config(cfg.data)
     prompt = jax.numpy.asarray(text.start([cfg.sample.prompt]))
     with jax.set_mesh(trainer.mesh):  # but no rules for activations, since a single row cannot be sharded
-        serving = layout.Serving(cfg.model, jax.numpy.dtype(trainer.model.dtype).name, platform=trainer.model.platform)
+        dtype, model = jax.numpy.dtype(trainer.model.dtype).name, at_step(cfg.model, cfg.train.steps)
+        serving = layout.Serving(model, dtype, platform=trainer.model.platform)
         weights = jax.jit(lambda params: layout.from_params(serving, params))(state.params)
         options = {'n': cfg.sample.tokens, 'sampling': sampling.Sampling(cfg.sample.temperature)}
         tokens = decoder.generate(serving, weights, prompt, jax.random.key(cfg.seed), **options)
@@ -96,10 +98,17 @@ def _continuation(trainer, state):
 
 def table(cfg: config.ExperimentConfig, summary: dict) -> str:
     """The summary as a Markdown table."""
-    test, f, a = summary['test'], cfg.model.ffn, cfg.model.attention
+    from spark.config.layers import ALL_KEYS
+    from spark.nn.runs import at_step
+
+    test, layers = summary['test'], at_step(cfg.model, summary['steps']).per_layer
+    listed = lambda values: ', '.join(dict.fromkeys(values))
+    kinds = lambda half: listed(getattr(layer, half).kind for layer in layers)
+    shares = listed(f'{layer.ffn.k / layer.ffn.d_ff:.1%}' for layer in layers if layer.ffn.k)
+    ks = listed(str(layer.attention.k) for layer in layers if layer.attention.k).replace(str(ALL_KEYS), 'all')
     speed, gz = summary['tokens_per_second'], test['gzip_bits_per_byte']
     rows = [
-        ('parameters', f'{summary["parameters"]:,}', f'FFN {f.kind}, attention {a.kind}'),
+        ('parameters', f'{summary["parameters"]:,}', f'FFN {kinds("ffn")}, attention {kinds("attention")}'),
         ('steps', f'{summary["steps"]:,}', f'on {summary["devices"]}'),
         ('training', f'{summary["train_seconds"]:.0f} s', f'{speed:,.0f} tokens/s' if speed else 'nothing left to do'),
         ('validation loss', f'{summary["validation"]["loss"]:.4f}', 'nats per token'),
@@ -107,8 +116,8 @@ def table(cfg: config.ExperimentConfig, summary: dict) -> str:
         ('test bits per byte', f'{test["bits_per_byte"]:.3f}', f'gzip -9: {gz:.3f}' if gz else ''),
     ]
     if 'active' in test:
-        rows.append(('active neurons', f'{test["active"]:.1%}', f'k / d_ff = {f.k / f.d_ff:.1%}' if f.k else f'of {f.d_ff}'))
-    rows.append(('attended keys', f'{test["attended"]:.1f}', f'k = {a.k}' if a.k else 'all visible ones'))
+        rows.append(('active neurons', f'{test["active"]:.1%}', f'k / d_ff = {shares}' if shares else f'of {cfg.model.ffn.d_ff}'))
+    rows.append(('attended keys', f'{test["attended"]:.1f}', f'k = {ks}' if ks else 'all visible ones'))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     line = lambda cells: '| ' + ' | '.join(f'{cell:<{w}}' for cell, w in zip(cells, widths, strict=True)) + ' |'
     lines = ['', line([''] * 3), '|' + '|'.join('-' * (w + 2) for w in widths) + '|', *map(line, rows)]

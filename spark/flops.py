@@ -33,15 +33,17 @@ def flops_per_token(
         the mean over the tokens of a document of this length.
       phase: 'training' counts forward and backward, three times the forward pass, which computes every entry of a lookup and
         masks; 'prefill' and 'decode' count kept entries only.
-      active: measured neurons per token, a number or one per layer; None: k, or d_ff in a kind without top-k.
-      attended: measured keys per query, a number or one per layer; None: min(k, visible keys).
+      active: measured neurons per token, a number or one per layer; None or NaN: k, or d_ff in a kind without top-k.
+      attended: measured keys per query, a number or one per layer; None or NaN: min(k, visible keys).
     """
     if phase not in PHASES:
         raise ValueError(f'phase {phase!r}: want one of {", ".join(PHASES)}')
-    D, f, a = cfg.d_model, cfg.ffn, cfg.attention
+    D = cfg.d_model
     per_layer = lambda measured: np.broadcast_to(np.nan if measured is None else measured, cfg.n_layers)
     total = Counter()
-    for window, active_, attended_ in zip(cfg.windows, per_layer(active), per_layer(attended), strict=True):
+    layers = zip(cfg.per_layer, cfg.windows, per_layer(active), per_layer(attended), strict=True)
+    for layer, window, active_, attended_ in layers:
+        f, a = layer.ffn, layer.attention
         positions = np.array([context]) if phase == 'decode' else np.arange(1, context + 1)
         visible = np.minimum(positions, window or context)
         keys = np.mean(visible)
@@ -85,15 +87,15 @@ def group(parts: dict[str, float]) -> dict[str, float]:
 
 def dense_twin(cfg: ModelConfig) -> ModelConfig:
     """The ModelConfig with a gated FFN of equal parameters and dense attention."""
-    f, a = cfg.ffn, cfg.attention
-    d_ff = matched_d_ff(f.d_ff, f.kind, 'gated')
-    dense = a.model_copy(update={'kind': 'dense', 'k': 0, 'r': 0})
-    return cfg.model_copy(update={'ffn': type(f)(kind='gated', d_ff=d_ff), 'attention': dense})
+    d_ff = [matched_d_ff(layer.ffn.d_ff, layer.ffn.kind, 'gated') for layer in cfg.per_layer]
+    dense = cfg.attention.model_copy(update={'kind': 'dense', 'k': 0, 'r': 0, 'k_schedule': ''})
+    layers = f'ffn.d_ff={"/".join(map(str, d_ff))}' if len(set(d_ff)) > 1 else ''
+    return cfg.model_copy(update={'ffn': type(cfg.ffn)(kind='gated', d_ff=d_ff[0]), 'attention': dense, 'layers': layers})
 
 
 def parameters(cfg: ModelConfig) -> int:
     """The number of parameters, the tied embedding once."""
-    D, f, a = cfg.d_model, cfg.ffn, cfg.attention
-    ffn = f.traits.matrices * D * f.d_ff
+    D, a = cfg.d_model, cfg.attention
+    ffn = sum(layer.ffn.traits.matrices * D * layer.ffn.d_ff for layer in cfg.per_layer)
     attention = D * a.head_dim * (2 * a.n_heads + 2 * a.n_kv_heads)
-    return cfg.vocab_size * D + D + cfg.n_layers * (ffn + attention + 4 * D)
+    return cfg.vocab_size * D + D + ffn + cfg.n_layers * (attention + 4 * D)

@@ -82,7 +82,8 @@ class Decoder:
 
     def bytes(self, head: bool = True) -> int | float:
         """Bytes that a step has to read, given what was active in the last step."""
-        return model.bytes_per_step(self.serving, self.weights, self.cache, self.activity(), head)
+        means = {name: np.mean(x.reshape(len(x), -1), axis=1) for name, x in self.counts.items()}
+        return model.bytes_per_step(self.serving, self.weights, self.cache, means, head)
 
 
 def ffn_decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 15, layers: int = 8) -> Rows:
@@ -101,7 +102,7 @@ def ffn_decode(spark: ExperimentConfig, dense: ExperimentConfig, repeats: int = 
     rows, sides = [], {}
     for name, cfg in {'spark': spark, 'dense': dense}.items():
         attention = cfg.attention.model_copy(update={'window': 0})
-        some = {'n_layers': layers, 'vocab_size': 8, 'pattern': ('global',), 'attention': attention}
+        some = {'n_layers': layers, 'layers': '', 'vocab_size': 8, 'pattern': ('global',), 'attention': attention}
         side = Decoder(cfg.model_copy(update=some))
         tables = [{k: w[k] for k in ('K1', 'records', 'keys', 'VT') if k in w} for w in side.weights['layers']]
         sides[name] = side.serving, tables

@@ -18,6 +18,7 @@ from spark.compiling import hlo
 from spark.devices import chip as chip_of
 from spark.errors import ConfigError, quiet_libtpu
 from spark.evaluation.evaluate import step_for
+from spark.nn.runs import at_step
 from spark.training.step import Trainer
 
 
@@ -80,7 +81,7 @@ def compile_step(cfg: config.ExperimentConfig, devices: Sequence[jax.Device]) ->
 def evaluation(cfg: config.ExperimentConfig, devices: Sequence[jax.Device]) -> dict[str, dict]:
     """`memory` of evaluation: {'while training': beside the state of the optimizer, 'evaluate.py': by itself}."""
     trainer, device = Trainer(cfg, devices), devices[0]
-    params = trainer.abstract_state.params
+    params = trainer.variables(trainer.abstract_state.params, trainer.abstract_state.step)
     with phase('Compiling evaluation while training'), trainer.context(), _translated_errors('evaluation while training'):
         while_training = memory(trainer.eval_step.lower(params, trainer.abstract_batch()).compile(), device)
     held = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -88,10 +89,11 @@ def evaluation(cfg: config.ExperimentConfig, devices: Sequence[jax.Device]) -> d
     while_training |= {name: while_training[name] + rest for name in ('arguments', 'peak')}
     data = cfg.data.model_copy(update={'batch_size': cfg.data.batch_size // cfg.train.accumulate})
     train = cfg.train.model_copy(update={'accumulate': 1})
-    trainer = Trainer(cfg.model_copy(update={'data': data, 'train': train}), devices)
+    model = at_step(cfg.model, cfg.train.steps)
+    trainer = Trainer(cfg.model_copy(update={'data': data, 'train': train, 'model': model}), devices)
     with phase('Compiling evaluate.py'), trainer.context(), _translated_errors('evaluate.py'):
         step, sums = step_for(trainer, eos=0)
-        by_itself = memory(step.lower(params, trainer.abstract_batch(), sums).compile(), device)
+        by_itself = memory(step.lower(trainer.abstract_state.params, trainer.abstract_batch(), sums).compile(), device)
     return {'while training': while_training, 'evaluate.py': by_itself}
 
 

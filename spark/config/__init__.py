@@ -1,4 +1,7 @@
-"""The typed, validated, frozen view of the ml_collections ConfigDicts that `configs/*.py` build. `schema.py` has every field."""
+"""The typed, validated, frozen view of the ml_collections ConfigDicts that `configs/*.py` build.
+
+`schema.py` has every field, but for those of the optimizer, which are in `optimizer.py`.
+"""
 
 from spark.config.convert import (
     check_flags,
@@ -15,6 +18,7 @@ from spark.config.convert import (
 )
 from spark.config.devices import check_devices
 from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind, matched_d_ff
+from spark.config.optimizer import by_pattern
 from spark.config.schema import (
     RESUMABLE,
     SCHEDULE,
@@ -27,7 +31,6 @@ from spark.config.schema import (
     OptimizerConfig,
     ServeConfig,
     TrainConfig,
-    by_pattern,
 )
 
 __all__ = [

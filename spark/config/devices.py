@@ -34,7 +34,10 @@ def check_devices(cfg: ExperimentConfig, n_devices: int) -> dict[str, int]:
     ]:
         parts = math.prod(sizes[a] for a in axis.split(' × '))
         for name in names:
-            require(values[name] % parts == 0, name, f'a multiple of mesh.{axis} = {parts}')
+            want = f'a multiple of mesh.{axis} = {parts}'
+            require(values[name] % parts == 0, name, want)
+            of_layers = (fields(layer, 'model.').get(name, 0) for layer in cfg.model.per_layer)
+            require(all(n % parts == 0 for n in of_layers), 'model.layers', f'{name} in all layers {want}')
     require(cfg.model.ffn.impl != 'pallas' or mesh.model == 1, 'mesh.model', "1 for model.ffn.impl = 'pallas'")
     if mesh.context > 1:
         want = "'auto', 'blockwise' or 'pallas': mesh.context splits the rows"

@@ -1,17 +1,13 @@
 """Every option of spark: its type, its default, its meaning, and what it must satisfy."""
 
-import functools
-import itertools
-import math
-import re
-from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
-import pydantic
 from pydantic import Field
-from pydantic_core import PydanticCustomError
 
+from spark.config import layers as by_layer
 from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind
+from spark.config.optimizer import OptimizerConfig
+from spark.config.section import Section
 
 # On resume, only these fields and sections may differ from the run's config.json: they do not change what is trained.
 RESUMABLE = (
@@ -33,38 +29,13 @@ SCHEDULE = (
 )
 
 
-class _Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra='forbid', strict=True, allow_inf_nan=False)
-
-    def _rules(self) -> Iterator[tuple[bool, str, str]]:
-        """What this section must satisfy: (is it so, the field to name if not, what that field should be)."""
-        yield from ()
-
-    @pydantic.model_validator(mode='after')
-    def _check(self):
-        integers = ((not isinstance(x, int) or abs(x) < 2**31, name, 'less than 2³¹') for name, x in self)
-        for satisfied, field, want in itertools.chain(integers, self._rules()):
-            if not satisfied:  # `convert._one_line` puts the section's name before the field's
-                value = functools.reduce(getattr, field.split('.'), self)
-                raise PydanticCustomError('wrong_value', '{line}', {'line': f'{field} = {value!r}: want {want}'})
-        return self
-
-
-def by_pattern(text: str) -> list[tuple[str, float]] | None:
-    """The pairs of 'PATTERN=NUMBER …'; None if it is something else."""
-    try:
-        pairs = [(re.compile(p).pattern, float(number)) for p, _, number in (word.rpartition('=') for word in text.split())]
-    except (re.error, ValueError):
-        return None
-    return pairs if all(pattern and 0 <= number < math.inf for pattern, number in pairs) else None
-
-
-class FFNConfig(_Section):
+class FFNConfig(Section):
     """A lookup in a table of d_ff neurons."""
 
     kind: Literal[*FFN_KINDS] = 'gated'
     d_ff: int = Field(gt=0)  # neurons; at equal parameters a kind with two matrices has 1.5 × the neurons of one with three
     k: int = Field(0, ge=0)  # neurons kept per token, approximately; 0 for kinds without top-k
+    k_schedule: str = ''  # by step: 'all:100' keeps d_ff for 100 steps, 'all:100 linear:300' (or cosine) then falls to k in 300
     r: int = Field(0, ge=0)  # predictor rank: a token's first r dimensions score the neurons; 0 for kinds without a predictor
     topk: Literal['statistical', 'exact', 'approx'] = 'statistical'  # the operator that selects the k
     shrink: bool = True  # what is kept is a score less the threshold (of exact and approx: the k-th largest), or the score
@@ -73,6 +44,8 @@ class FFNConfig(_Section):
     # masked: every neuron is computed. sparse: active ones only, forward and backward, by CPU kernels. pallas: every neuron, by
     # kernels for TPUs and GPUs that nobody has timed; a CPU interprets them. auto: the faster of masked and sparse.
     impl: Literal['auto', 'masked', 'sparse', 'pallas'] = 'auto'
+
+    COMMON: ClassVar = ('impl',)  # the same in all layers
 
     @property
     def traits(self) -> Kind:
@@ -83,6 +56,11 @@ class FFNConfig(_Section):
     def soft(self) -> bool:
         """Is the top-k the soft statistical threshold? Kernels compute no other."""
         return self.traits.topk and self.topk == 'statistical' and self.shrink
+
+    @property
+    def any_k(self) -> bool:
+        """May k be known at run time only? Not where shapes depend on it."""
+        return self.traits.topk and self.topk == 'statistical'
 
     def _rules(self):
         kind, has = f'kind {self.kind!r}', self.traits
@@ -96,9 +74,12 @@ class FFNConfig(_Section):
         yield self.topk == 'approx' or self.recall == 0.95, 'recall', "0.95, the default: only topk 'approx' has a recall"
         zero = self.topk != 'statistical' and self.shrink and self.k == 1
         yield not zero, 'k', f'at least 2: {self.topk} top-k with shrink makes the k-th largest score 0'
+        yield self.any_k or not self.k_schedule, 'k_schedule', "'': only a statistical top-k takes another k at each step"
+        parsed = not self.k_schedule or by_layer.schedule(self.k_schedule, self.d_ff)
+        yield parsed, 'k_schedule', "'START:STEPS' or 'START:STEPS linear:STEPS' (or cosine), where START is a number or all"
 
 
-class AttentionConfig(_Section):
+class AttentionConfig(Section):
     """A lookup in a table of tokens."""
 
     kind: Literal[*ATTENTION_KINDS] = 'dense'
@@ -106,6 +87,7 @@ class AttentionConfig(_Section):
     n_kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
     k: int = Field(0, ge=0)  # keys kept per query, approximately; 0 for kinds without top-k
+    k_schedule: str = ''  # as of the FFN; it falls from a number of keys: '256:100 linear:300'
     r: int = Field(0, ge=0)  # predictor rank: a head's first r dimensions score the keys; 0 for kinds without a predictor
     window: int = Field(0, ge=0)  # keys that a query of a local layer sees, its own included; 0 if no layer is local
     logit_cap: float = Field(0.0, ge=0)  # soft-cap of the softmax's logits; 0: none
@@ -118,10 +100,21 @@ class AttentionConfig(_Section):
     query_dim: float = Field(0.0, ge=0)  # queries are scaled by 1/sqrt(this); 0: head_dim
     documents: Literal['apart', 'joined'] = 'apart'  # in a row: a token sees only its own document, or all tokens before it
 
+    # The same in all layers.
+    COMMON: ClassVar = (
+        *('n_heads', 'n_kv_heads', 'head_dim', 'window', 'logit_cap', 'rope_base', 'query_dim'),
+        *('impl', 'block', 'documents'),
+    )
+
     @property
     def traits(self) -> Kind:
         """What this kind computes."""
         return ATTENTION_KINDS[self.kind]
+
+    @property
+    def any_k(self) -> bool:
+        """May k be known at run time only?"""
+        return self.traits.topk
 
     def _rules(self):
         kind, has, d = f'kind {self.kind!r}', self.traits, self.head_dim
@@ -129,13 +122,16 @@ class AttentionConfig(_Section):
         yield d % 2 == 0, 'head_dim', 'an even number (rotary pairs)'
         yield not has.topk or self.k >= 1, 'k', f'at least 1 for {kind}'
         yield has.topk or self.k == 0, 'k', f'0: {kind} has no top-k'
+        yield has.topk or not self.k_schedule, 'k_schedule', f"'': {kind} has no top-k"
+        parsed = not self.k_schedule or by_layer.schedule(self.k_schedule, by_layer.ALL_KEYS)
+        yield parsed, 'k_schedule', "'all:STEPS', 'KEYS:STEPS' or 'KEYS:STEPS linear:STEPS' (or cosine)"
         even = f'an even number in 2 … head_dim − 2 = {d - 2} for {kind} (rotary pairs)'
         yield not has.predictor or (0 < self.r < d and self.r % 2 == 0), 'r', even
         yield has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor'
         yield self.impl != 'pallas' or self.block % 128 == 0, 'block', "a multiple of 128 for impl 'pallas'"
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """A decoder with Gemma-2's block."""
 
     vocab_size: int = Field(0, ge=0)  # 0: the tokenizer's
@@ -144,6 +140,7 @@ class ModelConfig(_Section):
     pattern: tuple[Literal['local', 'global'], ...] = ('local', 'global')  # of the layers, repeated n_layers / len(pattern) times
     ffn: FFNConfig
     attention: AttentionConfig
+    layers: str = ''  # what differs by layer: '0-9:ffn.k=5% 10-:ffn.k=all local:attention.kind=dense'; see docs/levers.md
     logit_cap: float = Field(0.0, ge=0)  # soft-cap of the output logits; 0: none
     # muP: init and learning rates are scaled so that those that are best at this d_model are so at every other. 0: they are not.
     base_width: int = Field(0, ge=0)
@@ -156,6 +153,11 @@ class ModelConfig(_Section):
         window = {'local': self.attention.window, 'global': 0}
         return [window[self.pattern[i % len(self.pattern)]] for i in range(self.n_layers)]
 
+    @property
+    def per_layer(self) -> tuple['ModelConfig', ...]:
+        """For each layer the config whose `ffn` and `attention` are its own, as if all layers were like it."""
+        return by_layer.per_layer(self)
+
     def _rules(self):
         f, pattern, local, window = self.ffn, self.pattern, 'local' in self.pattern, self.attention.window
         yield f.r < self.d_model, 'ffn.r', f'1 … d_model − 1 = {self.d_model - 1} for kind {f.kind!r}'
@@ -163,9 +165,11 @@ class ModelConfig(_Section):
         yield self.n_layers % len(pattern) == 0, 'n_layers', f'a multiple of len(model.pattern) = {len(pattern)}'
         yield not local or window >= 1, 'attention.window', 'at least 1: model.pattern has local layers'
         yield local or window == 0, 'attention.window', '0: model.pattern has no local layer'
+        r = max(layer.ffn.r for layer in self.per_layer)
+        yield r < self.d_model, 'layers', f'ffn.r of at most d_model − 1 = {self.d_model - 1}'
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What to train on; `spark.data` documents the strings."""
 
     source: str = 'stdlib'  # text:GLOB | tfds:NAME | hf:NAME | tokens:DIR | …, or a mixture: '0.7 stdlib + 0.3 text:a/*.txt'
@@ -185,7 +189,7 @@ class DataConfig(_Section):
     allow_changed: bool = False  # resume with other data than the run had
 
 
-class MeshConfig(_Section):
+class MeshConfig(Section):
     """Devices along each mesh axis; the product is the number of devices."""
 
     data: int = Field(-1, ge=-1)  # model replicas; -1: all devices that the other axes leave
@@ -198,60 +202,7 @@ class MeshConfig(_Section):
         yield self.data != 0, 'data', 'at least 1, or -1 for all the devices that are left'
 
 
-class OptimizerConfig(_Section):
-    """How gradients become updates, at which learning rate; docs/optimizers.md explains each field."""
-
-    # muon: matrices by Muon with updates as large as AdamW's, all else by AdamW. The moments are those of AdamW; of adafactor b1
-    # is the decay of its momentum, or 0 for none, and b2 the highest decay of its second moments.
-    name: Literal['adamw', 'adafactor', 'lion', 'muon'] = 'adamw'
-    lr: float = Field(gt=0)  # peak learning rate
-    # After the warm-up. wsd: lr until the last steps, then a cool-down. inverse_sqrt: lr · sqrt(warmup_steps / step), at least
-    # lr · final_lr. auto: wsd if there are decay_steps, else cosine.
-    schedule: Literal['auto', 'constant', 'cosine', 'linear', 'wsd', 'inverse_sqrt'] = 'auto'
-    final_lr: float = Field(0.1, ge=0, le=1)  # learning rate at the last step, as a share of the peak
-    warmup_steps: int = Field(0, ge=0)  # a line to lr, which begins above 0
-    warmup_from_zero: bool = False  # the first step of the warm-up has rate 0, and is wasted: as in older versions
-    decay_steps: int = Field(0, ge=0)  # length of the cool-down of wsd; 0: decay_share
-    decay_share: float = Field(0.2, gt=0, le=1)  # the same, as a share of train.steps
-    decay_form: Literal['linear', 'cosine', 'sqrt'] = 'linear'  # of the cool-down; sqrt: 1 − sqrt(share of it that has passed)
-    b1: float = Field(0.9, ge=0, lt=1)
-    b2: float = Field(0.95, ge=0, lt=1)
-    momentum: float = Field(0.95, ge=0, lt=1)  # of muon's matrices
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)  # of matrices; the scales of norms are exempt
-    # 'PATTERN=NUMBER …': regular expressions that are searched in paths such as groups/ffn_0/K1; the last that matches counts.
-    rates: str = ''  # factors of the learning rate; 0 freezes
-    decays: str = ''  # weight decay in place of weight_decay
-    clip: float = Field(1.0, ge=0)  # global gradient norm; 0: no clipping
-    ema: float = Field(0.0, ge=0, lt=1)  # decay of a mean of the parameters, which is evaluated beside them; 0: none is kept
-    z_loss: float = Field(0.0, ge=0)  # weight of log²Z in the loss
-
-    @property
-    def shape(self) -> str:
-        """The schedule, of which 'auto' is one."""
-        return self.schedule if self.schedule != 'auto' else 'wsd' if self.decay_steps else 'cosine'
-
-    @property
-    def unread(self) -> dict[str, str]:
-        """The fields that this optimizer and this schedule do not read, and why; they must have their defaults."""
-        fields = dict.fromkeys(() if self.name == 'muon' else ('momentum',), f'name {self.name!r} has no Muon')
-        fields |= {'eps': "name 'lion' has none"} if self.name == 'lion' else {}
-        names = () if self.shape == 'wsd' else ('decay_steps', 'decay_share', 'decay_form')
-        fields |= dict.fromkeys(names, f'schedule {self.schedule!r} has no cool-down')
-        fields |= {'decay_share': 'decay_steps says it'} if self.decay_steps and self.shape == 'wsd' else {}
-        return fields | ({'final_lr': "schedule 'constant' stays at lr"} if self.shape == 'constant' else {})
-
-    def _rules(self):
-        for field, why in self.unread.items():
-            default = type(self).model_fields[field].default
-            yield getattr(self, field) == default, field, f'{default!r}, the default: {why}'
-        for field in ('rates', 'decays'):
-            want = "'PATTERN=NUMBER …', regular expressions with numbers that are at least 0"
-            yield by_pattern(getattr(self, field)) is not None, field, want
-        yield self.name != 'adafactor' or self.eps >= 1e-15, 'eps', 'at least 1e-15 for adafactor, which squares it in float32'
-
-
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The loop."""
 
     steps: int = Field(gt=0)
@@ -286,7 +237,7 @@ class TrainConfig(_Section):
         yield self.max_skips > 0 or not self.spike, 'max_skips', 'at least 1: train.spike skips updates'
 
 
-class SampleConfig(_Section):
+class SampleConfig(Section):
     """The continuation shown when training ends."""
 
     prompt: str = ''
@@ -294,7 +245,7 @@ class SampleConfig(_Section):
     temperature: float = Field(0.8, ge=0)  # 0: greedy
 
 
-class ServeConfig(_Section):
+class ServeConfig(Section):
     """How scripts/generate.py runs the trained model."""
 
     # cpu, tpu, gpu: kernels for that platform. gather: plain JAX that reads active entries only. masked: plain JAX that
@@ -304,7 +255,7 @@ class ServeConfig(_Section):
     overflow: Literal['masked', 'drop'] = 'masked'  # a token with more is computed in full, or loses the excess; it is reported
 
 
-class ExperimentConfig(_Section):
+class ExperimentConfig(Section):
     """One training run."""
 
     seed: int = Field(0, ge=0, lt=2**31)

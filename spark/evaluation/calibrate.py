@@ -21,6 +21,8 @@ def k_measured(trainer: Trainer, params: dict, batch: dict, share: float) -> int
     cfg = trainer.cfg.model.ffn
     if not cfg.traits.topk or cfg.topk != 'statistical':
         raise ConfigError(f"model.ffn.topk = {cfg.topk!r}, kind {cfg.kind!r}: want a statistical top-k, others need no measuring")
+    if trainer.cfg.model.layers:
+        raise ConfigError(f'model.layers = {trainer.cfg.model.layers!r}: want layers that are alike, since one k is looked for')
     if not 1 / cfg.d_ff <= share <= 1:
         raise ConfigError(f'a share of {share} of the neurons: want 1 / d_ff = {1 / cfg.d_ff:.2g} … 1')
     model, batch = observable(trainer.model), trainer.put(batch)
@@ -30,7 +32,7 @@ def k_measured(trainer: Trainer, params: dict, batch: dict, share: float) -> int
         def interceptor(method, args, kwargs, context):
             if not (isinstance(context.module, FFN) and context.method_name == 'activate'):
                 return method(*args, **kwargs)
-            a, active = activations(cfg.model_copy(update={'k': k}), *args)
+            a, active = activations(cfg, *args, k)
             sow(context.module, 'active', jnp.sum(active, axis=-1, dtype=jnp.float32))
             return a
 

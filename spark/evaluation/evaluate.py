@@ -18,6 +18,7 @@ from spark.data import rows
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import ConfigError
 from spark.evaluation import calibrate, predictor, sparsity
+from spark.nn.runs import at_step
 from spark.progress import tqdm
 from spark.training.loss import cross_entropy, losses
 from spark.training.step import Trainer
@@ -54,6 +55,7 @@ def load(
     cfg = cfg.model_copy(update={'data': cfg.data.model_copy(update=data), 'train': train})
     tokenizer, cfg = tokenizer_for(cfg)
     checkpoints, step = open_checkpoint(workdir, step)
+    cfg = cfg.model_copy(update={'model': at_step(cfg.model, step)})
     cfg, devices = _fit_mesh(cfg, jax.devices())
     trainer = Trainer(cfg, devices)
     params = checkpoints.restore_params(step, trainer.abstract_state.params, field)
@@ -84,17 +86,18 @@ def evaluate(
     if not statistics:
         return report, sums
     layers = sparsity.report(cfg.model, sums)
-    for name in ('active', 'attended'):
-        if f'{name}_mean' in layers[0]:
-            report[name] = float(np.mean([layer[f'{name}_mean'] for layer in layers]))
+    if any('active_mean' in layer for layer in layers):
+        report['active'] = float(np.mean([layer.get('active_mean', 1) for layer in layers]))
+    report['attended'] = float(np.mean([layer['attended_mean'] for layer in layers]))
     return report | {'layers': layers, 'flops': flops_report(cfg.model, context or cfg.data.seq_len, layers)}, sums
 
 
 def with_fitted(model: Model, split: str) -> dict:
     """The parameters with predictors that are fitted to another held-out split than this one, if there are two."""
-    ffn = model.cfg.model.ffn
-    if not ffn.traits.predictor:
-        raise ConfigError(f'model.ffn.kind = {ffn.kind!r}: want a kind with a predictor, to compare it with a fitted one')
+    for layer in model.cfg.model.per_layer:
+        if not layer.ffn.traits.predictor:
+            kind = f'model.ffn.kind = {layer.ffn.kind!r}'
+            raise ConfigError(f'{kind}: want a kind with a predictor, to compare it with a fitted one')
     other, trainer = 'test' if split == 'validation' else 'validation', model.trainer
     dataset = rows.EvalBatches(model.cfg.data, other, trainer.local_rows)
     with trainer.context(), contextlib.closing(iter(dataset)) as batches:
@@ -166,17 +169,16 @@ def flops_report(cfg: config.ModelConfig, context: int, layers: list[dict]) -> d
     Returns {'context', 'training' | 'prefill' | 'decode': {'configured' | 'measured' | 'dense': {part or group: FLOPs}}}.
     """
 
-    def measured(name, scale=1):
-        values = [layer.get(name) for layer in layers]
-        return None if None in values else np.array(values) * scale
+    def measured(name, scale=1, where=True):
+        return np.where(where, np.array([layer.get(name, np.nan) for layer in layers]) * scale, np.nan)
 
-    active = measured('active_mean', cfg.ffn.d_ff)
+    active = measured('active_mean', np.array([layer.ffn.d_ff for layer in cfg.per_layer]))
+    ks = np.array([layer.attention.k for layer in cfg.per_layer])  # 0 where attention has no top-k
     report = {'context': context}
     for phase in flops.PHASES:
         count = lambda cfg, phase=phase, **activity: flops.flops_per_token(cfg, context, phase, **activity)
-        attended = measured('attended_mean' if phase == 'prefill' else 'attended_long')
-        if not cfg.attention.traits.topk or (phase == 'decode' and context <= cfg.attention.k):
-            attended = None
+        selected = (ks > 0) & ((ks < context) | (phase != 'decode'))
+        attended = measured('attended_mean' if phase == 'prefill' else 'attended_long', where=selected)
         ways = {'dense': count(flops.dense_twin(cfg)), 'configured': count(cfg)}
         if phase != 'training':
             ways['measured'] = count(cfg, active=active, attended=attended)

@@ -18,6 +18,7 @@ from spark.data import rows
 from spark.evaluation.evaluate import Model
 from spark.nn.ffn import FFN
 from spark.nn.layers import CARRIED
+from spark.nn.runs import place
 from spark.nn.transformer import Transformer, observable
 from spark.progress import tqdm
 from spark.runtime import Path
@@ -35,7 +36,7 @@ def collect(model: Model, split: str, layer: int) -> dict[str, np.ndarray]:
     'window' (F, CONTEXTS, 2 · AROUND + 1): the activations around them; 'ids': the token ids there, −1 outside the document.
     """
     trainer = model.trainer
-    F, W = model.cfg.model.ffn.d_ff, 2 * AROUND + 1
+    F, W = model.cfg.model.per_layer[layer].ffn.d_ff, 2 * AROUND + 1
     best = {
         'value': np.zeros((F, CONTEXTS), np.float32),
         'window': np.zeros((F, CONTEXTS, W), np.float32),
@@ -82,22 +83,22 @@ def _strongest(a_BxLxF, batch):
 
 def activations(model: Transformer, params: dict, batch: dict, layer: int) -> jax.Array:
     """The activations σ1(s) of a layer's neurons, (B, L, F). Those of no other layer are kept."""
-    group, i = divmod(layer, len(model.cfg.pattern))
-    name, (B, L), F = f'ffn_{i}', batch['tokens'].shape, model.cfg.ffn.d_ff
+    run, group, i = place(model.cfg, layer)
+    name, (B, L), F = f'ffn_{i}', batch['tokens'].shape, run.layers[i].ffn.d_ff
 
     def interceptor(method, args, kwargs, context):
         out, module = method(*args, **kwargs), context.module
-        if context.method_name == 'activate' and isinstance(module, FFN) and module.name == name:
+        if context.method_name == 'activate' and isinstance(module, FFN) and module.has_variable(CARRIED, 'group'):
             here, kept = module.get_variable(CARRIED, 'group'), module.get_variable(CARRIED, 'activations')
             module.put_variable(CARRIED, 'group', here + 1)
             module.put_variable(CARRIED, 'activations', jnp.where(here == group, out.reshape(B, L, F), kept))
         return out
 
     start = {'group': jnp.zeros((), jnp.int32), 'activations': jnp.zeros((B, L, F), model.dtype)}
-    variables = params | {CARRIED: {'groups': {name: start}}}
+    variables = params | {CARRIED: {run.name: {name: start}}}
     with nn.intercept_methods(interceptor):
         _, state = observable(model).apply(variables, batch['tokens'], batch['positions'], batch['segments'], mutable=[CARRIED])
-    return state[CARRIED]['groups'][name]['activations']
+    return state[CARRIED][run.name][name]['activations']
 
 
 def promoted(cfg: ModelConfig, params: dict, layer: int) -> jax.Array:
@@ -107,9 +108,9 @@ def promoted(cfg: ModelConfig, params: dict, layer: int) -> jax.Array:
     change the order of tokens.
     """
     p = params['params']
-    group, i = divmod(layer, len(cfg.pattern))
-    V_FxD = p['groups'][f'ffn_{i}']['V'][group]
-    scale_D = (1 + p['groups'][f'post_ffn_{i}']['scale'][group]) * (1 + p['final_norm']['scale'])
+    run, group, i = place(cfg, layer)
+    V_FxD = p[run.name][f'ffn_{i}']['V'][group]
+    scale_D = (1 + p[run.name][f'post_ffn_{i}']['scale'][group]) * (1 + p['final_norm']['scale'])
     return jax.lax.top_k((V_FxD * scale_D) @ p['embedding'].T, PROMOTED)[1]
 
 
@@ -128,11 +129,12 @@ def write(model: Model, split: str, layer: int, path: Path, picture: Path | None
     """Writes the page of a layer and returns its path; `picture`, a PNG of the activity by layer, is embedded."""
     best = collect(model, split, layer)
     cfg, tokenizer = model.cfg.model, model.tokenizer
+    ffn = cfg.per_layer[layer].ffn
     with model.trainer.context():
         promoted_FxP = np.asarray(jax.jit(functools.partial(promoted, cfg, layer=layer))(model.params))
     word = functools.cache(lambda i: tokenizer.decode([i]) or f'⟨{i}⟩')
     neurons = []
-    for f in tqdm(range(cfg.ffn.d_ff), desc='writing', unit='neuron', leave=False):
+    for f in tqdm(range(ffn.d_ff), desc='writing', unit='neuron', leave=False):
         contexts = zip(best['value'][f], best['window'][f], best['ids'][f], strict=True)
         neurons.append({
             'neuron': f, 'fires': float(best['fired'][f] / best['tokens']), 'max': round(float(best['value'][f, 0]), 3),
@@ -140,8 +142,8 @@ def write(model: Model, split: str, layer: int, path: Path, picture: Path | None
             'contexts': [_context(tokenizer, *context) for context in contexts if context[0] > 0],
         })  # fmt: skip
     facts = {
-        'layer': layer, 'step': model.step, 'split': split, 'tokens': int(best['tokens']), 'd_ff': cfg.ffn.d_ff,
-        'k': cfg.ffn.k, 'kind': cfg.ffn.kind, 'n_layers': cfg.n_layers,
+        'layer': layer, 'step': model.step, 'split': split, 'tokens': int(best['tokens']), 'd_ff': ffn.d_ff,
+        'k': ffn.k, 'kind': ffn.kind, 'n_layers': cfg.n_layers,
     }  # fmt: skip
     data = json.dumps({'facts': facts, 'neurons': neurons}, ensure_ascii=False, separators=(',', ':'))
     page = pathlib.Path(__file__).with_name('neurons.html').read_text('utf-8')

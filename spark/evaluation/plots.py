@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from scipy.stats import norm
 
 from spark.config import ModelConfig
+from spark.config.layers import ALL_KEYS
 from spark.evaluation.sparsity import EDGES, kolmogorov_smirnov
 from spark.runtime import Path, write_bytes
 
@@ -30,20 +31,23 @@ def draw(cfg: ModelConfig, report: dict, sums: dict, layer: int, out: Path) -> l
 def _activity(cfg, layers, title, path):
     """Active neurons and attended keys of each layer: mean, 95th percentile and maximum over tokens."""
     fig, axes = figure(11, 4.5, 1, 2)
-    share = 100 * cfg.ffn.k / cfg.ffn.d_ff
+    shares = [100 * layer.ffn.k / layer.ffn.d_ff for layer in cfg.per_layer]
+    keys = [layer.attention.k if layer.attention.k < ALL_KEYS else 0 for layer in cfg.per_layer]
     halves = [
-        ('active', 100, 'active neurons, % of d_ff', share, f'k / d_ff = {share:.1f}%'),
-        ('attended', 1, 'keys attended per query and head', cfg.attention.k, f'k = {cfg.attention.k}'),
+        ('active', 100, 'active neurons, % of d_ff', shares, f'k / d_ff = {shares[0]:.1f}%'),
+        ('attended', 1, 'keys attended per query and head', keys, f'k = {keys[0]}'),
     ]
     x = [layer['layer'] for layer in layers]
-    for ax, (name, scale, label, k, k_label) in zip(axes, halves, strict=True):
-        if f'{name}_mean' in layers[0]:
-            values = {q: [scale * layer[f'{name}_{q}'] for layer in layers] for q in ('mean', 'p95', 'max')}
+    for ax, (name, scale, label, ks, k_label) in zip(axes, halves, strict=True):
+        if any(f'{name}_mean' in layer for layer in layers):
+            values = {q: [scale * layer.get(f'{name}_{q}', 1) for layer in layers] for q in ('mean', 'p95', 'max')}
             ax.bar(x, values['mean'], color=COLORS[0], width=0.7, label='mean')
             ax.plot(x, values['p95'], 'v', color=COLORS[1], label='95th percentile')
             ax.plot(x, values['max'], '^', color=COLORS[2], label='maximum')
-            if k:
-                ax.axhline(k, color='0.3', ls='--', lw=1, label=k_label)
+            if len(set(ks)) > 1:
+                ax.step(x, [k or np.nan for k in ks], where='mid', color='0.3', ls='--', lw=1, label='k')
+            elif ks[0]:
+                ax.axhline(ks[0], color='0.3', ls='--', lw=1, label=k_label)
             ax.legend(frameon=False, fontsize=9, ncols=2, loc='upper center')
         else:
             ax.text(0.5, 0.5, f'kind {cfg.ffn.kind!r}: every neuron is active', ha='center', transform=ax.transAxes)
@@ -55,7 +59,8 @@ def _activity(cfg, layers, title, path):
 def _scores(cfg, sums, layer, title, path):
     """The standardised scores of one layer against the normal density, and the threshold of the FFN."""
     fig, axes = figure(11, 4.5, 1, 2)
-    middle, width, share = (EDGES[1:] + EDGES[:-1]) / 2, EDGES[1] - EDGES[0], cfg.ffn.k / cfg.ffn.d_ff
+    own = cfg.per_layer[layer]
+    middle, width, share = (EDGES[1:] + EDGES[:-1]) / 2, EDGES[1] - EDGES[0], own.ffn.k / own.ffn.d_ff
     for ax, half in zip(axes, ('ffn', 'attention'), strict=True):
         counts = sums[f'{half}_scores'][layer]
         if counts.sum():
@@ -67,10 +72,10 @@ def _scores(cfg, sums, layer, title, path):
             label = f'threshold Q(1 − k/d_ff) = {threshold:.2f}\n{above:.1%} above, k/d_ff = {share:.1%}'
             ax.axvline(threshold, color=COLORS[1], ls='--', label=label)
         ax.legend(frameon=False, fontsize=9, loc='upper left')
-        name = 'FFN' if half == 'ffn' else f'attention, queries with more than {cfg.attention.k} visible keys'
+        name = 'FFN' if half == 'ffn' else f'attention, queries with more than {own.attention.k} visible keys'
         ax.set_title(f'{name}\nKS distance {kolmogorov_smirnov(counts):.3f}', fontsize=11)
         ax.set(xlabel='score, standardised per token', ylabel='density', xlim=(-5, 5), ylim=(0, 1.25 * ax.get_ylim()[1]))
-    fig.suptitle(f'Predictor scores of layer {layer}: {title}' if cfg.ffn.r else f'Scores of layer {layer}: {title}')
+    fig.suptitle(f'Predictor scores of layer {layer}: {title}' if own.ffn.r else f'Scores of layer {layer}: {title}')
     return save(fig, path)
 
 
@@ -85,9 +90,11 @@ def _attended(cfg, sums, title, path):
         y = sums['by_position'][i][positions] / sums['positions'][positions]
         ax.plot(positions + 1, y, style, color=color, lw=1.5, label=f'layer {i}, {span}' if cfg.n_layers <= 12 else None)
     ax.plot(positions + 1, positions + 1, color='0.6', lw=1, ls='-.', label='all visible keys')
-    if cfg.attention.k:
-        ax.axhline(cfg.attention.k, color=COLORS[1], ls='--', lw=1, label=f'k = {cfg.attention.k}')
-        ax.set_ylim(0, 2.5 * cfg.attention.k)
+    ks = sorted({layer.attention.k for layer in cfg.per_layer if 0 < layer.attention.k < ALL_KEYS})
+    for k in ks:
+        ax.axhline(k, color=COLORS[1], ls='--', lw=1, label=f'k = {k}')
+    if ks:
+        ax.set_ylim(0, 2.5 * ks[-1])
     ax.legend(frameon=False, fontsize=9)
     ax.set_xlabel('position in the document, or in the part of it that is in the row')
     ax.set(ylabel='keys attended per query, mean over heads', title=f'Attended keys by position: {title}')

@@ -20,6 +20,7 @@ from spark.evaluation import selection
 from spark.evaluation.strips import by_strips, over_devices
 from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, sow
+from spark.nn.runs import runs
 from spark.nn.transformer import Transformer, by_layer
 from spark.training.step import Trainer
 
@@ -40,12 +41,19 @@ def fitted(trainer: Trainer, params: dict, batches: Iterable) -> dict:
         total = sums if total is None else add(total, sums)
         if total['n'][0] >= TOKENS_PER_DIMENSION * cfg.d_model:
             break
-    layers = [solve({name: np.asarray(x[i], np.float64) for name, x in total.items()}, cfg.ffn.r) for i in range(cfg.n_layers)]
-    groups = dict(params['params']['groups'])
-    for i in range(len(cfg.pattern)):
-        own = jax.tree.map(lambda *x: np.stack(x), *layers[i :: len(cfg.pattern)])
-        groups[f'ffn_{i}'] = groups[f'ffn_{i}'] | {selection.FITTED: jax.device_put(own, replicated)}
-    return params | {'params': params['params'] | {'groups': groups}}
+    layers, found = [], dict(params['params'])
+    for i, layer in enumerate(cfg.per_layer):
+        F = layer.ffn.d_ff  # zeros fill up what is by neuron
+        of_neurons = lambda name, x, F=F: x[..., :F] if name in ('c', 'xc') else x
+        moments = {name: np.asarray(of_neurons(name, x[i]), np.float64) for name, x in total.items()}
+        layers.append(solve(moments, layer.ffn.r))
+    for run in runs(cfg):
+        groups = dict(found[run.name])
+        for i in range(len(run.layers)):
+            own = jax.tree.map(lambda *x: np.stack(x), *layers[run.where(i)])
+            groups[f'ffn_{i}'] = groups[f'ffn_{i}'] | {selection.FITTED: jax.device_put(own, replicated)}
+        found[run.name] = groups
+    return params | {'params': found}
 
 
 def solve(moments: dict[str, np.ndarray | float], r: int) -> dict[str, np.ndarray]:
@@ -68,7 +76,7 @@ def _moments(model: Transformer, params: dict, batch: dict) -> dict[str, jax.Arr
     def interceptor(method, args, kwargs, context):
         out, module = method(*args, **kwargs), context.module
         if isinstance(module, FFN) and context.method_name == '__call__':
-            for name, x in _of_layer(module, *args, batch['segments']).items():
+            for name, x in _of_layer(module, args[0], batch['segments']).items():
                 sow(module, f'fit_{name}', x)
         return out
 

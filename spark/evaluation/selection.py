@@ -19,19 +19,21 @@ from spark.nn import ffn as nn_ffn
 from spark.nn.attention import Attention
 from spark.nn.block import Hidden, Integers
 from spark.nn.ffn import FFN
+from spark.nn.runs import K
 
 WINDOWS = (2, 4, 8, 16, 32, 64)  # consecutive tokens whose active neurons are united
 FITTED = 'fitted'  # where what `predictor.solve` returns for a layer stands among the parameters of its FFN
 
 
-def of_ffn(module: FFN, x_BxLxD: Hidden, segments_BxL: Integers) -> dict[str, Float[Array, '...']]:
-    """The sums over the tokens of one layer that `sparsity.observe` lists, from the input of its FFN."""
+def of_ffn(module: FFN, x_BxLxD: Hidden, k: K, segments_BxL: Integers) -> dict[str, Float[Array, '...']]:
+    """The sums over the tokens of one layer that `sparsity.observe` lists, from the arguments of its FFN."""
     cfg, tokens = module.cfg, ('batch', 'length')
     fitted = module.get_variable('params', FITTED) if module.has_variable('params', FITTED) else None
-    tables = (*tables_of(module), fitted)
+    tables = (*tables_of(module), fitted, k)
 
     def count(x_BxLxD, segments_BxL, *leaves):
-        K, norms_F, fitted = jax.tree.unflatten(jax.tree.structure(tables), leaves)
+        K, norms_F, fitted, k = jax.tree.unflatten(jax.tree.structure(tables), leaves)
+        k = cfg.k if k is None else k
         x_NxWxD, segments_NxW = windows(x_BxLxD), windows(segments_BxL)
 
         def strip(rows, own):
@@ -41,16 +43,16 @@ def of_ffn(module: FFN, x_BxLxD: Hidden, segments_BxL: Integers) -> dict[str, Fl
             x_TxD, s_TxF, real_T = sample(x), sample(s), sample(real)
             sums = dict(zip(('ffn_scores', 'ffn_ks'), gaussianity(s_TxF, True, real_T), strict=True))
             if cfg.traits.sparse:
-                _, active = nn_ffn.activations(cfg, s)
+                _, active = nn_ffn.activations(cfg, s, k)
                 active &= real[..., None]
                 sums |= {'active': tally(jnp.sum(active, axis=-1), real, cfg.d_ff), 'fired': jnp.sum(active, axis=(0, 1))}
                 sums['union'] = unions(active, segments)
             if cfg.traits.topk:
                 c = contributions(cfg, K, norms_F, x_TxD, s_TxF)
-                found = [real_T, *skill(sample(active), c, cfg.k)]
+                found = [real_T, *skill(sample(active), c, cfg.k, k)]
                 if fitted is not None:
                     guess = fitted['constant'] + (x_TxD.astype(jnp.float32) @ fitted['down']) @ fitted['up']
-                    found += skill(guess >= least_of_largest(guess, cfg.k), c, cfg.k)[:2]
+                    found += skill(guess >= least_of_largest(guess, cfg.k, k)[0], c, cfg.k, k)[:2]
                 sums['selection'] = jnp.stack([jnp.sum(jnp.where(real_T, x, 0), dtype=jnp.float32) for x in found])
             return sums
 
@@ -104,22 +106,31 @@ def unions(active_NxWxF: Bool[Array, 'N W F'], segments_NxW: Integers) -> Float[
     return jnp.stack(sums, axis=1)
 
 
-def skill(kept: Bool[Array, '*rows n'], c: Float[Array, '*rows n'], k: int) -> list[Float[Array, '*rows']]:
-    """(The share of the k largest contributions c that the kept entries hold, the share of Σ c that they hold, that of the k)."""
-    k = min(k, c.shape[-1])
-    largest = jax.lax.top_k(c, k)[0]
+def skill(kept: Bool[Array, '*rows n'], c: Float[Array, '*rows n'], most: int, k: K = None) -> list[Float[Array, '*rows']]:
+    """(The share of the k largest contributions c that the kept entries hold, the share of Σ c that they hold, that of the k).
+
+    k is at most `most`, or that.
+    """
+    k = jnp.minimum(most if k is None else k, c.shape[-1])
+    least, sum_of_largest = least_of_largest(c, most, k)
     total = jnp.maximum(jnp.sum(c, axis=-1), jnp.finfo(c.dtype).tiny)
-    hits = jnp.sum(kept & (c >= largest[..., -1:]), axis=-1) / k
-    return [jnp.minimum(hits, 1), jnp.sum(jnp.where(kept, c, 0), axis=-1) / total, jnp.sum(largest, axis=-1) / total]
+    hits = jnp.sum(kept & (c >= least), axis=-1) / k
+    return [jnp.minimum(hits, 1), jnp.sum(jnp.where(kept, c, 0), axis=-1) / total, sum_of_largest / total]
 
 
-def least_of_largest(x: Float[Array, '*rows n'], k: int) -> Float[Array, '*rows 1']:
-    """The k-th largest entry of each row."""
-    return jax.lax.top_k(x, k)[0][..., -1:]
+def least_of_largest(
+    x: Float[Array, '*rows n'], most: int, k: K = None
+) -> tuple[Float[Array, '*rows 1'], Float[Array, '*rows']]:  # fmt: skip
+    """The k-th largest entry of each row, and the sum of the k largest; k is at most `most`, or that."""
+    largest = jax.lax.top_k(x, min(most, x.shape[-1]))[0]
+    counts = jnp.arange(largest.shape[-1]) < (most if k is None else k)
+    least = jnp.min(jnp.where(counts, largest, jnp.inf), axis=-1, keepdims=True)
+    return least, jnp.sum(jnp.where(counts, largest, 0), axis=-1)
 
 
 def of_attention(
-    module: Attention, q: Queries, k: Keys, v: Keys, starts_BxL: Integers, place_BxL: Integers, long_BxL: Bool[Array, 'B L']
+    module: Attention, q: Queries, k: Keys, v: Keys, starts_BxL: Integers, place_BxL: Integers, long_BxL: Bool[Array, 'B L'],
+    kept: K = None,
 ) -> dict[str, Float[Array, '...']]:
     """The sums over `long` queries of one layer: 'attention_scores', 'attention_ks', and with a top-k 'attention_selection'.
 
@@ -127,7 +138,7 @@ def of_attention(
     """
     cfg = module.cfg
 
-    def count(q, k, v, starts, place, long):
+    def count(q, k, v, starts, place, long, kept):
         q = q[:, :, :, :: strips.STRIDE]
         starts, place, long = (x[:, :: strips.STRIDE] for x in (starts, place, long))
         norms = jnp.linalg.norm(v.astype(jnp.float32), axis=-1)[:, :, None, None]
@@ -142,14 +153,14 @@ def of_attention(
             sums = dict(zip(('attention_scores', 'attention_ks'), gaussianity(s, visible, counted), strict=True))
             if cfg.traits.topk:
                 w = ops.ACTIVATIONS[cfg.traits.activation](jnp.where(visible, ops.softcap(s, cfg.logit_cap), -jnp.inf))
-                _, keep = nn_attention.weights(cfg, s, visible)
+                _, keep = nn_attention.weights(cfg, s, visible, kept)
                 gate = ops.ACTIVATIONS[cfg.traits.gate](dots(slice(cfg.r, None))) if cfg.traits.gated else 1
-                found = [counted, *skill(keep, jnp.abs(w * gate) * norms, cfg.k)]
+                found = [counted, *skill(keep, jnp.abs(w * gate) * norms, cfg.k, kept)]
                 sums['attention_selection'] = jnp.stack([jnp.sum(jnp.where(counted, x, 0), dtype=jnp.float32) for x in found])
             return sums
 
         return by_strips(strip, q.shape[3], q[..., 0, 0].size * k.shape[2])
 
     by_query, by_key, by_token = ('batch', 'kv_heads', None, 'length'), ('batch', 'kv_heads'), ('batch', 'length')
-    axes = by_query, by_key, by_key, by_token, by_token, by_token
-    return over_devices(count, (q, k, v, starts_BxL, place_BxL, long_BxL), axes)
+    axes = by_query, by_key, by_key, by_token, by_token, by_token, ()
+    return over_devices(count, (q, k, v, starts_BxL, place_BxL, long_BxL, kept), axes)

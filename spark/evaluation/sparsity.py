@@ -20,6 +20,7 @@ from spark.evaluation.strips import DISTANCES, EDGES, normal_distance, over_devi
 from spark.nn.attention import Attention, Packed
 from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, sow
+from spark.nn.runs import runs
 from spark.nn.transformer import Transformer, by_layer
 
 PIECES = 16  # parts of a row, by whose positions attended keys are counted
@@ -46,7 +47,7 @@ def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, d
         out, module = method(*args, **kwargs), context.module
         found = {}
         if isinstance(module, FFN) and context.method_name == '__call__':
-            found = selection.of_ffn(module, *args, segments_BxL)
+            found = selection.of_ffn(module, *args, segments_BxL)  # whose arguments are x and k
         elif isinstance(module, Attention) and context.method_name == 'look_up':
             found = _of_attention(module, *args, positions_BxL, real_BxL)
         for name, sums in found.items():
@@ -55,9 +56,9 @@ def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, d
 
     with nn.intercept_methods(interceptor):
         hidden, state = model.apply(params, batch['tokens'], positions_BxL, segments_BxL, mutable=[METRICS])
-    sown = {half: state[METRICS]['groups'][f'{half}_0'] for half in ('attention', 'ffn')}
-    names = [(half, name.removeprefix('sum_')) for half, found in sown.items() for name in found if name.startswith('sum_')]
-    return hidden, {name: by_layer(model.cfg, state[METRICS], half, f'sum_{name}') for half, name in names}
+    sown = [(key.partition('_')[0], found) for run in runs(model.cfg) for key, found in state[METRICS][run.name].items()]
+    names = dict.fromkeys((half, name) for half, found in sown for name in found if name.startswith('sum_'))
+    return hidden, {name.removeprefix('sum_'): by_layer(model.cfg, state[METRICS], half, name) for half, name in names}
 
 
 def report(cfg: ModelConfig, sums: dict) -> list[dict]:
@@ -73,16 +74,16 @@ def report(cfg: ModelConfig, sums: dict) -> list[dict]:
     `dead` counts neurons that were never active; `gini` is 0 if all are active equally often. Names with `attention_`, and
     `attended_long`, are of the queries that see more than k keys.
     """
-    a, layers = cfg.attention, []
-    for i in range(cfg.n_layers):
-        layer = {'layer': i, 'span': cfg.pattern[i % len(cfg.pattern)], **_ffn(cfg.ffn, sums, i)}
+    layers = []
+    for i, own in enumerate(cfg.per_layer):
+        layer = {'layer': i, 'span': cfg.pattern[i % len(cfg.pattern)], **_ffn(own.ffn, sums, i)}
         layer |= {f'attended_{name}': value for name, value in spread(sums['attended'][i].sum(0)).items()}
         count, attended, calibration = sums['long'][i]
         if count:
             layer['attended_long'] = float(attended / count)
         if sums['attention_ks'][i].any():
             layer |= _gaussian('attention_ks', sums['attention_ks'][i], sums['attention_scores'][i])
-        if count and a.traits.topk:
+        if count and own.attention.traits.topk:
             layer['attention_calibration'] = float(calibration / count)
             names = ('attention_recall', 'attention_contribution_kept', 'attention_contribution_best')
             layer |= _means(names, sums['attention_selection'][i])
@@ -94,8 +95,8 @@ def _ffn(f, sums, i):
     """What `report` says of the FFN of layer i."""
     names, found = ('active', 'fired', 'union', 'selection', 'ffn_ks', 'ffn_scores'), {}
     sums = {name: sums[name][i] for name in names if name in sums}
-    if 'active' in sums:
-        tokens, fired = sums['active'], sums['fired']
+    if f.traits.sparse:
+        tokens, fired = sums['active'][: f.d_ff + 1], sums['fired'][: f.d_ff]
         found |= {f'active_{name}': value / f.d_ff for name, value in spread(tokens).items()}
         if f.traits.topk:
             found['calibration'] = float(tokens @ np.minimum(np.arange(f.d_ff + 1) / f.k, 1) / tokens.sum())
@@ -173,15 +174,15 @@ def spread(counts: np.ndarray) -> dict[str, float]:
     return {'mean': float(counts @ n / counts.sum()), **quantiles, 'max': float(np.max(n[counts > 0]))}
 
 
-def _of_attention(module, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible, positions_BxL, real_BxL):
+def _of_attention(module, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible, kept, positions_BxL, real_BxL):
     """The sums of a layer's attention. A query sees the keys from its start to its own place."""
-    cfg, (B, N, G, L, _) = module.cfg, q_BxNxGxLxd.shape
+    (B, N, G, L, _), k = q_BxNxGxLxd.shape, module.cfg.k if kept is None else kept
     attended = module.get_variable(METRICS, 'attended').reshape(B, N, G, L)
     starts_BxL = visible.starts if isinstance(visible, Packed) else jnp.argmax(visible, axis=-1)
     starts_BxL, place_BxL = jnp.broadcast_to(starts_BxL, (B, L)), jnp.broadcast_to(jnp.arange(L), (B, L))
-    long_BxL = real_BxL & (place_BxL - starts_BxL >= cfg.k)
+    long_BxL = real_BxL & (place_BxL - starts_BxL >= k)
     long = jnp.broadcast_to(long_BxL[:, None, None], attended.shape)
-    totals = [long, long * attended, long * jnp.minimum(attended / max(cfg.k, 1), 1)]
+    totals = [long, long * attended, long * jnp.minimum(attended / jnp.maximum(k, 1), 1)]
 
     def at_position(attended, positions, real):
         sum_BxL = jnp.sum(attended, axis=(1, 2)) * real / (N * G)  # over the heads of one device
@@ -197,5 +198,5 @@ def _of_attention(module, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible, positions_
         'long': jnp.stack([jnp.sum(x, dtype=jnp.float32) for x in totals]),
         'attended': over_devices(by_piece, counted, axes),
         'by_position': over_devices(at_position, counted, axes),
-        **selection.of_attention(module, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, starts_BxL, place_BxL, long_BxL),
+        **selection.of_attention(module, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, starts_BxL, place_BxL, long_BxL, kept),
     }

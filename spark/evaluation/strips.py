@@ -28,7 +28,8 @@ def over_devices(f: Callable, arrays: tuple[Any, ...], axes: tuple[tuple[str | N
     The compiler would gather what a scatter adds up.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = {(n, axis) for x, names in zip(arrays, axes, strict=True) for n, axis in zip(x.shape, names, strict=False) if axis}
+    axes_of = [pair for x, names in zip(arrays, axes, strict=True) if names for pair in zip(x.shape, names, strict=False)]
+    sizes = {(n, axis) for n, axis in axes_of if axis}
     if mesh.empty or any(n % shards(axis) for n, axis in sizes):
         return f(*arrays)
     specs = tuple(PartitionSpec(*(axis and (mesh_axes(axis) or None) for axis in names)) for names in axes)

@@ -64,9 +64,9 @@ def _layers(half, layers, columns):
 
 def _unions(layers):
     """The share of neurons that any of several tokens activates."""
-    if 'union' not in layers[0]:
+    layers, lines = [layer for layer in layers if 'union' in layer], []
+    if not layers:
         return []
-    lines = []
     for name, which in [('union', 'consecutive tokens'), ('union_rows', 'tokens of different rows')]:
         sizes = list(layers[0][name])
         lines += ['', f'| active for any of n {which}, n = | ' + ' | '.join(sizes) + ' |', '|' + '---|' * (1 + len(sizes))]

@@ -22,6 +22,7 @@ from spark.config import ModelConfig, ServeConfig
 from spark.errors import ConfigError
 from spark.kernels import cpu, rows_tpu
 from spark.nn.block import NORMS
+from spark.nn.runs import runs
 from spark.nn.transformer import abstract_params
 
 DTYPES = ('float32', 'bfloat16', 'int8')  # of weights; int8 has a float32 scale per row
@@ -67,6 +68,11 @@ def serving_for(cfg: ModelConfig, dtype: str, platform: str, devices: int = 1, s
     return Serving(cfg, dtype, kernels, platform, serve.capacity, serve.overflow)
 
 
+def of_layer(serving: Serving, i: int) -> Serving:
+    """The same, of a model in which all layers are like layer i."""
+    return serving._replace(cfg=serving.cfg.per_layer[i])
+
+
 class Matrix(NamedTuple):
     """Rows of weights, and the scales of int8 rows."""
 
@@ -93,7 +99,7 @@ def records(K2: Float[Array | np.ndarray, 'n R'], V: Float[Array | np.ndarray, '
 
 
 def _layer_recipe(serving, i):
-    """[(name, function of parameters, their paths in a group)] of layer i of `pattern`."""
+    """[(name, function of parameters, their paths in a group)] of the layer at place i of `pattern`, whose own config this is."""
     dtype, kind = serving.dtype, serving.cfg.ffn.traits
     flat = lambda W_DxHxd: W_DxHxd.reshape(W_DxHxd.shape[0], -1).T
     stack = lambda *Ws: rows(jnp.concatenate(Ws), dtype)
@@ -122,9 +128,10 @@ def lay_out(serving: Serving, leaf: Callable[..., Any], place: Callable = jax.de
       leaf: a function of a parameter's path, such as ('groups', 'ffn_0', 'K1'), to the array, or to what gives its rows: x[i:j].
       place: puts a finished array where it is to stay.
     """
-    cfg, n = serving.cfg, len(serving.cfg.pattern)
-    recipes = [_layer_recipe(serving, i) for i in range(n)]
-    used = {('embedding',), ('final_norm', 'scale')} | {('groups', *p) for r in recipes for _, _, paths in r for p in paths}
+    cfg = serving.cfg
+    recipes = [(run, i, _layer_recipe(serving._replace(cfg=own), i)) for run in runs(cfg) for i, own in enumerate(run.layers)]
+    used = {('embedding',), ('final_norm', 'scale')}
+    used |= {(run.name, *path) for run, _, recipe in recipes for _, _, paths in recipe for path in paths}
     params = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(cfg)['params'])}
     if unused := sorted('.'.join(path) for path in params - used):
         raise ConfigError(
@@ -132,11 +139,11 @@ def lay_out(serving: Serving, leaf: Callable[..., Any], place: Callable = jax.de
             f'{cfg.attention.kind!r}): spark/inference/layout.py has to lay them out and spark/inference/model.py to compute them'
         )
     layers = [{} for _ in range(cfg.n_layers)]
-    for i, recipe in enumerate(recipes):
+    for run, i, recipe in recipes:
         for name, make, paths in recipe:
-            leaves, make = [leaf('groups', *path) for path in paths], jax.jit(make)
-            for group in range(cfg.n_layers // n):
-                layers[group * n + i][name] = jax.tree.map(place, make(*(x[group] for x in leaves)))
+            leaves, make = [leaf(run.name, *path) for path in paths], jax.jit(make)
+            for group, layer in enumerate(layers[run.where(i)]):
+                layer[name] = jax.tree.map(place, make(*(x[group] for x in leaves)))
     E, make = leaf('embedding'), jax.jit(functools.partial(rows, dtype=serving.dtype))
     E = make(E) if isinstance(E, jax.Array) else _in_pieces(make, E)
     final_norm = place(jnp.asarray(leaf('final_norm', 'scale')[:]))

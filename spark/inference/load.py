@@ -12,6 +12,7 @@ from spark import config
 from spark.checkpoints.manager import field_of_params, open_checkpoint
 from spark.data.tokenizer import tokenizer_for
 from spark.inference.layout import Serving, from_params, serving_for
+from spark.nn.runs import at_step
 from spark.nn.transformer import abstract_params
 from spark.progress import tqdm
 from spark.runtime import freed_at_once
@@ -44,6 +45,7 @@ def load(
     field = field_of_params(cfg, ema)
     tokenizer, cfg = tokenizer_for(cfg.model_copy(update={'serve': cfg.serve.model_copy(update=serve or {})}))
     checkpoints, step = open_checkpoint(workdir, step)
+    cfg = cfg.model_copy(update={'model': at_step(cfg.model, step)})
     devices = jax.devices()
     platform = devices[0].platform
     if dtype == 'auto':

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spark import ops
 from spark.config import Kind
-from spark.inference.layout import Matrix, Serving
+from spark.inference.layout import Matrix, Serving, of_layer
 from spark.kernels import cpu, gather, rows_gpu, rows_tpu
 from spark.nn import attention as nn_attention
 from spark.nn import ffn as nn_ffn
@@ -32,14 +32,18 @@ class Cache:
 
     layers: list  # of {'keys', 'records'}: ring buffers that hold position p in slot p mod S
     length: Length  # the number of positions so far
-    rotations: list  # of every position, as a table: XLA:CPU evaluates sines again for each head that uses them
+    rotations: list  # of every position, as tables: XLA:CPU evaluates sines again for each head that uses them
 
 
 def computed_by(serving: Serving, half: str) -> str:
     """What computes the lookup of 'attention' or 'ffn': serving.kernels, or 'gather' or 'masked' if those decline its kind.
 
-    'gather' and the Pallas kernels leave a step to 'masked' where active entries could be more than half of the table.
+    'gather' and the Pallas kernels leave a step to 'masked' where active entries could be more than half of the table. Where
+    layers differ in this, all names.
     """
+    if serving.cfg.layers:
+        found = [computed_by(of_layer(serving, i), half) for i in range(serving.cfg.n_layers)]
+        return ' + '.join(dict.fromkeys(found))
     cfg, f, kind = serving.cfg, serving.cfg.ffn, getattr(serving.cfg, half).traits
     gathers = kind.predictor and kind.topk
     reads_records = gathers and kind.gate == 'identity' and serving.dtype != 'int8'
@@ -56,14 +60,21 @@ def computed_by(serving: Serving, half: str) -> str:
 
 def init_cache(serving: Serving, batch: int, size: int, chunk: int) -> Cache:
     """An empty `Cache` for `batch` rows of at most `size` positions, which arrive `chunk` at a time or one by one."""
-    a, layers = serving.cfg.attention, []
-    r = a.r or a.head_dim
-    for window in serving.cfg.windows:
+    layers = []
+    for own, window in zip(serving.cfg.per_layer, serving.cfg.windows, strict=True):
+        a = own.attention
+        r = a.r or a.head_dim
         # The first token of a chunk still sees a window back, and a chunk must lie in consecutive slots.
         slots = min(size, -(-(window + chunk - 1) // chunk) * chunk) if window else size
-        empty = lambda width, slots=slots: jnp.zeros((batch, a.n_kv_heads, slots, width), serving.stored)
+        empty = lambda width, slots=slots: jnp.zeros((batch, serving.cfg.attention.n_kv_heads, slots, width), serving.stored)
         layers.append({'keys': empty(r), 'records': empty(2 * a.head_dim - r)})
-    return Cache(layers, jnp.zeros((), jnp.int32), nn_attention.rotations(a, jnp.arange(size)))
+    rotations = [nn_attention.rotations(a, jnp.arange(size)) for a in _rotated_alike(serving.cfg)]
+    return Cache(layers, jnp.zeros((), jnp.int32), rotations)
+
+
+def _rotated_alike(cfg):
+    """The different configs of attention, whatever their k."""
+    return list(dict.fromkeys(layer.attention.model_copy(update={'k': 0}) for layer in cfg.per_layer))
 
 
 def forward(
@@ -105,8 +116,19 @@ def hidden(
         x_BxLxD = block(x_BxLxD, lambda name, x, w=w: rms_norm(x, w[name]), layer.attention, layer.ffn)
         layers.append(layer.cache)
         counts.append(layer.counts)
-    counts = {name: jnp.stack([count[name] for count in counts]) for name in counts[0]}
+    counts = _stacked(serving.cfg, counts)
     return cache.replace(layers=layers, length=cache.length + L), rms_norm(x_BxLxD[:, -1], weights['final_norm']), counts
+
+
+def _stacked(cfg, counts):
+    """The counts of all layers. Where only some layers count neurons, all are active in the others."""
+    some = {name: x for count in counts for name, x in count.items()}
+
+    def of(name, count, layer):
+        most = layer.ffn.d_ff if name in ('active', 'records_read') else 0
+        return count[name] if name in count else jnp.full_like(some[name], most)
+
+    return {name: jnp.stack([of(name, *pair) for pair in zip(counts, cfg.per_layer, strict=True)]) for name in some}
 
 
 def product(serving: Serving, x_TxI: Float[Array, 'T I'], W: Matrix) -> Float[Array, 'T O']:
@@ -121,7 +143,8 @@ class _Layer:
     """The two halves of a layer as `block` takes them; they leave the layer's new cache and its counts in attributes."""
 
     def __init__(self, serving, w, cache, i, rotations, first_B):
-        self.serving, self.w, self.rotations, self.first_B, self.length = serving, w, rotations, first_B, cache.length
+        self.serving, self.w, self.first_B, self.length = of_layer(serving, i), w, first_B, cache.length
+        self.rotations = rotations[_rotated_alike(serving.cfg).index(self.serving.cfg.attention.model_copy(update={'k': 0}))]
         self.cache, self.window, self.counts = cache.layers[i], serving.cfg.windows[i], {}
 
     def attention(self, x_BxLxD):
@@ -216,17 +239,19 @@ def bytes_per_step(serving: Serving, weights: dict, cache: Cache, means: dict, h
 
     All weights, but of Spark's records only those of active neurons; of the cache, all keys and the records of attended keys.
     Masked lookups read everything. A record that several tokens of a batch activate is read once: such steps count the union of
-    their tokens' active neurons. `means` has the mean of each of a step's counts.
+    their tokens' active neurons. `means` has the mean of each of a step's counts, of all layers or by layer.
     """
     nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
-    reads_all = {half: computed_by(serving, half) == 'masked' for half in ('attention', 'ffn')}
     total = nbytes(weights['embedding']) if head else 0
-    active = 1 if reads_all['ffn'] or 'records_read' not in means else means['records_read'] / serving.cfg.ffn.d_ff
-    for w, table in zip(weights['layers'], cache.layers, strict=True):
+    means = {name: np.broadcast_to(mean, serving.cfg.n_layers) for name, mean in means.items()}
+    for i, (w, table) in enumerate(zip(weights['layers'], cache.layers, strict=True)):
+        own = of_layer(serving, i)
+        reads_all = {half: computed_by(own, half) == 'masked' for half in ('attention', 'ffn')}
+        active = 1 if reads_all['ffn'] or 'records_read' not in means else means['records_read'][i] / own.cfg.ffn.d_ff
         records = nbytes(w.get('records', ()))
         total += nbytes(w) - records * (1 - active)
         S = table['keys'].shape[2]
         filled = jnp.minimum(S, cache.length) / S
-        attended = filled if reads_all['attention'] or not serving.cfg.attention.k else means['attended'] / S
+        attended = filled if reads_all['attention'] or not own.cfg.attention.k else means['attended'][i] / S
         total += nbytes(table['keys']) * filled + nbytes(table['records']) * jnp.minimum(attended, filled)
     return float(total)

@@ -41,8 +41,10 @@ def continue_prompts(
         emit(texts[0][len(emitted) :])
     prompt_tokens, new_tokens, n_steps = sum(map(len, ids)), sum(map(len, rows)), len(counts)
     counts = jax.device_get(counts or [stream.counts])  # those of the prompts, if EOS came at once
-    activity = {name: float(np.mean([np.mean(c[name]) for c in counts])) for name in counts[0]}
-    read = bytes_per_step(serving, served.weights, stream.cache, activity)
+    by_layer = lambda x: np.mean(x.reshape(len(x), -1), axis=1)
+    means = {name: np.mean([by_layer(c[name]) for c in counts], axis=0) for name in counts[0]}
+    activity = {name: float(np.mean(mean)) for name, mean in means.items()}
+    read = bytes_per_step(serving, served.weights, stream.cache, means)
     return {
         'step': served.step, 'dtype': serving.dtype, 'kernels': serving.kernels,
         'attention_kernels': computed_by(serving, 'attention'), 'ffn_kernels': computed_by(serving, 'ffn'),

@@ -14,19 +14,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from spark.kernels import blockwise
-from spark.kernels.blockwise import Keys, Offset, Outputs, PerQuery, Queries, Spec, Starts, Values
+from spark.kernels.blockwise import Kept, Keys, Offset, Outputs, PerQuery, Queries, Spec, Starts, Values
 from spark.kernels.fused_ffn import dot
 
 TILE = 64  # queries and keys
 
 
 def attention(
-    q: Queries, k: Keys, v: Values, starts_BxL: Starts, spec: Spec, offset: Offset = 0, *, interpret: bool = False
-) -> tuple[Outputs, PerQuery]:
+    q: Queries, k: Keys, v: Values, starts_BxL: Starts, spec: Spec, offset: Offset = 0, kept: Kept = None,
+    *, interpret: bool = False,
+) -> tuple[Outputs, PerQuery]:  # fmt: skip
     """`blockwise.attention` in Triton kernels, for heads that `why_not` finds nothing against."""
     L = q.shape[3]
     spec = spec._replace(block=min(spec.block, -(-L // TILE) * TILE if L == k.shape[2] else L))
-    return blockwise.attention(q, k, v, starts_BxL, spec, offset, _PASSES[interpret])
+    return blockwise.attention(q, k, v, starts_BxL, spec, offset, _PASSES[interpret], kept)
 
 
 def why_not(spec: Spec, d: int, d_v: int) -> str:

@@ -47,6 +47,7 @@ PerQuery = Float32[Array, 'B N G L']
 Segments = Int[Array, '#B L']  # contiguous in each row; one row may stand for all
 Starts = Int32[Array, 'B L']  # the first key that each query sees
 Offset = int | Int[Array | np.ndarray, '']  # the position of the first query among the keys, a multiple of the block
+Kept = Int[Array, ''] | None  # k where it is not known when a program is compiled; None: that of the Spec
 Block = Float[Array, '...']  # a number for each pair of a query and a key of two blocks, or for each query of one
 Mask = Bool[Array, '...']
 
@@ -94,8 +95,9 @@ def count_visible(q: Queries, segments_BxL: Segments, window: int) -> PerQuery:
 
 
 def attention(
-    q: Queries, k: Keys, v: Values, starts_BxL: Starts, spec: Spec, offset: Offset = 0, passes: Passes | None = None
-) -> tuple[Outputs, PerQuery]:
+    q: Queries, k: Keys, v: Values, starts_BxL: Starts, spec: Spec, offset: Offset = 0, passes: Passes | None = None,
+    kept: Kept = None,
+) -> tuple[Outputs, PerQuery]:  # fmt: skip
     """The lookup of each query in the keys start_i … i: y, and how many keys were attended. Scores are in float32.
 
     All queries may come at once (L = S, offset 0), or some of them, in whole blocks of min(spec.block, L) tokens.
@@ -106,12 +108,13 @@ def attention(
         pad = lambda x, axis: jnp.pad(x, [(0, padding if a == axis else 0) for a in range(x.ndim)])
         padding_starts = jnp.broadcast_to(jnp.arange(L, L + padding, dtype=jnp.int32), (len(starts_BxL), padding))
         q, k, v, starts_BxL = pad(q, 3), pad(k, 2), pad(v, 2), jnp.concatenate([starts_BxL, padding_starts], axis=1)
-    y, attended = _attention(q, k, v, starts_BxL, jnp.asarray(offset, jnp.int32), spec, passes or Passes(look_up, gradients))
+    passes = passes or Passes(look_up, gradients)
+    y, attended = _attention(q, k, v, starts_BxL, jnp.asarray(offset, jnp.int32), kept, spec, passes)
     return y[..., :L, :], attended[..., :L]
 
 
-def thresholds(q: Queries, k: Keys, starts_BxL: Starts, spec: Spec, offset: Offset = 0) -> PerQuery:
-    """`ops.statistical_threshold` of each query's visible scores; −inf where at most spec.k keys are visible.
+def thresholds(q: Queries, k: Keys, starts_BxL: Starts, spec: Spec, offset: Offset = 0, kept: Kept = None) -> PerQuery:
+    """`ops.statistical_threshold` of each query's visible scores; −inf where at most k keys are visible.
 
     Blocks of keys that all queries of a block see in full are not scored: their sums are differences of prefix sums. They lie
     between blocks that not all of the queries see in full, and the diagonal block. L and S are multiples of the block.
@@ -144,22 +147,22 @@ def thresholds(q: Queries, k: Keys, starts_BxL: Starts, spec: Spec, offset: Offs
         n = (positions - starts_i + 1).astype(jnp.float32)[:, None, None]
         mean = s / n
         std = jnp.sqrt(jnp.maximum(s2 / n - mean * mean, 0) * (n / jnp.maximum(n - 1, 1)))
-        share = spec.k / n
+        share = (spec.k if kept is None else kept) / n
         mean = mean + _exact_einsum('BNGqr,BNr->BNGq', q_i, centre[:, :, 0])
         return jnp.where(share < 1, mean - std * ndtri(jnp.where(share < 1, share, 0.5)), -jnp.inf)
 
     return _join_blocks(jax.lax.map(query_block, jnp.arange(L // b)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, starts, offset, spec, passes):
-    return _forward(q, k, v, starts, offset, spec, passes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attention(q, k, v, starts, offset, kept, spec, passes):
+    return _forward(q, k, v, starts, offset, kept, spec, passes)[0]
 
 
-def _forward(q, k, v, starts, offset, spec, passes):
+def _forward(q, k, v, starts, offset, kept, spec, passes):
     arguments = q, k, v, starts, offset
     # A remat policy can save θ before it is clamped to a score: rematerialised scores may be rounded otherwise.
-    theta = checkpoint_name(thresholds(q, k, starts, spec, offset), THRESHOLD) if spec.k else None
+    theta = checkpoint_name(thresholds(q, k, starts, spec, offset, kept), THRESHOLD) if spec.k else None
     y, log_z, attended, max_score = passes.look_up(*arguments, theta, spec)
     if spec.k:
         # Where no key reaches its query's threshold, the largest score stays. This is rare, so only then is there a second pass.
@@ -173,7 +176,7 @@ def _backward(spec, passes, residuals, cotangents):
     *arguments, theta, y, log_z = residuals
     dy = cotangents[0]
     delta = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
-    return *passes.gradients(*arguments, theta, log_z, dy, delta, spec), None, None
+    return *passes.gradients(*arguments, theta, log_z, dy, delta, spec), None, None, None
 
 
 _attention.defvjp(_forward, _backward)

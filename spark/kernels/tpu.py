@@ -15,21 +15,22 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from spark.kernels import blockwise
-from spark.kernels.blockwise import Keys, Offset, Outputs, PerQuery, Queries, Segments, Spec, Starts, Values
+from spark.kernels.blockwise import Kept, Keys, Offset, Outputs, PerQuery, Queries, Segments, Spec, Starts, Values
 
 LANES = 128
 MAX_QUERY_ELEMENTS = 2**18  # of q per step of the grid, so that the scores of a head still fit in the 16 MB of VMEM of a v4 core
 
 
 def attention(
-    q: Queries, k: Keys, v: Values, starts_BxL: Starts, spec: Spec, offset: Offset = 0, *, interpret: bool = False
-) -> tuple[Outputs, PerQuery]:
+    q: Queries, k: Keys, v: Values, starts_BxL: Starts, spec: Spec, offset: Offset = 0, kept: Kept = None,
+    *, interpret: bool = False,
+) -> tuple[Outputs, PerQuery]:  # fmt: skip
     """`blockwise.attention` in Pallas kernels. `interpret` runs them on any platform, slowly."""
     _, _, G, L, d = q.shape
     block = min(spec.block, -(-L // LANES) * LANES if L == k.shape[2] else L)
     while G * d * block > MAX_QUERY_ELEMENTS and block % (2 * LANES) == 0:
         block //= 2
-    return blockwise.attention(q, k, v, starts_BxL, spec._replace(block=block), offset, _PASSES[interpret])
+    return blockwise.attention(q, k, v, starts_BxL, spec._replace(block=block), offset, _PASSES[interpret], kept)
 
 
 def splash_attention(

@@ -18,6 +18,7 @@ from spark.kernels import attention_gpu, blockwise, cpu, gpu, sparse_attention, 
 from spark.kernels.blockwise import Keys, PerQuery, Queries
 from spark.nn.block import Hidden, Integers
 from spark.nn.layers import by_token, matrix, mesh_axes, shards, sow
+from spark.nn.runs import K
 
 # What attention kernels compute: blockwise and Pallas for training, C++ for decoding. They decline every other kind.
 KERNEL_KINDS = (Kind('softmax'), Kind('softmax', gate='softplus', topk=True, predictor=True))
@@ -55,29 +56,32 @@ Visible = Bool[ArrayOrNumpy, 'B L L'] | Packed  # the mask of `visible_keys`, or
 
 
 def visible_to(
-    cfg: AttentionConfig, window: int, positions: Integers, segments: Integers, dtype: DTypeLike, platform: str
+    cfg: AttentionConfig, window: int, varies: bool, positions: Integers, segments: Integers, dtype: DTypeLike, platform: str
 ) -> Visible:  # fmt: skip
-    """What each query sees, in the form that `cfg.impl` takes; a ConfigError if its kernels decline this kind."""
+    """What each query sees, in the form that `cfg.impl` takes; a ConfigError if its kernels decline this kind.
+
+    `varies`: k is known at run time only, and some kernels decline that.
+    """
     sharded, has_kernel = shards('length') > 1, cfg.traits in KERNEL_KINDS
     if cfg.impl in ('blockwise', 'pallas') and not has_kernel:
         raise ConfigError(f"model.attention.impl = {cfg.impl!r}: want 'auto' or 'full' for kind {cfg.kind!r}")
     if sharded and not has_kernel:
         raise ConfigError(f'mesh.context = {shards("length")}: want 1, since no kernel in blocks computes kind {cfg.kind!r}')
     L = positions.shape[1]
-    long, sparse = L > cfg.block or sharded, computes_survivors_only(cfg, dtype, platform, L)
+    long, sparse = L > cfg.block or sharded, computes_survivors_only(cfg, dtype, platform, L, varies)
     if cfg.impl in ('blockwise', 'pallas') or sparse or (cfg.impl == 'auto' and long and has_kernel):
         return Packed(blockwise.visible_starts(segments, window), segments, window)
     return visible_keys(positions, positions, segments, segments, window)
 
 
-def computes_survivors_only(cfg: AttentionConfig, dtype: DTypeLike, platform: str, length: int) -> bool:
+def computes_survivors_only(cfg: AttentionConfig, dtype: DTypeLike, platform: str, length: int, varies: bool = False) -> bool:
     """True if kernels that compute surviving keys only run this lookup; a ConfigError if `cfg.impl` wants them and they cannot.
 
     They compute in float32 on one CPU device. 'auto' takes them where they were measured to be faster: for at least 128 tokens.
     """
-    able = cfg.traits in SPARSE_KINDS and cpu.can_train(dtype, platform)
+    able = cfg.traits in SPARSE_KINDS and not varies and cpu.can_train(dtype, platform)
     if cfg.impl == 'sparse' and not able:
-        kernels = 'kernels compute Spark attention, in float32, on one CPU device, if they were built'
+        kernels = 'kernels compute Spark attention, of one k, in float32, on one CPU device, if they were built'
         raise ConfigError(f"model.attention.impl = 'sparse': want 'auto', 'full' or 'blockwise': {kernels}")
     return able and (cfg.impl == 'sparse' or (cfg.impl == 'auto' and length >= 128))
 
@@ -95,7 +99,8 @@ class Attention(nn.Module):
     platform: str = 'cpu'
 
     @nn.compact
-    def __call__(self, x_BxLxD: Hidden, positions_BxL: Integers, visible: Visible) -> Hidden:
+    def __call__(self, x_BxLxD: Hidden, positions_BxL: Integers, visible: Visible, kept: K = None) -> Hidden:
+        """`kept` is k in place of that of the config, which is then the largest of the layers that are scanned with this one."""
         cfg = self.cfg
         (B, L), D, H, N, d = positions_BxL.shape, x_BxLxD.shape[-1], cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
         x = by_token(x_BxLxD)
@@ -105,21 +110,21 @@ class Attention(nn.Module):
             return (x @ W_DxHxd.reshape(D, heads * d)).reshape(B, L, heads, d)
 
         qkv = project('q', H, 'heads'), project('k', N, 'kv_heads'), project('v', N, 'kv_heads')
-        y_BxLxHd = attend(cfg, *qkv, rotations(cfg, positions_BxL), lambda q, k, v: self.look_up(q, k, v, visible))
+        y_BxLxHd = attend(cfg, *qkv, rotations(cfg, positions_BxL), lambda q, k, v: self.look_up(q, k, v, visible, kept))
         out = matrix(self, 'out', (H, d, D), ('heads', 'head_dim', 'embed'), H * d, self.dtype)
         return (by_token(y_BxLxHd) @ out.reshape(H * d, D)).reshape(B, L, D)
 
-    def look_up(self, q_BxNxGxLxd: Queries, k_BxNxSxd: Keys, v_BxNxSxd: Keys, visible: Visible) -> Queries:
+    def look_up(self, q_BxNxGxLxd: Queries, k_BxNxSxd: Keys, v_BxNxSxd: Keys, visible: Visible, kept: K = None) -> Queries:
         """The lookup by the kernel that `visible` is made for; sows the number of attended keys."""
         cfg, (B, N, G, L, d) = self.cfg, q_BxNxGxLxd.shape
         if isinstance(visible, Packed):
-            y, attended = in_blocks(cfg, self.platform, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible)
+            y, attended = in_blocks(cfg, self.platform, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible, kept)
             sow(self, 'attended', attended.reshape(B, N, G * L))
             return y
         # All scores at once. The queries that share keys become rows of one axis, so that each lookup has one table.
         q, K = q_BxNxGxLxd.reshape(B, N, G * L, d), k_BxNxSxd.swapaxes(2, 3)
         visible = jnp.tile(visible, (1, G, 1))[:, None]
-        sigma1 = lambda s: self.activate(s, visible)
+        sigma1 = lambda s: self.activate(s, visible, kept=kept)
         if not cfg.traits.gated:
             y = ops.dense_lookup(q, K, v_BxNxSxd, sigma1, score_dtype=jnp.float32)
         else:
@@ -128,9 +133,9 @@ class Attention(nn.Module):
             y = ops.spark_lookup(q1, q2, K1, K2, v_BxNxSxd, sigma1, sigma2, score_dtype=jnp.float32)
         return y.reshape(B, N, G, L, d)
 
-    def activate(self, s: Scores, visible: Mask) -> Scores:
+    def activate(self, s: Scores, visible: Mask, kept: K = None) -> Scores:
         """`weights` of this layer's scores; sows the number of attended keys."""
-        w, keep = weights(self.cfg, s, visible)
+        w, keep = weights(self.cfg, s, visible, kept)
         sow(self, 'attended', jnp.sum(jnp.broadcast_to(keep, s.shape), axis=-1, dtype=jnp.float32))
         return w
 
@@ -147,9 +152,10 @@ def attend(
     return y_BxNxGxLxd.transpose(0, 3, 1, 2, 4).reshape(B, L, H * d)
 
 
-def weights(cfg: AttentionConfig, s: Scores, visible: Mask) -> tuple[Scores, Mask]:
+def weights(cfg: AttentionConfig, s: Scores, visible: Mask, k: K = None) -> tuple[Scores, Mask]:
     """(σ1 of scores, top-k included; the mask of the keys that have a weight); `visible` broadcasts against the scores."""
-    keep = ops.statistical_keep(s, cfg.k, where=visible, ddof=cfg.traits.ddof) if cfg.traits.topk else visible
+    k = cfg.k if k is None else k
+    keep = ops.statistical_keep(s, k, where=visible, ddof=cfg.traits.ddof) if cfg.traits.topk else visible
     # A select, since softmax(…, where=keep) takes twice as long. A token sees itself, so no row is all −inf.
     return ops.ACTIVATIONS[cfg.traits.activation](jnp.where(keep, ops.softcap(s, cfg.logit_cap), -jnp.inf)), keep
 
@@ -170,7 +176,9 @@ def rotate(cfg: AttentionConfig, x: Heads, rotations: Rotations, scale: bool = F
     return jnp.concatenate(parts, axis=-1)
 
 
-def in_blocks(cfg: AttentionConfig, platform: str, q: Queries, k: Keys, v: Keys, packed: Packed) -> tuple[Queries, PerQuery]:
+def in_blocks(
+    cfg: AttentionConfig, platform: str, q: Queries, k: Keys, v: Keys, packed: Packed, kept: K = None
+) -> tuple[Queries, PerQuery]:  # fmt: skip
     """`blockwise.attention` on each device's own rows, heads and queries, by the kernels of the platform.
 
     shard_map, because the trip counts of its loops depend on the data and may then differ between devices. Where the length is
@@ -178,19 +186,20 @@ def in_blocks(cfg: AttentionConfig, platform: str, q: Queries, k: Keys, v: Keys,
     """
     (B, N, _, L, _), mesh = q.shape, jax.sharding.get_abstract_mesh()
     if mesh.empty or any(size % shards(axis) for axis, size in [('batch', B), ('kv_heads', N), ('length', L)]):
-        return _kernel(cfg, platform, None, q, k, v, packed)
+        return _kernel(cfg, platform, None, q, k, v, packed, kept)
     length = mesh_axes('length') if shards('length') > 1 else None
     rows, heads = mesh_axes('batch'), mesh_axes('kv_heads')
     by_query, by_key = PartitionSpec(rows, heads, None, length), PartitionSpec(rows, heads, length)
-    specs = {'in_specs': (by_query, by_key, by_key, PartitionSpec(rows, length)), 'out_specs': (by_query, by_query)}
+    inputs = by_query, by_key, by_key, PartitionSpec(rows, length), PartitionSpec()
+    specs = {'in_specs': inputs, 'out_specs': (by_query, by_query)}
     kernel = lambda *args: _kernel(cfg, platform, length, *args)
-    return jax.shard_map(kernel, mesh=mesh, check_vma=False, **specs)(q, k, v, packed)
+    return jax.shard_map(kernel, mesh=mesh, check_vma=False, **specs)(q, k, v, packed, kept)
 
 
-def _kernel(cfg, platform, length_axes, q, k, v, packed):
+def _kernel(cfg, platform, length_axes, q, k, v, packed, kept):
     """Chooses the kernel for one device's queries; `length_axes` are the mesh axes that shard the length, or None."""
     L, spec = q.shape[3], blockwise.Spec(cfg.r, cfg.k, cfg.logit_cap, cfg.block)
-    if computes_survivors_only(cfg, q.dtype, platform, L):
+    if computes_survivors_only(cfg, q.dtype, platform, L, kept is not None):
         return sparse_attention.attention(q, k, v, jnp.broadcast_to(packed.starts, (len(q), L)), spec)
     pallas, interpret = cfg.impl == 'pallas' or (cfg.impl == 'auto' and platform == 'tpu'), platform != 'tpu'
     if pallas and platform != 'gpu' and not spec.k and not length_axes and L % tpu.LANES == 0 and L % min(L, spec.block) == 0:
@@ -205,7 +214,7 @@ def _kernel(cfg, platform, length_axes, q, k, v, packed):
     if pallas and platform == 'gpu':
         if why_not := attention_gpu.why_not(spec, q.shape[-1], v.shape[-1]):
             raise ConfigError(f"model.attention.impl = 'pallas': want 'auto' or 'blockwise', or {why_not}")
-        return attention_gpu.attention(q, k, v, packed.starts, spec, offset)
+        return attention_gpu.attention(q, k, v, packed.starts, spec, offset, kept)
     if pallas and (not length_axes or min(L, spec.block) % tpu.LANES == 0):
-        return tpu.attention(q, k, v, packed.starts, spec, offset, interpret=interpret)
-    return blockwise.attention(q, k, v, packed.starts, spec, offset)
+        return tpu.attention(q, k, v, packed.starts, spec, offset, kept, interpret=interpret)
+    return blockwise.attention(q, k, v, packed.starts, spec, offset, kept=kept)

@@ -13,6 +13,7 @@ from spark.errors import ConfigError
 from spark.kernels import cpu, ffn_gpu, ffn_tpu, fused_ffn, sparse_ffn
 from spark.nn.block import Hidden
 from spark.nn.layers import by_token, matrix, mesh_axes, shards, sow
+from spark.nn.runs import K
 
 # What the kernels for training compute, with a soft statistical top-k. They decline every other kind.
 KERNEL_KINDS = (
@@ -36,7 +37,8 @@ class FFN(nn.Module):
     platform: str = 'cpu'
 
     @nn.compact
-    def __call__(self, x_BxLxD: Hidden) -> Hidden:
+    def __call__(self, x_BxLxD: Hidden, k: K = None) -> Hidden:
+        """`k` in place of that of the config, which is then the largest of the layers that are scanned with this one."""
         D, F, r, kind = x_BxLxD.shape[-1], self.cfg.d_ff, self.cfg.r, self.cfg.traits
         x_TxD = by_token(x_BxLxD)
         keys = lambda name, width: matrix(self, name, (width, F), ('embed', 'ffn'), width, self.dtype)
@@ -46,37 +48,37 @@ class FFN(nn.Module):
             K1, K2 = keys('K1', q1.shape[-1]), keys('K2', q2.shape[-1])
         else:  # no second score
             q1, q2, K1, K2 = x_TxD, x_TxD[..., :0], keys('K', D), jnp.zeros((0, F), self.dtype)
-        if computes_active_only(self.cfg, self.dtype, self.platform, x_BxLxD.size // D):
+        if computes_active_only(self.cfg, self.dtype, self.platform, x_BxLxD.size // D, k):
             y_TxD, active = sparse_ffn.ffn(q1, q2, K1, K2, V_FxD, self.cfg.k, self.cfg.huber, kind.ddof)
             sow(self, 'active', active.astype(jnp.float32))
         elif self.cfg.impl == 'pallas':
-            y_TxD, active = fused(self.cfg, self.platform, q1, q2, K1, K2, V_FxD)
+            y_TxD, active = fused(self.cfg, self.platform, q1, q2, K1, K2, V_FxD, k)
             sow(self, 'active', active)
         elif kind.gated:
-            y_TxD = ops.spark_lookup(q1, q2, K1, K2, V_FxD, self.activate, ops.ACTIVATIONS[kind.gate])
+            y_TxD = ops.spark_lookup(q1, q2, K1, K2, V_FxD, lambda s: self.activate(s, k=k), ops.ACTIVATIONS[kind.gate])
         else:
-            y_TxD = ops.dense_lookup(q1, K1, V_FxD, self.activate)
+            y_TxD = ops.dense_lookup(q1, K1, V_FxD, lambda s: self.activate(s, k=k))
         return y_TxD.reshape(x_BxLxD.shape)
 
-    def activate(self, s_TxF: Scores) -> Scores:
+    def activate(self, s_TxF: Scores, k: K = None) -> Scores:
         """σ1 of this layer's scores; sows the number of active neurons."""
         s_TxF = nn.with_logical_constraint(s_TxF, ('batch', *(['length'] if s_TxF.ndim == 3 else []), 'ffn'))
-        a_TxF, active = activations(self.cfg, s_TxF)
+        a_TxF, active = activations(self.cfg, s_TxF, k)
         if active is not None:
             sow(self, 'active', jnp.sum(active, axis=-1, dtype=jnp.float32))
         return a_TxF
 
 
-def computes_active_only(cfg: FFNConfig, dtype: DTypeLike, platform: str, tokens: int) -> bool:
+def computes_active_only(cfg: FFNConfig, dtype: DTypeLike, platform: str, tokens: int, k: K = None) -> bool:
     """True if kernels that compute active neurons only run this lookup; a ConfigError if `cfg.impl` wants them and they cannot.
 
     They compute in float32 on one CPU device. 'auto' takes them where they were measured to be faster: with AVX, for at least 512
     tokens, and at most a tenth of the neurons.
     """
-    covered = cfg.traits in KERNEL_KINDS and cfg.soft and cfg.k < cfg.d_ff and (tokens + 16) * cfg.d_ff < 2**31
+    covered = k is None and cfg.traits in KERNEL_KINDS and cfg.soft and cfg.k < cfg.d_ff and (tokens + 16) * cfg.d_ff < 2**31
     able = covered and cpu.can_train(dtype, platform)
     if cfg.impl == 'sparse' and not able:
-        kernels = 'kernels compute a statistical top-k with shrink, k < d_ff, in float32, on one CPU device, if they were built'
+        kernels = 'kernels compute a statistical top-k with shrink, one k < d_ff, in float32, on one CPU device, if built'
         raise ConfigError(f"model.ffn.impl = 'sparse': want 'auto' or 'masked': {kernels}")
     faster = able and cpu.instructions() != 'portable' and tokens >= 512 and 10 * cfg.k <= cfg.d_ff
     return able and (cfg.impl == 'sparse' or (cfg.impl == 'auto' and faster))
@@ -84,15 +86,15 @@ def computes_active_only(cfg: FFNConfig, dtype: DTypeLike, platform: str, tokens
 
 def fused(
     cfg: FFNConfig, platform: str, x1: Float[Array, '*tokens r'], x2: Float[Array, '*tokens rest'],
-    K1: Float[Array, 'r F'], K2: Float[Array, 'rest F'], V: Float[Array, 'F D'],
+    K1: Float[Array, 'r F'], K2: Float[Array, 'rest F'], V: Float[Array, 'F D'], k: K = None,
 ) -> tuple[Float[Array, '*tokens D'], Float[Array, '*tokens']]:  # fmt: skip
     """`fused_ffn.ffn` of each device's own tokens, by the kernels of the platform; a ConfigError if they decline.
 
     A CPU interprets the kernels for TPUs.
     """
     kind = cfg.traits
-    if not (kind in KERNEL_KINDS and kind.gated and cfg.soft and cfg.k < cfg.d_ff):
-        kernels = 'kernels compute a statistical top-k with shrink, of k < d_ff neurons with a gate'
+    if not (k is None and kind in KERNEL_KINDS and kind.gated and cfg.soft and cfg.k < cfg.d_ff):
+        kernels = 'kernels compute a statistical top-k with shrink, of one k < d_ff neurons with a gate'
         raise ConfigError(f"model.ffn.impl = 'pallas': want 'auto' or 'masked': {kernels}")
     passes = (ffn_gpu if platform == 'gpu' else ffn_tpu).PASSES[platform == 'cpu']
     if why_not := passes.why_not(x1.shape[-1], x2.shape[-1], *V.shape):
@@ -111,18 +113,18 @@ def fused(
     return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(x1, x2, K1, K2, V)
 
 
-def activations(cfg: FFNConfig, s: Scores) -> tuple[Scores, Bool[Array, '*tokens F'] | None]:
+def activations(cfg: FFNConfig, s: Scores, k: K = None) -> tuple[Scores, Bool[Array, '*tokens F'] | None]:
     """(σ1 of the scores, top-k included; which entries are active, None for a kind that has no zeros)."""
-    kind, sigma = cfg.traits, ops.ACTIVATIONS[cfg.traits.activation]
+    kind, sigma, k = cfg.traits, ops.ACTIVATIONS[cfg.traits.activation], cfg.k if k is None else k
     if not kind.topk:
         a = sigma(s)
         return a, a != 0 if kind.zeros else None
     match cfg.topk:
         case 'statistical':
             # Tokens are normalised and keys have random directions, so no mean is large against the standard deviation.
-            kept = ops.statistical_topk(s, cfg.k, shrink=cfg.shrink, ddof=kind.ddof, huber=cfg.huber, pivot=False)
+            kept = ops.statistical_topk(s, k, shrink=cfg.shrink, ddof=kind.ddof, huber=cfg.huber, pivot=False)
         case 'exact':
-            kept = ops.exact_topk(s, cfg.k, shrink=cfg.shrink)
+            kept = ops.exact_topk(s, k, shrink=cfg.shrink)
         case 'approx':
-            kept = ops.approx_topk(s, cfg.k, shrink=cfg.shrink, recall=cfg.recall)
+            kept = ops.approx_topk(s, k, shrink=cfg.shrink, recall=cfg.recall)
     return sigma(kept), kept != 0

@@ -1,8 +1,12 @@
 """A decoder with Gemma-2's block (arXiv 2408.00118), dense or Spark by its config."""
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
@@ -12,7 +16,10 @@ from spark.nn.attention import Attention, visible_to
 from spark.nn.block import Hidden, Integers, block, embed, logits
 from spark.nn.ffn import FFN
 from spark.nn.layers import CARRIED, METRICS, RMSNorm, by_token
+from spark.nn.runs import ks, runs, scheduled
 from spark.ops.topk import THRESHOLD
+
+STEP = 'step'  # the collection of the one variable of that name
 
 # What the forward pass saves for the backward pass; the rest is recomputed. Thresholds are always saved: they are one number per
 # token or query, and recomputing them takes a pass over all scores.
@@ -27,19 +34,21 @@ REMAT = {  # 'none' saves everything
 
 
 class Group(nn.Module):
-    """The layers of one `pattern`."""
+    """The layers of one `pattern`, each with its own config."""
 
-    cfg: ModelConfig
+    layers: tuple[ModelConfig, ...]
     dtype: DTypeLike
     platform: str
 
     @nn.compact
-    def __call__(self, x_BxLxD: Hidden, positions_BxL: Integers, visible: dict):
-        for i, window in enumerate(self.cfg.windows[: len(self.cfg.pattern)]):
+    def __call__(self, x_BxLxD: Hidden, positions_BxL: Integers, visible: list, ks: list):
+        """`visible` and `ks` are by place; of the k of both halves, None is that of the config."""
+        for i, cfg in enumerate(self.layers):
             norm = lambda name, x, i=i: RMSNorm(name=f'{name}_{i}')(x)
-            attention = Attention(self.cfg.attention, self.dtype, self.platform, name=f'attention_{i}')
-            ffn = FFN(self.cfg.ffn, self.dtype, self.platform, name=f'ffn_{i}')
-            x_BxLxD = block(x_BxLxD, norm, lambda x, f=attention, v=visible[window]: f(x, positions_BxL, v), ffn)
+            attention = Attention(cfg.attention, self.dtype, self.platform, name=f'attention_{i}')
+            ffn = FFN(cfg.ffn, self.dtype, self.platform, name=f'ffn_{i}')
+            attend = lambda x, f=attention, i=i: f(x, positions_BxL, visible[i], ks[i]['attention'])
+            x_BxLxD = block(x_BxLxD, norm, attend, lambda x, f=ffn, i=i: f(x, ks[i]['ffn']))
             x_BxLxD = nn.with_logical_constraint(x_BxLxD, ('batch', 'length', None))
         return x_BxLxD, None
 
@@ -48,8 +57,9 @@ class Transformer(nn.Module):
     """Tokens to hidden states (`__call__`), hidden states to logits (`logits`); the embedding is tied.
 
     The two are separate so that the loss can compute the logits of a part of the vocabulary at a time. Layers are scanned in
-    groups of one `pattern`, so a deep model compiles as fast as a shallow one. Parameters are float32; the computation is in
-    `dtype`, by the kernels of `platform` ('cpu', 'gpu', 'tpu').
+    groups of one `pattern`, so a deep model compiles as fast as a shallow one; where their structure changes, another scan begins
+    (`nn/runs.py`). Parameters are float32; the computation is in `dtype`, by the kernels of `platform` ('cpu', 'gpu', 'tpu').
+    Where k follows a schedule, the variables are those of `with_step`.
     """
 
     cfg: ModelConfig
@@ -60,15 +70,17 @@ class Transformer(nn.Module):
         cfg = self.cfg
         init = nn.with_logical_partitioning(nn.initializers.normal(cfg.d_model**-0.5), ('vocab', 'embed'))
         self.embedding = self.param('embedding', init, (cfg.vocab_size, cfg.d_model), jnp.float32)
-        self.groups = nn.scan(
-            Group if cfg.remat == 'none' else nn.remat(Group, policy=REMAT[cfg.remat], prevent_cse=False),
-            length=cfg.n_layers // len(cfg.pattern),
-            variable_axes={'params': 0, METRICS: 0},
-            variable_carry=CARRIED,
-            split_rngs={'params': True},
-            in_axes=nn.broadcast,
-            metadata_params={nn.PARTITION_NAME: 'layers'},
-        )(cfg, self.dtype, self.platform)
+        for run in runs(cfg):
+            scan = nn.scan(
+                Group if cfg.remat == 'none' else nn.remat(Group, policy=REMAT[cfg.remat], prevent_cse=False),
+                length=run.length,
+                variable_axes={'params': 0, METRICS: 0},
+                variable_carry=CARRIED,
+                split_rngs={'params': True},
+                in_axes=(nn.broadcast, nn.broadcast, 0),
+                metadata_params={nn.PARTITION_NAME: 'layers'},
+            )
+            setattr(self, run.name, scan(run.layers, self.dtype, self.platform))
         self.final_norm = RMSNorm(width(cfg) ** -0.5 - 1)  # muP: wider models begin with smaller logits; by_path.py has the rates
 
     def __call__(self, tokens_BxL: Integers, positions_BxL: Integers, segments_BxL: Integers) -> Hidden:
@@ -87,9 +99,20 @@ class Transformer(nn.Module):
         x_BxLxD = shard(jnp.take(self.embedding, tokens, axis=0).astype(self.dtype), ('replicas', None, 'embed'))
         x_BxLxD = shard(embed(x_BxLxD, self.dtype), ('batch', 'length', None))
         rows = positions_BxL, segments_BxL, self.dtype, self.platform
-        visible = {w: visible_to(self.cfg.attention, w, *rows) for w in sorted(set(self.cfg.windows))}
-        x_BxLxD, _ = self.groups(x_BxLxD, positions_BxL, visible)
+        visible = functools.cache(lambda *lookup: visible_to(*lookup, *rows))  # one mask for all layers that see alike
+        k_of = self._ks()
+        for run in runs(self.cfg):
+            seen, own = [], []
+            for i, (layer, varies) in enumerate(zip(run.layers, run.varies, strict=True)):
+                seen.append(visible(layer.attention, self.cfg.windows[i], varies['attention']))
+                own.append({half: k_of[half][run.where(i)] if array else None for half, array in varies.items()})
+            x_BxLxD, _ = getattr(self, run.name)(x_BxLxD, positions_BxL, seen, own)
         return self.final_norm(x_BxLxD)
+
+    def _ks(self):
+        """{half: the k of each layer}."""
+        step = 0 if self.is_initializing() else self.get_variable(STEP, 'step')
+        return {half: jnp.asarray(ks(self.cfg, half, step)) for half in ('ffn', 'attention')}
 
     def logits(self, x_BxLxD: Hidden, E_VxD: Float[Array, 'V D'] | None = None) -> Float[Array, 'B L V']:
         """Float32 logits of hidden states, for the whole vocabulary or for some rows of the embedding."""
@@ -115,26 +138,46 @@ def abstract_params(cfg: ModelConfig) -> dict:
     return meta.unbox(jax.eval_shape(init, jax.random.key(0), token, token, token))
 
 
+def with_step(cfg: ModelConfig, params: dict, step: Any) -> dict:
+    """The variables of a model in update `step`, of which 1 is the first; a checkpoint has the number of its last one.
+
+    Where no k follows a schedule these are `params`, without a step. The leaves may be of any kind, such as shardings.
+    """
+    return params | {STEP: {'step': step}} if scheduled(cfg) else params
+
+
 def by_layer(cfg: ModelConfig, metrics: dict, half: str, name: str) -> Shaped[Array, 'n_layers ...']:
     """What `half` ('ffn' or 'attention') of each layer sowed as `name`, in the order of the layers.
 
-    `metrics` is the METRICS collection of `Transformer.apply(…, mutable=[METRICS])`.
+    `metrics` is the METRICS collection of `Transformer.apply(…, mutable=[METRICS])`. Layers that sowed nothing have zeros, and
+    zeros fill up what others have more of.
     """
+    found = [(run, [metrics[run.name].get(f'{half}_{i}', {}).get(name) for i in range(len(run.layers))]) for run in runs(cfg)]
+    shape = tuple(map(max, zip(*(x.shape[1:] for _, places in found for x in places if x is not None), strict=True)))
+
+    def filled(x, length):
+        x = jnp.zeros((length, *shape)) if x is None else x
+        more = [(0, n - m) for n, m in zip((length, *shape), x.shape, strict=True)]
+        return x if x.shape[1:] == shape else jnp.pad(x, more)
+
     # (groups, len(pattern), …) → (n_layers, …)
-    x = jnp.stack([metrics['groups'][f'{half}_{i}'][name] for i in range(len(cfg.pattern))], axis=1)
-    return x.reshape(cfg.n_layers, *x.shape[2:])
+    stacked = [jnp.stack([filled(x, run.length) for x in places], axis=1) for run, places in found]
+    return jnp.concatenate([x.reshape(x.shape[0] * x.shape[1], *shape) for x in stacked])
 
 
 def activity(cfg: ModelConfig, metrics: dict) -> dict[str, Float[Array, 'n_layers B L']]:
     """Counts sown by a forward pass, per layer and token; arguments as in `by_layer`.
 
-    'attended' counts keys, as the mean over heads. 'active' counts neurons; only sparse kinds have it.
+    'attended' counts keys, as the mean over heads. 'active' counts neurons; only models with a sparse FFN have it, in whose other
+    layers every neuron is active.
     """
     attended = by_layer(cfg, metrics, 'attention', 'attended')  # (n_layers, B, kv heads, queries per kv head × L)
     n, B = attended.shape[:2]
     counts = {'attended': jnp.mean(attended.reshape(n, B, cfg.attention.n_heads, -1), axis=2)}
-    if cfg.ffn.traits.sparse:
-        counts['active'] = by_layer(cfg, metrics, 'ffn', 'active').reshape(counts['attended'].shape)
+    dense = np.array([0 if layer.ffn.traits.sparse else layer.ffn.d_ff for layer in cfg.per_layer])
+    if not dense.all():
+        active = by_layer(cfg, metrics, 'ffn', 'active').reshape(counts['attended'].shape)
+        counts['active'] = active + dense[:, None, None] if dense.any() else active
     return counts
 
 

@@ -147,12 +147,15 @@ def _threshold(x, theta, where, shrink, huber=0.0, whole_rows=False):
     """The entries of at least θ, less θ with `shrink`, and 0 for the others. Among `whole_rows`, those with θ = −∞ stay."""
     if not shrink:
         return _masked(jnp.where(x.astype(theta.dtype) >= jax.lax.stop_gradient(theta), x, 0), where)
+    whole = jnp.isneginf(theta)
+    # What is not taken must be finite, too: its gradient is multiplied by 0.
+    finite = jnp.where(whole, 0, theta) if whole_rows else theta
     # Rounding comes before clipping: XLA then keeps one array in the dtype of x for the backward pass.
-    above = jnp.maximum((x.astype(theta.dtype) - theta).astype(x.dtype), 0)
+    above = jnp.maximum((x.astype(theta.dtype) - finite).astype(x.dtype), 0)
     if huber:
         above = jnp.where(above < huber, above * above / (2 * huber), above - huber / 2)
     if whole_rows:
-        above = jnp.where(jnp.isneginf(theta), x, above)
+        above = jnp.where(whole, x, above)
     return _masked(above, where)
 
 

@@ -21,8 +21,8 @@ from spark.errors import ConfigError
 from spark.runtime import Path, entries, in_bucket, write_json
 
 # No choice of these changes the parameter count, so runs that differ only in them are compared at equal parameters.
-_NAMES = ('kind', 'k', 'r', 'topk', 'shrink', 'recall', 'huber')
-LOOKUP_FIELDS = {f'model.{half}.{name}' for half in ('ffn', 'attention') for name in _NAMES}
+_NAMES = ('kind', 'k', 'k_schedule', 'r', 'topk', 'shrink', 'recall', 'huber')
+LOOKUP_FIELDS = {'model.layers', *(f'model.{half}.{name}' for half in ('ffn', 'attention') for name in _NAMES)}
 
 
 class Run(NamedTuple):
@@ -105,13 +105,14 @@ def _adjust(base, chosen):
     if kind.topk and 'model.ffn.k' not in chosen:
         f['k'] = round(base_ffn.k * f['d_ff'] / base_ffn.d_ff)
     if not kind.topk:
-        f |= {'k': 0, 'topk': 'statistical', 'shrink': True, 'huber': 0.0}
+        f |= {'k': 0, 'k_schedule': '', 'topk': 'statistical', 'shrink': True, 'huber': 0.0}
     if f['topk'] != 'approx':
         f['recall'] = config.FFNConfig.model_fields['recall'].default
     if not kind.predictor:
         f['r'] = 0
     kind = config.ATTENTION_KINDS[a['kind']]
     a |= {name: 0 for name, has in [('k', kind.topk), ('r', kind.predictor)] if not has}
+    a |= {} if kind.topk else {'k_schedule': ''}
     for half, before, after in [('ffn', base_ffn, f), ('attention', base.model.attention, a)]:
         for name in ('k', 'r'):
             wanted = chosen.get(f'model.{half}.{name}', getattr(before, name))

@@ -12,6 +12,7 @@ import numpy as np
 from spark import config, flops
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import ConfigError, Preempted
+from spark.nn.runs import at_step
 from spark.runtime import Path, write_text
 from spark.sweeps import execute, grid, plots
 
@@ -147,8 +148,9 @@ def _read(path, what):
 
 
 def _result(cfg, summary):
-    model, test, context = tokenizer_for(cfg)[1].model, summary['test'], cfg.data.seq_len
-    active = np.array(test['active_by_layer']) * model.ffn.d_ff if 'active_by_layer' in test else None
+    model, test, context = at_step(tokenizer_for(cfg)[1].model, cfg.train.steps), summary['test'], cfg.data.seq_len
+    neurons = np.array([layer.ffn.d_ff for layer in model.per_layer])
+    active = np.array(test['active_by_layer']) * neurons if 'active_by_layer' in test else None
     body = lambda cfg, **measured: flops.group(flops.flops_per_token(cfg, context, 'prefill', **measured))['body']
     measured = body(model, active=active, attended=test['attended_by_layer'])
     return {

@@ -41,7 +41,7 @@ def map_by_name(f: Callable, params: Any, *rest: Any) -> Any:
 
 def sides(name: str, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """(axes of the input, axes of the output) of a stack of matrices; None for what is none."""
-    if not name.startswith('groups/') or ndim < 3:  # the first axis is that of layers
+    if not name.startswith('groups') or ndim < 3:  # the first axis is that of layers
         return None
     split = ndim - 1 if name.endswith('/out') else 2  # heads and head_dim are one side
     return tuple(range(1, split)), tuple(range(split, ndim))

@@ -10,6 +10,7 @@ import numpy as np
 
 from spark.config import TrainConfig
 from spark.nn.layers import METRICS
+from spark.nn.runs import runs
 from spark.training import loss
 
 WARM = 32  # good updates before gradient norms are compared with their running mean
@@ -48,14 +49,14 @@ def judge(cfg: TrainConfig, guard: Guard, objective: jax.Array, norm: jax.Array)
     )
 
 
-def first_not_finite(trainer: Any, params: dict, batch: dict) -> str:
+def first_not_finite(trainer: Any, params: dict, batch: dict, step: int = 1) -> str:
     """Says where the first number that is not finite appears: in a parameter, a module's output, the loss or a gradient.
 
-    Repeats the forward and backward pass of the train step on `params`, those before the update, and a batch of host arrays, and
-    checks every module. Runs inside the context of the Trainer.
+    Repeats the forward and backward pass of update `step` on `params`, those before it, and a batch of host arrays, and checks
+    every module. Runs inside the context of the Trainer.
     """
     n, order = trainer.cfg.train.accumulate, []
-    probe = jax.jit(lambda params, rows: _probe(trainer, params, rows, order))
+    probe = jax.jit(lambda params, rows: _probe(trainer, params, step, rows, order))
     for i in range(n):
         rows = trainer.put({name: x[i::n] for name, x in batch.items()}, trainer.cfg.data.batch_size // n)
         of_params, of_modules, of_loss, of_gradients = jax.device_get(probe(params, rows))
@@ -71,7 +72,7 @@ def first_not_finite(trainer: Any, params: dict, batch: dict) -> str:
     return 'every module and every gradient by itself is finite'
 
 
-def _probe(trainer, params, rows, order):
+def _probe(trainer, params, step, rows, order):
     """What is finite: {path: flags} of parameters, {path: flags} of modules' outputs, the loss, {path: flags} of gradients.
 
     Scanned layers have one flag per group. The paths of modules are appended to `order` as they run.
@@ -86,15 +87,16 @@ def _probe(trainer, params, rows, order):
         return y
 
     def objective(params):
+        variables = trainer.variables(params, step)
         with nn.intercept_methods(note):
-            hidden, sown = trainer.model.apply(params, rows['tokens'], rows['positions'], rows['segments'], mutable=[METRICS])
+            hidden, sown = trainer.model.apply(variables, rows['tokens'], rows['positions'], rows['segments'], mutable=[METRICS])
         nll, log_z, _ = loss.cross_entropy(trainer.model, params, hidden, rows['targets'], trainer.cfg.train.loss_pieces)
         kept = jnp.where(rows['segments'] > 0, nll + trainer.cfg.optimizer.z_loss * log_z**2, 0)
         return jnp.sum(kept), sown[METRICS]
 
     (total, sown), gradients = jax.value_and_grad(objective, has_aux=True)(params)
     named = lambda tree: {tuple(entry.key for entry in path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    each = lambda path, x: jnp.all(jnp.isfinite(x), axis=tuple(range(path[0] == 'groups', x.ndim)))
+    each = lambda path, x: jnp.all(jnp.isfinite(x), axis=tuple(range(path[0].startswith('groups'), x.ndim)))
     finite = lambda tree: {path: each(path, x) for path, x in named(tree['params']).items()}
     of_modules = {path[:-1]: ok for path, ok in named(sown).items() if path[-1] == 'finite'}
     return finite(params), of_modules, jnp.isfinite(total), finite(gradients)
@@ -106,9 +108,10 @@ def _not_finite(cfg, flags, last=False):
     for order, (path, ok) in enumerate(flags.items()):
         if ok.all():
             continue
-        if path[0] == 'groups':
+        if path[0].startswith('groups'):
             name, _, i = path[1].rpartition('_')
-            layer = int(np.flatnonzero(~ok)[-1 if last else 0]) * len(cfg.pattern) + int(i)
+            run = next(run for run in runs(cfg) if run.name == path[0])
+            layer = run.first + int(np.flatnonzero(~ok)[-1 if last else 0]) * len(cfg.pattern) + int(i)
             found.append((layer, order, f'{" ".join([name, *path[2:]])} in layer {layer} of {cfg.n_layers}'))
         else:
             found.append((-1 if path == ('embedding',) else cfg.n_layers, order, path[0]))

@@ -120,6 +120,7 @@ class Log:
         metrics = loss.per_token(self._trainer.cfg.model, sums)
         metrics |= {'grad_norm': float(sums['grad_norm']), 'updates_left_out': int(sums['left_out'])}
         metrics |= {'learning_rate': float(sums['learning_rate']), 'batch_crc': int(sums['batch_crc'])}
+        metrics |= {name: float(sums[name]) for name in ('k', 'attention_k') if name in sums}
         self.last_loss = metrics['loss']
         if in_a_row:
             self._bad_update(step, metrics, batch, in_a_row)
@@ -130,17 +131,17 @@ class Log:
         max_skips = self._trainer.cfg.train.max_skips
         what = f'step {step}: loss {metrics["loss"]}, gradient norm {metrics["grad_norm"]}, batch {metrics["batch_crc"]:08x}'
         if in_a_row > max_skips:
-            cause = self._cause(metrics, batch)
+            cause = self._cause(step, metrics, batch)
             raise NotFiniteError(f'{what}; {cause}; nothing was saved since the last good checkpoint')
         self._bar.write(f'{what}: update skipped, {in_a_row} of {max_skips} in a row')
 
-    def _cause(self, metrics, batch):
+    def _cause(self, step, metrics, batch):
         if np.isfinite([metrics['loss'], metrics['grad_norm']]).all():
             return f'a spike, more than train.spike = {self._trainer.cfg.train.spike} times the mean of gradient norms'
         try:
             with jax.transfer_guard('allow'):
                 params, about_them = self._params_before()
-                return about_them + guard.first_not_finite(self._trainer, params, batch)
+                return about_them + guard.first_not_finite(self._trainer, params, batch, step)
         except Exception as e:  # for example when memory is short: step and batch are reported all the same
             show_traceback(e)
             return f'could not locate the first module that is not finite ({type(e).__name__})'

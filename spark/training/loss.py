@@ -80,7 +80,7 @@ def per_token(cfg: ModelConfig, sums: dict[str, Sum]) -> dict[str, Any]:
     `losses`; `active` (share of neurons) and `attended` (number of keys), each the mean over layers, and a list `…_by_layer`.
     """
     report = losses(sums['nll'], sums['tokens'], sums['bytes'])
-    for name, scale in [('active', cfg.ffn.d_ff), ('attended', 1)]:
+    for name, scale in [('active', np.array([layer.ffn.d_ff for layer in cfg.per_layer], np.float32)), ('attended', 1)]:
         if name in sums:
             by_layer = sums[name] / sums['tokens'] / scale
             report |= {name: float(by_layer.mean()), f'{name}_by_layer': [float(x) for x in by_layer]}

@@ -298,9 +298,10 @@ class Run:
     def _evaluate(self, split, limit=0):
         """Evaluates a held-out split and writes its metrics; returns None if interrupted."""
         stop = lambda: self.stop_requested('evaluating', slow=True)
-        report = evaluate(self.trainer, self.state.params, self.held_out[split], split, limit, stop=stop)
+        of_step = lambda params: self.trainer.variables(params, self.state.step)
+        report = evaluate(self.trainer, of_step(self.state.params), self.held_out[split], split, limit, stop=stop)
         if report and self.cfg.optimizer.ema:
-            mean = evaluate(self.trainer, self.state.ema, self.held_out[split], f'{split}, ema', limit, stop=stop)
+            mean = evaluate(self.trainer, of_step(self.state.ema), self.held_out[split], f'{split}, ema', limit, stop=stop)
             names = [name for name in ('loss', 'perplexity', 'bits_per_byte') if name in report]
             report = mean and report | {f'ema_{name}': mean[name] for name in names}
         if report and self.writer:

@@ -16,7 +16,8 @@ from flax.core import meta
 from spark.checkpoints.checksums import checksum
 from spark.config import ExperimentConfig
 from spark.errors import DataError
-from spark.nn.transformer import Transformer, compute_dtype, width
+from spark.nn.runs import ks, scheduled
+from spark.nn.transformer import Transformer, compute_dtype, width, with_step
 from spark.progress import tqdm
 from spark.training import by_path, loss, optimizer, sharding
 from spark.training.guard import Guard, judge
@@ -70,7 +71,7 @@ class Trainer:
         )
         self.eval_step = jax.jit(
             self._eval_step,
-            in_shardings=(self.state_shardings.params, self._batch_sharding),
+            in_shardings=(self.variables(self.state_shardings.params, self.state_shardings.step), self._batch_sharding),
         )
 
     @contextlib.contextmanager
@@ -82,6 +83,10 @@ class Trainer:
     def init_state(self, seed: int) -> TrainState:
         """The state at step 0; it is created sharded."""
         return jax.jit(self._init, out_shardings=self.state_shardings)(jax.random.key(seed))
+
+    def variables(self, params: dict, step: Any) -> dict:
+        """What the model and `eval_step` take: the parameters, and the step where k follows a schedule; see `with_step`."""
+        return with_step(self.cfg.model, params, step)
 
     def compile_train_step(self) -> jax.stages.Compiled:
         """The train step, compiled ahead of time."""
@@ -126,15 +131,16 @@ class Trainer:
         state = jnp.zeros((), jnp.int32), params, self.tx.init(params), Guard.new()
         return AveragedState(*state, params) if self.cfg.optimizer.ema else TrainState(*state)
 
-    def _eval_step(self, params, batch):
-        forward = lambda rows: loss.forward(self.model, params, rows, pieces=self.cfg.train.loss_pieces)
+    def _eval_step(self, variables, batch):
+        forward = lambda rows: loss.forward(self.model, variables, rows, pieces=self.cfg.train.loss_pieces)
         return _over_microbatches(forward, batch, self.cfg.train.accumulate)
 
     def _train_step(self, state, batch):
         cfg = self.cfg
 
         def objective(params, rows):
-            sums = loss.forward(self.model, params, rows, pieces=cfg.train.loss_pieces, count=cfg.train.activity)
+            variables = self.variables(params, state.step + 1)
+            sums = loss.forward(self.model, variables, rows, pieces=cfg.train.loss_pieces, count=cfg.train.activity)
             return sums['nll'] + cfg.optimizer.z_loss * sums['log_z2'], sums
 
         gradient = jax.grad(objective, has_aux=True)
@@ -150,6 +156,10 @@ class Trainer:
             old = {name: getattr(state, name) for name in new}
             new = jax.tree.map(lambda old, new: jnp.where(good, new, old), old, new)
         sums |= {'grad_norm': norm, 'left_out': guard.left_out, 'in_a_row': guard.in_a_row}
+        for half in scheduled(cfg.model):
+            has = np.array([getattr(layer, half).traits.topk for layer in cfg.model.per_layer])
+            mean = jnp.mean(ks(cfg.model, half, state.step + 1)[has].astype(jnp.float32))
+            sums['k' if half == 'ffn' else 'attention_k'] = mean
         sums['learning_rate'] = self.schedule(state.step - state.guard.left_out)
         sums['batch_crc'] = _batch_checksum(batch['tokens'], norm)
         return state.replace(step=state.step + 1, guard=guard, **new), sums

@@ -13,7 +13,7 @@ from spark.config import ATTENTION_KINDS, FFN_KINDS, Kind, ServeConfig
 from spark.errors import ConfigError
 from spark.inference.decoder import extend
 from spark.inference.layout import DTYPES, Serving, from_params, lay_out, rows, serving_for
-from spark.inference.model import computed_by, ffn, init_cache
+from spark.inference.model import bytes_per_step, computed_by, ffn, init_cache
 from spark.kernels import cpu
 from spark.nn import transformer
 from spark.nn.ffn import FFN, activations
@@ -90,6 +90,34 @@ def test_every_topk_of_a_spark_ffn(topk, shrink, huber, kernels):
     expected = full_logits(model, params, tokens)
     logits, _, _ = piecewise(Serving(cfg.model, kernels=kernels), from_params(Serving(cfg.model), params), tokens, 4, whole=8)
     np.testing.assert_allclose(logits[11], expected[:, 11], atol=1e-3)
+
+
+WORDS = [
+    'ffn.k=4/12/24/96 attention.k=2/3/5/100',  # the last layer keeps all
+    '0:ffn.kind=gated 1:ffn.kind=topk 2-:ffn.r=8/24 global:attention.kind=dense 2:attention.r=6',
+]
+
+
+@pytest.mark.parametrize('kernels', KERNELS)
+@pytest.mark.parametrize('words', WORDS, ids=['k', 'kinds'])
+def test_layers_that_differ_are_served_as_they_were_trained(words, kernels):
+    cfg = small(**{'model.layers': words})
+    model, params = model_and_params(cfg)
+    tokens = random_rows(cfg, length=24)[0]
+    expected = full_logits(model, params, tokens)
+    serving = Serving(cfg.model, kernels=kernels)
+    weights = from_params(Serving(cfg.model), params)
+    logits, cache, counts = piecewise(serving, weights, tokens, 4, whole=20)
+    for place, found in logits.items():
+        np.testing.assert_allclose(found, expected[:, place], atol=1e-3)
+        np.testing.assert_array_equal(jnp.argmax(found, -1), jnp.argmax(expected[:, place], -1))
+    assert counts['active'].shape == (4, 2, 1)
+    layer, neurons = (3, 96) if words == WORDS[0] else (0, 64)  # in which all are active
+    assert (counts['active'][layer] == neurons).all()
+    by = {'gather': 'masked + gather', 'cpu': 'cpu', 'masked': 'masked'}
+    assert computed_by(serving, 'ffn') == (kernels if words == WORDS[0] else by[kernels])
+    means = {name: np.mean(x.reshape(4, -1), axis=1) for name, x in counts.items()}
+    assert 0 < bytes_per_step(serving, weights, cache, means) <= sum(x.nbytes for x in jax.tree.leaves((weights, cache)))
 
 
 @pytest.mark.parametrize('kernels', KERNELS)
@@ -244,9 +272,9 @@ def test_a_parameter_that_the_layout_does_not_use_is_an_error(monkeypatch):
 
     class Projected(FFN):
         @nn.compact
-        def __call__(self, x_BxLxD):
+        def __call__(self, x_BxLxD, k=None):
             P = matrix(self, 'P', (x_BxLxD.shape[-1],) * 2, ('embed', None), x_BxLxD.shape[-1], self.dtype)
-            return FFN(self.cfg, self.dtype, name='inner')(x_BxLxD @ P)
+            return FFN(self.cfg, self.dtype, name='inner')(x_BxLxD @ P, k)
 
     monkeypatch.setattr(transformer, 'FFN', Projected)
     cfg = small('dense', **{'model.n_layers': 2})

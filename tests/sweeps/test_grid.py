@@ -79,6 +79,20 @@ def test_the_form_of_top_k_is_an_axis():
     assert forms == [*plain, *(('spark', 'approx', shrink, recall) for shrink in (True, False) for recall in (0.5, 0.95))]
 
 
+def test_layers_and_the_schedule_of_k_are_axes():
+    _, _, runs = grid('model.layers=ffn.k=4/8,0-1:ffn.kind=gated 2-:ffn.k=all', 'model.ffn.k_schedule=all:3,all:3 linear:4')
+    names = 'layers-ffn.k_4_8_k_schedule-all_3', 'layers-0-1_ffn.kind_gated_2-_ffn.k_all_k_schedule-all_3_linear_4'
+    assert (runs[0].name, runs[3].name) == names
+    assert [layer.ffn.k for layer in runs[0].cfg.model.per_layer] == [4, 8, 4, 8]
+    assert len({flops.parameters(r.cfg.model) for r in runs}) == 1 and runs[1].cfg.model.ffn.k_schedule == 'all:3 linear:4'
+    with pytest.raises(ConfigError, match=r"model\.layers = '9:ffn\.k=4': '9:ffn\.k=4': 1 values for 0 of the 4 layers"):
+        grid('model.layers=9:ffn.k=4')
+    with pytest.raises(ConfigError, match='parameters differ by '):
+        grid('model.layers=3:ffn.d_ff=48,ffn.k=4')
+    _, _, runs = grid('model.ffn.kind=spark,relu', base=small(**{'model.ffn.k_schedule': 'all:3'}))
+    assert [r.cfg.model.ffn.k_schedule for r in runs] == ['all:3', '']
+
+
 def test_other_sizes_may_have_other_parameters():
     _, _, runs = grid('model.d_model=32,64', 'model.ffn.r=8,16')
     assert len({flops.parameters(r.cfg.model) for r in runs}) == 2
