@@ -115,7 +115,8 @@ def test_a_directory_belongs_to_one_sweep(tmp_path):
         'model.ffn.topk': 'exact', 'model.ffn.shrink': False, 'optimizer.warmup_from_zero': True}))  # fmt: skip
     old.mkdir()
     raw['config'] = json.loads(before.model_dump_json())
-    del raw['config']['model']['ffn']['shrink'], raw['config']['optimizer']['schedule'], raw['config']['optimizer']['warmup_from_zero']
+    del raw['config']['model']['ffn']['shrink'], raw['config']['optimizer']['schedule']
+    del raw['config']['optimizer']['warmup_from_zero']
     (old / 'sweep.json').write_text(json.dumps(raw))
     prepare_directory(old, before, old_axes, old_runs)
 

@@ -85,7 +85,7 @@ def test_no_step_is_wasted_and_the_warm_up_is_a_line(schedule, warm):
         ({'decay_form': 'sqrt'}, r"optimizer\.decay_form = 'sqrt': want 'linear', the default: schedule 'auto' has no cool-down"),
         ({'schedule': 'constant', 'final_lr': 0.0}, r"optimizer\.final_lr = 0\.0: want 0\.1, the default: schedule 'constant'"),
         ({'decay_steps': 3, 'decay_share': 0.5}, r'optimizer\.decay_share = 0\.5: want 0\.2, the default: decay_steps says it'),
-        ({'schedule': 'wsd', 'decay_share': 0.9, 'warmup_steps': 2}, r'decay_share = 0\.9: want at most 0\.8, since 2 of 10 steps'),
+        ({'schedule': 'wsd', 'decay_share': 0.9, 'warmup_steps': 2}, r'decay_share = 0\.9: want at most 0\.8, since 2 of 10'),
         ({'rates': 'embedding'}, r"optimizer\.rates = 'embedding': want 'PATTERN=NUMBER …'"),
         ({'rates': '(=1'}, r"optimizer\.rates = '\(=1': want 'PATTERN=NUMBER …'"),
         ({'decays': 'V=-1'}, r"optimizer\.decays = 'V=-1': want 'PATTERN=NUMBER …'"),
