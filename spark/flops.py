@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spark.config import ModelConfig, matched_d_ff
+from spark.config import FFN_KINDS, ModelConfig, matched_d_ff
 
 PHASES = ('training', 'prefill', 'decode')
 Measured = int | float | np.number | Sequence | np.ndarray | None
@@ -24,8 +24,9 @@ def flops_per_token(
 ) -> dict[str, float]:
     """FLOPs per token by part, summed over the layers.
 
-    K2 and V are the rest of the key, and the values, of kept entries. 'ffn.predictor' (without a predictor, all of K1 or K) and
-    'attention.scores' score all entries, 'attention.projections' are q, k, v and output, and 'head' is the output head.
+    K2 and V are the rest of the key, and the values, of kept entries. 'ffn.predictor' (with a learned projection, if there is
+    one; without a predictor, all of K1 or K) and 'attention.scores' score all entries, 'attention.projections' are q, k, v and
+    output, and 'head' is the output head.
 
     Args:
       cfg: with vocab_size filled in.
@@ -51,8 +52,8 @@ def flops_per_token(
         if phase == 'training':
             kept_keys, kept_neurons = keys, f.d_ff
 
-        scored, rest = (f.r, D - f.r) if f.traits.predictor else (D, D if f.traits.gated else 0)
-        total['ffn.predictor'] += 2 * scored * f.d_ff
+        rest = D - f.r if f.traits.second else 0  # r is 0 without a predictor
+        total['ffn.predictor'] += 2 * (f.r or D) * f.d_ff + 2 * D * f.r * f.traits.projected
         total['ffn.K2'] += 2 * rest * kept_neurons
         total['ffn.V'] += 2 * D * kept_neurons
 
@@ -86,14 +87,15 @@ def group(parts: dict[str, float]) -> dict[str, float]:
 def dense_twin(cfg: ModelConfig) -> ModelConfig:
     """The ModelConfig with a gated FFN of equal parameters and dense attention."""
     f, a = cfg.ffn, cfg.attention
-    d_ff = matched_d_ff(f.d_ff, f.kind, 'gated')
-    dense = a.model_copy(update={'kind': 'dense', 'k': 0, 'r': 0})
+    d_ff = matched_d_ff(f.traits.parameters(cfg.d_model, f.d_ff, f.r), FFN_KINDS['gated'], cfg.d_model)
+    default = {name: type(a).model_fields[name].default for name in ('k', 'r', 'gate', 'ddof', 'cap_first')}
+    dense = a.model_copy(update={'kind': 'dense', **default})
     return cfg.model_copy(update={'ffn': type(f)(kind='gated', d_ff=d_ff), 'attention': dense})
 
 
 def parameters(cfg: ModelConfig) -> int:
     """The number of parameters, the tied embedding once."""
     D, f, a = cfg.d_model, cfg.ffn, cfg.attention
-    ffn = f.traits.matrices * D * f.d_ff
+    ffn = f.traits.parameters(D, f.d_ff, f.r)
     attention = D * a.head_dim * (2 * a.n_heads + 2 * a.n_kv_heads)
     return cfg.vocab_size * D + D + cfg.n_layers * (ffn + attention + 4 * D)

@@ -1,8 +1,12 @@
-"""The typed, validated, frozen view of the ml_collections ConfigDicts that `configs/*.py` build. `schema.py` has every field."""
+"""The typed, validated, frozen view of the ml_collections ConfigDicts that `configs/*.py` build.
+
+`schema.py` has every field, but for those of the optimizer, which are in `optimizer.py`.
+"""
 
 from spark.config.convert import check_flags, differences, field_type, fields, from_file, given, load, nearest, template, validate
 from spark.config.devices import check_devices
-from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind, matched_d_ff
+from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind, called, matched_d_ff
+from spark.config.optimizer import by_pattern
 from spark.config.schema import (
     RESUMABLE,
     SCHEDULE,
@@ -15,12 +19,11 @@ from spark.config.schema import (
     OptimizerConfig,
     ServeConfig,
     TrainConfig,
-    by_pattern,
 )
 
 __all__ = [
     'ATTENTION_KINDS', 'FFN_KINDS', 'RESUMABLE', 'SCHEDULE', 'AttentionConfig', 'DataConfig', 'ExperimentConfig', 'FFNConfig',
-    'Kind', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'ServeConfig', 'TrainConfig', 'by_pattern', 'check_devices',
+    'Kind', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'ServeConfig', 'TrainConfig', 'by_pattern', 'called', 'check_devices',
     'check_flags', 'differences', 'field_type', 'fields', 'from_file', 'given', 'load', 'matched_d_ff', 'nearest', 'template',
     'validate',
 ]  # fmt: skip

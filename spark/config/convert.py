@@ -152,7 +152,7 @@ def _one_line(validation_error):
         for part in first['loc'][:-1]:
             section = section.model_fields[part].annotation
         line = f'{name}: {_no_such_field(str(first["loc"][-1]), section.model_fields)}'
-    elif first['type'] == 'wrong_value':  # of `_Section._check`
+    elif first['type'] == 'wrong_value':  # of `Section._check`
         line = '.'.join([*map(str, first['loc']), first['msg']])
     elif first['type'] == 'missing':
         line = f'{name}: missing; this field has no default'

@@ -1,17 +1,12 @@
 """Every option of spark: its type, its default, its meaning, and what it must satisfy."""
 
-import functools
-import itertools
-import math
-import re
-from collections.abc import Iterator
 from typing import Literal
 
-import pydantic
 from pydantic import Field
-from pydantic_core import PydanticCustomError
 
 from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind
+from spark.config.optimizer import OptimizerConfig
+from spark.config.section import Section
 
 # On resume, only these fields and sections may differ from the run's config.json: they do not change what is trained.
 RESUMABLE = (
@@ -35,40 +30,17 @@ SCHEDULE = (
 AS_BEGUN = ('optimizer.warmup_from_zero',)
 
 
-class _Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra='forbid', strict=True, allow_inf_nan=False)
-
-    def _rules(self) -> Iterator[tuple[bool, str, str]]:
-        """What this section must satisfy: (is it so, the field to name if not, what that field should be)."""
-        yield from ()
-
-    @pydantic.model_validator(mode='after')
-    def _check(self):
-        integers = ((not isinstance(x, int) or abs(x) < 2**31, name, 'less than 2³¹') for name, x in self)
-        for satisfied, field, want in itertools.chain(integers, self._rules()):
-            if not satisfied:  # `convert._one_line` puts the section's name before the field's
-                value = functools.reduce(getattr, field.split('.'), self)
-                raise PydanticCustomError('wrong_value', '{line}', {'line': f'{field} = {value!r}: want {want}'})
-        return self
-
-
-def by_pattern(text: str) -> list[tuple[str, float]] | None:
-    """The pairs of 'PATTERN=NUMBER …'; None if it is something else."""
-    try:
-        pairs = [(re.compile(p).pattern, float(number)) for p, _, number in (word.rpartition('=') for word in text.split())]
-    except (re.error, ValueError):
-        return None
-    return pairs if all(pattern and 0 <= number < math.inf for pattern, number in pairs) else None
-
-
-class FFNConfig(_Section):
-    """A lookup in a table of d_ff neurons."""
+class FFNConfig(Section):
+    """A lookup in a table of d_ff neurons; docs/levers.md has the equations."""
 
     kind: Literal[*FFN_KINDS] = 'gated'
     d_ff: int = Field(gt=0)  # neurons; at equal parameters a kind with two matrices has 1.5 × the neurons of one with three
     k: int = Field(0, ge=0)  # neurons kept per token, approximately; 0 for kinds without top-k
     r: int = Field(0, ge=0)  # predictor rank: a token's first r dimensions score the neurons; 0 for kinds without a predictor
-    topk: Literal['statistical', 'exact', 'approx'] = 'statistical'  # the operator that selects the k
+    gate: Literal['', 'identity', 'softplus', 'sigmoid', 'none'] = ''  # σ2; '': the kind's; none: there is no second score
+    topk: Literal['statistical', 'exact', 'approx', 'grouped'] = 'statistical'  # the operator that selects the k
+    groups: int = Field(1, gt=0)  # of statistical and grouped: each of so many parts of the neurons keeps k / groups by itself
+    ddof: int = Field(-1, ge=-1, le=1)  # of statistical: the variance is a sum of squares over n − ddof; −1: the kind's
     shrink: bool = True  # what is kept is a score less the threshold (of exact and approx: the k-th largest), or the score
     recall: float = Field(0.95, gt=0, lt=1)  # of approx on TPU
     huber: float = Field(0.0, ge=0)  # width of the smoothed threshold (Theorem 3.2); 0: a plain soft threshold
@@ -79,12 +51,12 @@ class FFNConfig(_Section):
     @property
     def traits(self) -> Kind:
         """What this kind computes."""
-        return FFN_KINDS[self.kind]
+        return FFN_KINDS[self.kind].but(self.gate, self.ddof)
 
     @property
     def soft(self) -> bool:
-        """Is the top-k the soft statistical threshold? Kernels compute no other."""
-        return self.traits.topk and self.topk == 'statistical' and self.shrink
+        """Is the top-k the soft statistical threshold of all neurons? Kernels compute no other."""
+        return self.traits.topk and self.topk == 'statistical' and self.shrink and self.groups == 1
 
     def _rules(self):
         kind, has = f'kind {self.kind!r}', self.traits
@@ -92,16 +64,24 @@ class FFNConfig(_Section):
         yield has.topk or self.k == 0, 'k', f'0: {kind} has no top-k'
         yield not has.predictor or self.r >= 1, 'r', f'at least 1: {kind} has a predictor'
         yield has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor'
-        yield self.soft or not self.huber, 'huber', "0: only a kind with topk 'statistical' and shrink is smoothed"
+        yield self.soft or not self.huber, 'huber', "0: only topk 'statistical' with shrink, in one group, is smoothed"
         yield has.topk or self.topk == 'statistical', 'topk', f"'statistical', the default: {kind} has no top-k"
         yield has.topk or self.shrink, 'shrink', f'True, the default: {kind} has no top-k'
         yield self.topk == 'approx' or self.recall == 0.95, 'recall', "0.95, the default: only topk 'approx' has a recall"
-        zero = self.topk != 'statistical' and self.shrink and self.k == 1
-        yield not zero, 'k', f'at least 2: {self.topk} top-k with shrink makes the k-th largest score 0'
+        yield FFN_KINDS[self.kind].gated or not self.gate, 'gate', f"'', the default: {kind} has no σ2"
+        yield self.ddof < 0 or (has.topk and self.topk == 'statistical'), 'ddof', '-1, the default: it is of topk statistical'
+        n, grouped, parts = self.groups, self.topk == 'grouped', self.topk in ('statistical', 'grouped')
+        yield n == 1 or (has.topk and parts), 'groups', "1, the default: only topk 'statistical' and 'grouped' have groups"
+        yield not grouped or n > 1, 'groups', "at least 2 for topk 'grouped'"
+        yield self.d_ff % n == 0, 'groups', f'a divisor of d_ff = {self.d_ff}'
+        yield n == 1 or self.k >= n, 'k', f'at least groups = {n}'
+        yield not grouped or self.k % n == 0, 'k', f"a multiple of groups = {n} for topk 'grouped'"
+        zero = self.topk != 'statistical' and self.shrink and self.k == n
+        yield not zero, 'k', f'at least {2 * n}: {self.topk} top-k with shrink makes the k-th largest score 0'
 
 
-class AttentionConfig(_Section):
-    """A lookup in a table of tokens."""
+class AttentionConfig(Section):
+    """A lookup in a table of tokens; docs/levers.md has the equations."""
 
     kind: Literal[*ATTENTION_KINDS] = 'dense'
     n_heads: int = Field(gt=0)
@@ -109,8 +89,11 @@ class AttentionConfig(_Section):
     head_dim: int = Field(gt=0)
     k: int = Field(0, ge=0)  # keys kept per query, approximately; 0 for kinds without top-k
     r: int = Field(0, ge=0)  # predictor rank: a head's first r dimensions score the keys; 0 for kinds without a predictor
+    gate: Literal['', 'identity', 'softplus', 'sigmoid'] = ''  # σ2; '': the kind's
+    ddof: int = Field(-1, ge=-1, le=1)  # the variance is a sum of squares over n − ddof; −1: the kind's
     window: int = Field(0, ge=0)  # keys that a query of a local layer sees, its own included; 0 if no layer is local
     logit_cap: float = Field(0.0, ge=0)  # soft-cap of the softmax's logits; 0: none
+    cap_first: bool = False  # the threshold is one of soft-capped scores; else the soft-cap comes after the top-k
     rope_base: float = Field(10_000.0, gt=0)
     # full: all scores at once. blockwise: in linear memory, by XLA. pallas: in linear memory, by kernels for TPUs, which a CPU
     # interprets slowly, or by kernels for GPUs that nobody has timed. sparse: surviving keys only, by CPU kernels. auto: full
@@ -123,7 +106,7 @@ class AttentionConfig(_Section):
     @property
     def traits(self) -> Kind:
         """What this kind computes."""
-        return ATTENTION_KINDS[self.kind]
+        return ATTENTION_KINDS[self.kind].but(self.gate, self.ddof, self.cap_first)
 
     def _rules(self):
         kind, has, d = f'kind {self.kind!r}', self.traits, self.head_dim
@@ -134,10 +117,14 @@ class AttentionConfig(_Section):
         even = f'an even number in 2 … head_dim − 2 = {d - 2} for {kind} (rotary pairs)'
         yield not has.predictor or (0 < self.r < d and self.r % 2 == 0), 'r', even
         yield has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor'
+        yield ATTENTION_KINDS[self.kind].gated or not self.gate, 'gate', f"'', the default: {kind} has no σ2"
+        yield has.topk or self.ddof < 0, 'ddof', f'-1, the default: {kind} has no top-k'
+        capped = has.topk and self.logit_cap > 0
+        yield capped or not self.cap_first, 'cap_first', 'False, the default: there is no top-k, or logit_cap is 0'
         yield self.impl != 'pallas' or self.block % 128 == 0, 'block', "a multiple of 128 for impl 'pallas'"
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """A decoder with Gemma-2's block."""
 
     vocab_size: int = Field(0, ge=0)  # 0: the tokenizer's
@@ -167,7 +154,7 @@ class ModelConfig(_Section):
         yield local or window == 0, 'attention.window', '0: model.pattern has no local layer'
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What to train on; `spark.data` documents the strings."""
 
     source: str = 'stdlib'  # text:GLOB | tfds:NAME | hf:NAME | tokens:DIR | …, or a mixture: '0.7 stdlib + 0.3 text:a/*.txt'
@@ -187,7 +174,7 @@ class DataConfig(_Section):
     allow_changed: bool = False  # resume with other data than the run had
 
 
-class MeshConfig(_Section):
+class MeshConfig(Section):
     """Devices along each mesh axis; the product is the number of devices."""
 
     data: int = Field(-1, ge=-1)  # model replicas; -1: all devices that the other axes leave
@@ -200,59 +187,7 @@ class MeshConfig(_Section):
         yield self.data != 0, 'data', 'at least 1, or -1 for all the devices that are left'
 
 
-class OptimizerConfig(_Section):
-    """How gradients become updates, at which learning rate; docs/optimizers.md explains each field."""
-
-    # muon: matrices by Muon with updates as large as AdamW's, all else by AdamW. The moments are those of AdamW; of adafactor b1
-    # is the decay of its momentum, or 0 for none, and b2 the highest decay of its second moments.
-    name: Literal['adamw', 'adafactor', 'lion', 'muon'] = 'adamw'
-    lr: float = Field(gt=0)  # peak learning rate
-    # After the warm-up. wsd: lr until the last steps, then a cool-down. inverse_sqrt: lr · sqrt(warmup_steps / step), at least
-    # lr · final_lr. auto: wsd if there are decay_steps, else cosine.
-    schedule: Literal['auto', 'constant', 'cosine', 'linear', 'wsd', 'inverse_sqrt'] = 'auto'
-    final_lr: float = Field(0.1, ge=0, le=1)  # learning rate at the last step, as a share of the peak
-    warmup_steps: int = Field(0, ge=0)  # a line to lr, which begins above 0
-    warmup_from_zero: bool = False  # the first step of the warm-up has rate 0, and is wasted: runs of older versions go on so
-    decay_steps: int = Field(0, ge=0)  # length of the cool-down of wsd; 0: decay_share
-    decay_share: float = Field(0.2, gt=0, le=1)  # the same, as a share of train.steps
-    decay_form: Literal['linear', 'cosine', 'sqrt'] = 'linear'  # of the cool-down; sqrt: 1 − sqrt(share of it that has passed)
-    b1: float = Field(0.9, ge=0, lt=1)
-    b2: float = Field(0.95, ge=0, lt=1)
-    momentum: float = Field(0.95, ge=0, lt=1)  # of muon's matrices
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)  # of matrices; the scales of norms are exempt
-    # 'PATTERN=NUMBER …': regular expressions that are searched in paths such as groups/ffn_0/K1; the last that matches counts.
-    rates: str = ''  # factors of the learning rate; 0 freezes
-    decays: str = ''  # weight decay in place of weight_decay
-    clip: float = Field(1.0, ge=0)  # global gradient norm; 0: no clipping
-    ema: float = Field(0.0, ge=0, lt=1)  # decay of a mean of the parameters, which is evaluated beside them; 0: none is kept
-    z_loss: float = Field(0.0, ge=0)  # weight of log²Z in the loss
-
-    @property
-    def shape(self) -> str:
-        """The schedule, of which 'auto' is one."""
-        return self.schedule if self.schedule != 'auto' else 'wsd' if self.decay_steps else 'cosine'
-
-    @property
-    def unread(self) -> dict[str, str]:
-        """The fields that this optimizer and this schedule do not read, and why; they must have their defaults."""
-        fields = dict.fromkeys(() if self.name == 'muon' else ('momentum',), f'name {self.name!r} has no Muon')
-        fields |= {'eps': "name 'lion' has none"} if self.name == 'lion' else {}
-        names = () if self.shape == 'wsd' else ('decay_steps', 'decay_share', 'decay_form')
-        fields |= dict.fromkeys(names, f'schedule {self.schedule!r} has no cool-down')
-        fields |= {'decay_share': 'decay_steps says it'} if self.decay_steps and self.shape == 'wsd' else {}
-        return fields | ({'final_lr': "schedule 'constant' stays at lr"} if self.shape == 'constant' else {})
-
-    def _rules(self):
-        for field, why in self.unread.items():
-            default = type(self).model_fields[field].default
-            yield getattr(self, field) == default, field, f'{default!r}, the default: {why}'
-        for field in ('rates', 'decays'):
-            want = "'PATTERN=NUMBER …', regular expressions with numbers that are at least 0"
-            yield by_pattern(getattr(self, field)) is not None, field, want
-
-
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The loop."""
 
     steps: int = Field(gt=0)
@@ -287,7 +222,7 @@ class TrainConfig(_Section):
         yield self.max_skips > 0 or not self.spike, 'max_skips', 'at least 1: train.spike skips updates'
 
 
-class SampleConfig(_Section):
+class SampleConfig(Section):
     """The continuation shown when training ends."""
 
     prompt: str = ''
@@ -295,7 +230,7 @@ class SampleConfig(_Section):
     temperature: float = Field(0.8, ge=0)  # 0: greedy
 
 
-class ServeConfig(_Section):
+class ServeConfig(Section):
     """How scripts/generate.py runs the trained model."""
 
     # cpu, tpu, gpu: kernels for that platform. gather: plain JAX that reads active entries only. masked: plain JAX that
@@ -305,7 +240,7 @@ class ServeConfig(_Section):
     overflow: Literal['masked', 'drop'] = 'masked'  # a token with more is computed in full, or loses the excess; it is reported
 
 
-class ExperimentConfig(_Section):
+class ExperimentConfig(Section):
     """One training run."""
 
     seed: int = Field(0, ge=0, lt=2**31)

@@ -21,7 +21,9 @@ from spark.errors import ConfigError
 from spark.runtime import Path, entries, in_bucket, write_json
 
 # No choice of these changes the parameter count, so runs that differ only in them are compared at equal parameters.
-_NAMES = ('kind', 'k', 'r', 'topk', 'shrink', 'recall', 'huber')
+_NAMES = ('kind', 'k', 'r', 'gate', 'topk', 'groups', 'ddof', 'shrink', 'recall', 'huber', 'cap_first')
+# What only some operators of top-k read.
+_OPERATORS = {'recall': ('approx',), 'ddof': ('statistical',), 'groups': ('statistical', 'grouped'), 'huber': ('statistical',)}
 LOOKUP_FIELDS = {f'model.{half}.{name}' for half in ('ffn', 'attention') for name in _NAMES}
 
 
@@ -87,36 +89,37 @@ def expand(base: config.ExperimentConfig, axes: dict[str, list]) -> list[Run]:
 def _adjust(base, chosen):
     """`base` with the chosen fields and what follows from them, as (config, a note of what was adjusted).
 
-    Another FFN kind gets the d_ff of equal parameters and the same share of active neurons. Where a kind has no k or r, they
-    become 0 whatever an axis says, so that a grid over kinds and k need not leave points out. What an optimizer or a schedule
-    does not read has its default.
+    An FFN that would have other parameters gets the d_ff of equal ones and the same share of active neurons. What a kind, an
+    operator, an optimizer or a schedule does not read has its default whatever an axis says, so that a grid over kinds and k
+    need not leave points out.
     """
     raw = base.model_dump()
     for field, value in chosen.items():
         *sections, name = field.split('.')
         functools.reduce(dict.__getitem__, sections, raw)[name] = value
-    f, a, base_ffn = raw['model']['ffn'], raw['model']['attention'], base.model.ffn
+    f, a, base_ffn, D = raw['model']['ffn'], raw['model']['attention'], base.model.ffn, raw['model']['d_model']
     notes = []
-    if f['kind'] != base_ffn.kind and 'model.ffn.d_ff' not in chosen:
-        f['d_ff'] = config.matched_d_ff(base_ffn.d_ff, base_ffn.kind, f['kind'])
+    kind = config.FFN_KINDS[f['kind']]
+    unread = {'k', 'topk', 'shrink', 'recall', 'huber', 'groups', 'ddof'} if not kind.topk else set()
+    unread |= {name for name, operators in _OPERATORS.items() if f['topk'] not in operators}
+    unread |= {name for name, read in [('r', kind.predictor), ('gate', kind.gated)] if not read}
+    f |= _defaults(config.FFNConfig, unread)
+    kind, parameters = kind.but(f['gate'], f['ddof']), base_ffn.traits.parameters(D, base_ffn.d_ff, base_ffn.r)
+    if 'model.ffn.d_ff' not in chosen and kind.parameters(D, base_ffn.d_ff, f['r']) != parameters:
+        f['d_ff'] = f['groups'] * round(config.matched_d_ff(parameters, kind, D, f['r']) / f['groups'])
         if f['d_ff'] != base_ffn.d_ff:
             notes.append(f'd_ff {base_ffn.d_ff} → {f["d_ff"]}')
-    kind = config.FFN_KINDS[f['kind']]
     if kind.topk and 'model.ffn.k' not in chosen:
-        f['k'] = round(base_ffn.k * f['d_ff'] / base_ffn.d_ff)
-    if not kind.topk:
-        f |= {'k': 0, 'topk': 'statistical', 'shrink': True, 'huber': 0.0}
-    if f['topk'] != 'approx':
-        f['recall'] = config.FFNConfig.model_fields['recall'].default
-    if not kind.predictor:
-        f['r'] = 0
+        step = f['groups'] if f['topk'] == 'grouped' else 1
+        f['k'] = step * round(base_ffn.k * f['d_ff'] / base_ffn.d_ff / step)
     kind = config.ATTENTION_KINDS[a['kind']]
-    a |= {name: 0 for name, has in [('k', kind.topk), ('r', kind.predictor)] if not has}
+    reads = {'k': kind.topk, 'ddof': kind.topk, 'cap_first': kind.topk, 'r': kind.predictor, 'gate': kind.gated}
+    a |= _defaults(config.AttentionConfig, {name for name, read in reads.items() if not read})
     for half, before, after in [('ffn', base_ffn, f), ('attention', base.model.attention, a)]:
-        for name in ('k', 'r'):
-            wanted = chosen.get(f'model.{half}.{name}', getattr(before, name))
-            if after[name] != wanted:
-                notes.append(f'{half}.{name} {wanted} → {after[name]}')
+        for name in _NAMES[1:]:
+            wanted = chosen.get(f'model.{half}.{name}', getattr(before, name, None))
+            if after.get(name) != wanted:
+                notes.append(f'{half}.{name} {wanted!r} → {after[name]!r}')
     optimizer = raw['optimizer']
     for name in config.OptimizerConfig.model_construct(**optimizer).unread:
         default = config.OptimizerConfig.model_fields[name].default
@@ -124,6 +127,10 @@ def _adjust(base, chosen):
             notes.append(f'{name} {optimizer[name]} → {default}')
             optimizer[name] = default
     return config.validate(raw), ', '.join(notes)
+
+
+def _defaults(section, names):
+    return {name: section.model_fields[name].default for name in names}
 
 
 def short_names(fields: Collection[str]) -> dict[str, str]:
