@@ -120,8 +120,8 @@ def in_groups(topk: Callable, x: X, k: K, groups: int) -> X:
 def grouped_topk(x: X, k: int, groups: int, *, shrink: bool = True) -> X:
     """The k / groups largest entries of each of so many equal parts of the last axis, less the least of them; that becomes 0.
 
-    Without `shrink` they stay as they are. Of equal entries the first count as larger, so that never more are kept. An entry's
-    place is counted by comparing it with those of its group: small groups take no sort. Gradients flow through the least.
+    Without `shrink` they stay as they are. Of equal entries the first count as larger, so that never more are kept. Gradients
+    flow through the least.
     """
     _check_k(k)
     x_, m = _parts(x, groups), k // groups
@@ -129,12 +129,22 @@ def grouped_topk(x: X, k: int, groups: int, *, shrink: bool = True) -> X:
         raise ValueError(f'k = {k}: want a multiple of groups = {groups}')
     if k >= x.shape[-1]:
         return x
-    index = jnp.arange(x_.shape[-1])
-    one, other = x_[..., :, None], x_[..., None, :]
-    before = (other > one) | ((other == one) & (index < index[:, None]))
-    keep = jnp.sum(before, axis=-1) < m
+    keep = _place(jax.lax.stop_gradient(x_)) < m
     least = jnp.min(x_, axis=-1, keepdims=True, initial=jnp.inf, where=keep) if shrink else 0
     return jnp.where(keep, x_ - least, 0).reshape(x.shape)
+
+
+def _place(x):
+    """How many entries of the last axis are larger than each, or equal and before it."""
+    n, index = x.shape[-1], jnp.arange(x.shape[-1])
+    size = max(size for size in range(1, 17) if n % size == 0)  # with so many at a time: all comparisons may not fit in memory
+
+    def count(i, place):
+        other, others = (jax.lax.dynamic_slice_in_dim(a, i * size, size, axis=-1) for a in (x, index))
+        other, one = other[..., None, :], x[..., None]
+        return place + jnp.sum((other > one) | ((other == one) & (others < index[:, None])), axis=-1, dtype=jnp.int32)
+
+    return jax.lax.fori_loop(0, n // size, count, jnp.zeros(x.shape, jnp.int32))
 
 
 def _parts(x, groups):

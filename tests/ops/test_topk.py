@@ -292,6 +292,12 @@ def test_grouped_without_ties_is_exact_top_k_of_each_group_with_its_gradient():
     assert 'sort' not in str(jax.make_jaxpr(ours)(x)) and 'top_k' not in str(jax.make_jaxpr(ours)(x))
 
 
+def test_the_comparisons_of_large_groups_are_not_kept_in_memory():
+    x = jax.ShapeDtypeStruct((64, 4096), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(grouped_topk(x, 256, 16) ** 2)))
+    assert gradient.lower(x).compile().memory_analysis().temp_size_in_bytes < 40 * 4 * 64 * 4096  # one of 256 for each entry
+
+
 @hypothesis.given(st.sampled_from([1, 2, 5]), st.sampled_from([0, 1]), st.booleans(), st.integers(0, 2**31))
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_statistics_of_groups_are_those_of_each_by_itself(groups, ddof, shrink, seed):
