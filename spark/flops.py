@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spark.config import ModelConfig, matched_d_ff
+from spark.config import ModelConfig, adapted
 
 PHASES = ('training', 'prefill', 'decode')
 Measured = int | float | np.number | Sequence | np.ndarray | None
@@ -24,8 +24,9 @@ def flops_per_token(
 ) -> dict[str, float]:
     """FLOPs per token by part, summed over the layers.
 
-    K2 and V are the rest of the key, and the values, of kept entries. 'ffn.predictor' (without a predictor, all of K1 or K) and
-    'attention.scores' score all entries, 'attention.projections' are q, k, v and output, and 'head' is the output head.
+    K2 and V are the rest of the key, and the values, of kept entries. 'ffn.predictor' (with a learned projection, if there is
+    one; without a predictor, all of K1 or K) and 'attention.scores' score all entries, 'attention.projections' are q, k, v and
+    output, and 'head' is the output head.
 
     Args:
       cfg: with vocab_size filled in.
@@ -53,8 +54,8 @@ def flops_per_token(
         if phase == 'training':
             kept_keys, kept_neurons = keys, f.d_ff
 
-        scored, rest = (f.r, D - f.r) if f.traits.predictor else (D, D if f.traits.gated else 0)
-        total['ffn.predictor'] += 2 * scored * f.d_ff
+        rest = D - f.r if f.traits.second else 0  # r is 0 without a predictor
+        total['ffn.predictor'] += 2 * (f.r or D) * f.d_ff + 2 * D * f.r * f.traits.projected
         total['ffn.K2'] += 2 * rest * kept_neurons
         total['ffn.V'] += 2 * D * kept_neurons
 
@@ -87,8 +88,8 @@ def group(parts: dict[str, float]) -> dict[str, float]:
 
 def dense_twin(cfg: ModelConfig) -> ModelConfig:
     """The ModelConfig with a gated FFN of equal parameters and dense attention."""
-    d_ff = [matched_d_ff(layer.ffn.d_ff, layer.ffn.kind, 'gated') for layer in cfg.per_layer]
-    dense = cfg.attention.model_copy(update={'kind': 'dense', 'k': 0, 'r': 0, 'k_schedule': ''})
+    d_ff = [adapted(layer.ffn, {'kind': 'gated'}, cfg.d_model)['d_ff'] for layer in cfg.per_layer]
+    dense = cfg.attention.model_copy(update=adapted(cfg.attention, {'kind': 'dense'}, cfg.d_model))
     layers = f'ffn.d_ff={"/".join(map(str, d_ff))}' if len(set(d_ff)) > 1 else ''
     return cfg.model_copy(update={'ffn': type(cfg.ffn)(kind='gated', d_ff=d_ff[0]), 'attention': dense, 'layers': layers})
 
@@ -96,6 +97,6 @@ def dense_twin(cfg: ModelConfig) -> ModelConfig:
 def parameters(cfg: ModelConfig) -> int:
     """The number of parameters, the tied embedding once."""
     D, a = cfg.d_model, cfg.attention
-    ffn = sum(layer.ffn.traits.matrices * D * layer.ffn.d_ff for layer in cfg.per_layer)
+    ffn = sum(layer.ffn.traits.parameters(D, layer.ffn.d_ff, layer.ffn.r) for layer in cfg.per_layer)
     attention = D * a.head_dim * (2 * a.n_heads + 2 * a.n_kv_heads)
     return cfg.vocab_size * D + D + ffn + cfg.n_layers * (attention + 4 * D)

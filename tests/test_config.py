@@ -11,6 +11,7 @@ from spark.config import AttentionConfig, ExperimentConfig, FFNConfig, check_dev
 from spark.errors import ConfigError
 from tests.helpers import ROOT, shipped, small
 
+DENSE = {'model.attention.kind': 'dense', 'model.attention.k': 0, 'model.attention.r': 0}
 WRONG = [
     ({'train.spike': 0.5, 'train.max_skips': 2}, 'train.spike = 0.5: want more than 1'),
     ({'train.spike': 3.0}, 'train.max_skips = 0: want at least 1'),
@@ -28,6 +29,22 @@ WRONG = [
     ({'model.ffn.topk': 'exact', 'model.ffn.k': 1}, 'model.ffn.k = 1: want at least 2: exact top-k with shrink makes the k-th'),
     ({'model.ffn.topk': 'exact', 'model.ffn.recall': 0.5}, 'model.ffn.recall = 0.5: want 0.95, the default'),
     ({'model.ffn.kind': 'relu', 'model.ffn.k': 0, 'model.ffn.r': 0, 'model.ffn.shrink': False}, 'model.ffn.shrink = False: want'),
+    ({'model.ffn.kind': 'topk', 'model.ffn.r': 0, 'model.ffn.gate': 'none'}, "model.ffn.gate = 'none': want '', the default: "),
+    ({'model.ffn.kind': 'spark_low_rank', 'model.ffn.gate': 'sigmoid'}, "model.ffn.gate = 'sigmoid': want '', the default: "),
+    ({'model.ffn.gate': 'tanh'}, "model.ffn.gate = 'tanh': want '', 'identity'"),
+    ({'model.ffn.topk': 'exact', 'model.ffn.ddof': 0}, 'model.ffn.ddof = 0: want -1, the default'),
+    ({'model.ffn.topk': 'exact', 'model.ffn.groups': 2}, "model.ffn.groups = 2: want 1, the default: only topk 'statistical'"),
+    ({'model.ffn.topk': 'grouped'}, "model.ffn.groups = 1: want at least 2 for topk 'grouped'"),
+    ({'model.ffn.groups': 5}, 'model.ffn.groups = 5: want a divisor of d_ff = 96'),
+    ({'model.ffn.groups': 12}, 'model.ffn.k = 8: want at least groups = 12'),
+    ({'model.ffn.topk': 'grouped', 'model.ffn.groups': 3}, 'model.ffn.k = 8: want a multiple of groups = 3'),
+    ({'model.ffn.topk': 'grouped', 'model.ffn.groups': 8}, 'model.ffn.k = 8: want at least 16: grouped top-k with shrink makes'),
+    ({'model.ffn.groups': 2, 'model.ffn.huber': 0.1}, 'model.ffn.huber = 0.1: want 0'),
+    ({'model.attention.gate': 'none'}, "model.attention.gate = 'none': want '', 'identity'"),
+    ({'model.attention.kind': 'topk', 'model.attention.r': 0, 'model.attention.gate': 'sigmoid'}, 'model.attention.gate = '),
+    ({'model.attention.kind': 'topk'}, "model.attention.r = 4: want 0: kind 'topk' has no predictor"),
+    ({'model.attention.logit_cap': 0.0, 'model.attention.cap_first': True}, 'model.attention.cap_first = True: want False'),
+    (DENSE | {'model.attention.ddof': 0}, "model.attention.ddof = 0: want -1, the default: kind 'dense' has no top-k"),
     ({'model.attention.n_kv_heads': 3}, 'model.attention.n_kv_heads = 3: want a divisor of n_heads = 4'),
     ({'model.attention.head_dim': 7}, 'model.attention.head_dim = 7: want an even number'),
     ({'model.attention.r': 3}, 'model.attention.r = 3: want an even number in 2 … head_dim − 2 = 6'),

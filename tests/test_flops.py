@@ -94,7 +94,8 @@ def test_phases():
 @pytest.mark.parametrize('kind', list(FFN_KINDS))
 def test_parameters_are_counted_and_matched(kind):
     has = FFN_KINDS[kind]
-    ffn = {'kind': kind, 'd_ff': matched_d_ff(96, 'spark', kind), 'k': 8 * has.topk, 'r': 16 * has.predictor}
+    d_ff = matched_d_ff(2 * 32 * 96, has, 32, r := 16 * has.predictor)
+    ffn = {'kind': kind, 'd_ff': d_ff, 'k': 8 * has.topk, 'r': r}
     cfg = small(**{f'model.ffn.{name}': value for name, value in ffn.items()}).model
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), token, token, token)
@@ -102,6 +103,20 @@ def test_parameters_are_counted_and_matched(kind):
     assert flops.parameters(flops.dense_twin(cfg)) == flops.parameters(cfg)
     if kind == 'relu':  # no k: everything counts as active until it is measured
         assert flops.flops_per_token(cfg, 8)['ffn.V'] == 4 * 2 * 32 * 96
+
+
+def test_each_form_of_a_predictor_by_hand():
+    count = lambda ffn, **more: flops.flops_per_token(small(**{f'model.ffn.{n}': x for n, x in ffn.items()}, **more).model, 20)
+    base = count({})  # d_ff 96, k 8, r 16, D 32; 4 heads of 8, k 4, r 4; 4 layers
+    projected = count({'kind': 'spark_projected', 'd_ff': 88})
+    assert projected['ffn.predictor'] == 4 * (2 * 16 * 88 + 2 * 32 * 16) and projected['ffn.K2'] == base['ffn.K2']
+    assert count({'kind': 'spark_low_rank'}) == base
+    alone = count({'gate': 'none'})
+    assert alone['ffn.K2'] == 0 and alone['ffn.predictor'] == base['ffn.predictor'] and alone['ffn.V'] == base['ffn.V']
+    topk = count({}, **{'model.attention.kind': 'topk', 'model.attention.r': 0})
+    assert topk['attention.scores'] == 2 * base['attention.scores'] and topk['attention.K2'] == 0
+    assert topk['attention.V'] == base['attention.V']
+    assert count({}, **{'model.attention.kind': 'spark_low_rank'}) == base
 
 
 def test_model_flops_by_hand():

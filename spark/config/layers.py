@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pydantic
 from pydantic_core import PydanticCustomError
 
-from spark.config.kinds import matched_d_ff
+from spark.config.kinds import adapted
 
 ALL_KEYS = 2**31 - 1  # a k that no number of keys exceeds
 
@@ -41,7 +41,9 @@ def per_layer(cfg: pydantic.BaseModel) -> tuple[pydantic.BaseModel, ...]:
         return (cfg,) * cfg.n_layers
     try:
         changes = _changes(cfg.layers, [cfg.pattern[i % len(cfg.pattern)] for i in range(cfg.n_layers)])
-        halves = lambda i, texts: {half: _changed(f'in layer {i} {half}', getattr(cfg, half), x) for half, x in texts.items()}
+        halves = lambda i, texts: {
+            half: _changed(f'in layer {i} {half}', getattr(cfg, half), x, cfg.d_model) for half, x in texts.items()
+        }
         return tuple(cfg.model_copy(update={'layers': '', **halves(i, texts)}) for i, texts in enumerate(changes))
     except ValueError as e:
         raise PydanticCustomError('wrong_value', '{line}', {'line': f'layers = {cfg.layers!r}: {e}'}) from None
@@ -71,7 +73,7 @@ def _selected(selected, spans):
     return list(range(int(first), last + 1)) if last < len(spans) else []
 
 
-def _changed(label, section, texts):
+def _changed(label, section, texts, d_model):
     """A section with other values. What they leave open follows from the kind, as in a sweep over kinds."""
     if not texts:
         return section
@@ -80,17 +82,8 @@ def _changed(label, section, texts):
     if unknown := [name for name in texts if name not in own]:
         raise ValueError(f'{label}.{unknown[0]}: want one of {", ".join(own)}')
     values = {name: _value(f'{label}.{name}', fields[name].annotation, text) for name, text in texts.items() if name != 'k'}
-    has, raw = section.model_copy(update=values).traits, section.model_dump()
-    if has != section.traits and not has.topk:  # what belongs to a top-k
-        raw = {name: raw[name] for name in (*section.COMMON, 'd_ff') if name in raw}
-    if not has.predictor:
-        raw['r'] = 0
-    kind, most = values.get('kind', section.kind), ALL_KEYS
-    if 'd_ff' in fields:
-        raw['d_ff'] = most = values.get('d_ff', matched_d_ff(section.d_ff, section.kind, kind))
-        raw['k'] = round(section.k * most / section.d_ff)  # the share stays
-    raw |= {'kind': kind, **values} | ({} if has.topk else {'k': 0})
-    raw |= {'k': _k(label, texts['k'], most)} if 'k' in texts else {}
+    raw = adapted(section, values, d_model) | values
+    raw |= {'k': _k(label, texts['k'], raw.get('d_ff', ALL_KEYS))} if 'k' in texts else {}
     try:
         return type(section).model_validate(raw)
     except pydantic.ValidationError as e:

@@ -30,14 +30,17 @@ SCHEDULE = (
 
 
 class FFNConfig(Section):
-    """A lookup in a table of d_ff neurons."""
+    """A lookup in a table of d_ff neurons; docs/levers.md has the equations."""
 
     kind: Literal[*FFN_KINDS] = 'gated'
     d_ff: int = Field(gt=0)  # neurons; at equal parameters a kind with two matrices has 1.5 × the neurons of one with three
     k: int = Field(0, ge=0)  # neurons kept per token, approximately; 0 for kinds without top-k
     k_schedule: str = ''  # by step: 'all:100' keeps d_ff for 100 steps, 'all:100 linear:300' (or cosine) then falls to k in 300
     r: int = Field(0, ge=0)  # predictor rank: a token's first r dimensions score the neurons; 0 for kinds without a predictor
-    topk: Literal['statistical', 'exact', 'approx'] = 'statistical'  # the operator that selects the k
+    gate: Literal['', 'identity', 'softplus', 'sigmoid', 'none'] = ''  # σ2; '': the kind's; none: there is no second score
+    topk: Literal['statistical', 'exact', 'approx', 'grouped'] = 'statistical'  # the operator that selects the k
+    groups: int = Field(1, gt=0)  # of statistical and grouped: each of so many parts of the neurons keeps k / groups by itself
+    ddof: int = Field(-1, ge=-1, le=1)  # of statistical: the variance is a sum of squares over n − ddof; −1: the kind's
     shrink: bool = True  # what is kept is a score less the threshold (of exact and approx: the k-th largest), or the score
     recall: float = Field(0.95, gt=0, lt=1)  # of approx on TPU
     huber: float = Field(0.0, ge=0)  # width of the smoothed threshold (Theorem 3.2); 0: a plain soft threshold
@@ -50,17 +53,30 @@ class FFNConfig(Section):
     @property
     def traits(self) -> Kind:
         """What this kind computes."""
-        return FFN_KINDS[self.kind]
+        return FFN_KINDS[self.kind].but(self.gate, self.ddof)
 
     @property
     def soft(self) -> bool:
-        """Is the top-k the soft statistical threshold? Kernels compute no other."""
-        return self.traits.topk and self.topk == 'statistical' and self.shrink
+        """Is the top-k the soft statistical threshold of all neurons? Kernels compute no other."""
+        return self.traits.topk and self.topk == 'statistical' and self.shrink and self.groups == 1
 
     @property
     def any_k(self) -> bool:
         """May k be known at run time only? Not where shapes depend on it."""
         return self.traits.topk and self.topk == 'statistical'
+
+    @property
+    def unread(self) -> set[str]:
+        """The fields that this kind and its operator do not read."""
+        has = FFN_KINDS[self.kind]
+        operator = self.topk if has.topk else ''
+        read = {
+            **dict.fromkeys(('k', 'k_schedule', 'topk', 'shrink'), has.topk),
+            **dict.fromkeys(('ddof', 'huber'), operator == 'statistical'),
+            **{'groups': operator in ('statistical', 'grouped'), 'recall': operator == 'approx'},
+            **{'r': has.predictor, 'gate': has.gated},
+        }
+        return {name for name in read if not read[name]}
 
     def _rules(self):
         kind, has = f'kind {self.kind!r}', self.traits
@@ -68,19 +84,29 @@ class FFNConfig(Section):
         yield has.topk or self.k == 0, 'k', f'0: {kind} has no top-k'
         yield not has.predictor or self.r >= 1, 'r', f'at least 1: {kind} has a predictor'
         yield has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor'
-        yield self.soft or not self.huber, 'huber', "0: only a kind with topk 'statistical' and shrink is smoothed"
+        yield self.soft or not self.huber, 'huber', "0: only topk 'statistical' with shrink, in one group, is smoothed"
         yield has.topk or self.topk == 'statistical', 'topk', f"'statistical', the default: {kind} has no top-k"
         yield has.topk or self.shrink, 'shrink', f'True, the default: {kind} has no top-k'
         yield self.topk == 'approx' or self.recall == 0.95, 'recall', "0.95, the default: only topk 'approx' has a recall"
-        zero = self.topk != 'statistical' and self.shrink and self.k == 1
-        yield not zero, 'k', f'at least 2: {self.topk} top-k with shrink makes the k-th largest score 0'
+        yield FFN_KINDS[self.kind].gated or not self.gate, 'gate', f"'', the default: {kind} has no σ2"
+        yield self.ddof < 0 or (has.topk and self.topk == 'statistical'), 'ddof', '-1, the default: it is of topk statistical'
+        n, grouped, parts = self.groups, self.topk == 'grouped', self.topk in ('statistical', 'grouped')
+        yield n == 1 or (has.topk and parts), 'groups', "1, the default: only topk 'statistical' and 'grouped' have groups"
+        yield not grouped or n > 1, 'groups', "at least 2 for topk 'grouped'"
+        yield self.d_ff % n == 0, 'groups', f'a divisor of d_ff = {self.d_ff}'
+        yield n == 1 or self.k >= n, 'k', f'at least groups = {n}'
+        yield not grouped or self.k % n == 0, 'k', f"a multiple of groups = {n} for topk 'grouped'"
+        zero = self.topk != 'statistical' and self.shrink and self.k == n
+        yield not zero, 'k', f'at least {2 * n}: {self.topk} top-k with shrink makes the k-th largest score 0'
         yield self.any_k or not self.k_schedule, 'k_schedule', "'': only a statistical top-k takes another k at each step"
-        parsed = not self.k_schedule or by_layer.schedule(self.k_schedule, self.d_ff)
-        yield parsed, 'k_schedule', "'START:STEPS' or 'START:STEPS linear:STEPS' (or cosine), where START is a number or all"
+        parsed = by_layer.schedule(self.k_schedule, self.d_ff) if self.k_schedule else None
+        want = "'START:STEPS' or 'START:STEPS linear:STEPS' (or cosine), where START is a number or all"
+        yield parsed or not self.k_schedule, 'k_schedule', want
+        yield not parsed or parsed.start >= n, 'k_schedule', f'a START of at least groups = {n}'
 
 
 class AttentionConfig(Section):
-    """A lookup in a table of tokens."""
+    """A lookup in a table of tokens; docs/levers.md has the equations."""
 
     kind: Literal[*ATTENTION_KINDS] = 'dense'
     n_heads: int = Field(gt=0)
@@ -89,8 +115,11 @@ class AttentionConfig(Section):
     k: int = Field(0, ge=0)  # keys kept per query, approximately; 0 for kinds without top-k
     k_schedule: str = ''  # as of the FFN; it falls from a number of keys: '256:100 linear:300'
     r: int = Field(0, ge=0)  # predictor rank: a head's first r dimensions score the keys; 0 for kinds without a predictor
+    gate: Literal['', 'identity', 'softplus', 'sigmoid'] = ''  # σ2; '': the kind's
+    ddof: int = Field(-1, ge=-1, le=1)  # the variance is a sum of squares over n − ddof; −1: the kind's
     window: int = Field(0, ge=0)  # keys that a query of a local layer sees, its own included; 0 if no layer is local
     logit_cap: float = Field(0.0, ge=0)  # soft-cap of the softmax's logits; 0: none
+    cap_first: bool = False  # the threshold is one of soft-capped scores; else the soft-cap comes after the top-k
     rope_base: float = Field(10_000.0, gt=0)
     # full: all scores at once. blockwise: in linear memory, by XLA. pallas: in linear memory, by kernels for TPUs, which a CPU
     # interprets slowly, or by kernels for GPUs that nobody has timed. sparse: surviving keys only, by CPU kernels. auto: full
@@ -109,12 +138,19 @@ class AttentionConfig(Section):
     @property
     def traits(self) -> Kind:
         """What this kind computes."""
-        return ATTENTION_KINDS[self.kind]
+        return ATTENTION_KINDS[self.kind].but(self.gate, self.ddof, self.cap_first)
 
     @property
     def any_k(self) -> bool:
         """May k be known at run time only?"""
         return self.traits.topk
+
+    @property
+    def unread(self) -> set[str]:
+        """The fields that this kind does not read."""
+        has = ATTENTION_KINDS[self.kind]
+        read = dict.fromkeys(('k', 'k_schedule', 'ddof', 'cap_first'), has.topk) | {'r': has.predictor, 'gate': has.gated}
+        return {name for name in read if not read[name]}
 
     def _rules(self):
         kind, has, d = f'kind {self.kind!r}', self.traits, self.head_dim
@@ -128,6 +164,10 @@ class AttentionConfig(Section):
         even = f'an even number in 2 … head_dim − 2 = {d - 2} for {kind} (rotary pairs)'
         yield not has.predictor or (0 < self.r < d and self.r % 2 == 0), 'r', even
         yield has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor'
+        yield ATTENTION_KINDS[self.kind].gated or not self.gate, 'gate', f"'', the default: {kind} has no σ2"
+        yield has.topk or self.ddof < 0, 'ddof', f'-1, the default: {kind} has no top-k'
+        capped = has.topk and self.logit_cap > 0
+        yield capped or not self.cap_first, 'cap_first', 'False, the default: there is no top-k, or logit_cap is 0'
         yield self.impl != 'pallas' or self.block % 128 == 0, 'block', "a multiple of 128 for impl 'pallas'"
 
 

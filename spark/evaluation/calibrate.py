@@ -32,7 +32,7 @@ def k_measured(trainer: Trainer, params: dict, batch: dict, share: float) -> int
         def interceptor(method, args, kwargs, context):
             if not (isinstance(context.module, FFN) and context.method_name == 'activate'):
                 return method(*args, **kwargs)
-            a, active = activations(cfg, *args, k)
+            a, active = activations(cfg, *args[:2], k)
             sow(context.module, 'active', jnp.sum(active, axis=-1, dtype=jnp.float32))
             return a
 
@@ -43,7 +43,7 @@ def k_measured(trainer: Trainer, params: dict, batch: dict, share: float) -> int
         return jnp.sum(activity(model.cfg, state[METRICS])['active'] * real) / jnp.sum(real) / model.cfg.n_layers
 
     found = lambda k: float(measured(params, batch, jnp.float32(k))) / cfg.d_ff
-    low, high = 1, cfg.d_ff
+    low, high = cfg.groups, cfg.d_ff
     with tqdm(total=(high - low).bit_length(), desc='k', leave=False) as bar:
         while high - low > 1:
             middle = (low + high) // 2

@@ -1,6 +1,7 @@
 """What top-k selects, against what it is for: the entries that contribute most to the output of a lookup.
 
-With the top-k taken out, entry j of a table adds σ1(s_j)·σ2(s2_j)·v_j to the output, and the length of that is its contribution.
+With the top-k taken out, entry j of a table adds σ1(s_j)·σ2(s2_j)·v_j to the output, or σ1(s_j + s2_j)·v_j in a kind that adds
+its scores, and the length of that is its contribution.
 A selection is good if it holds the k entries of largest contribution (recall), or most of the sum of all contributions. Entries
 drawn by chance would hold as large a share of the k as of the table.
 """
@@ -43,7 +44,7 @@ def of_ffn(module: FFN, x_BxLxD: Hidden, k: K, segments_BxL: Integers) -> dict[s
             x_TxD, s_TxF, real_T = sample(x), sample(s), sample(real)
             sums = dict(zip(('ffn_scores', 'ffn_ks'), gaussianity(s_TxF, True, real_T), strict=True))
             if cfg.traits.sparse:
-                _, active = nn_ffn.activations(cfg, s, k)
+                active = nn_ffn.select(cfg, s, k) != 0 if cfg.traits.topk else nn_ffn.activations(cfg, s)[1]
                 active &= real[..., None]
                 sums |= {'active': tally(jnp.sum(active, axis=-1), real, cfg.d_ff), 'fired': jnp.sum(active, axis=(0, 1))}
                 sums['union'] = unions(active, segments)
@@ -64,23 +65,24 @@ def of_ffn(module: FFN, x_BxLxD: Hidden, k: K, segments_BxL: Integers) -> dict[s
 
 def tables_of(module: FFN) -> tuple[dict[str, Array], Float[Array, ' F']]:
     """(The keys of an FFN by name, in the dtype of the computation; the lengths of its neurons' values)."""
-    names = ('K1', 'K2') if module.cfg.traits.gated else ('K',)
+    names = [name for name in ('P', 'K1', 'K2', 'K') if module.has_variable('params', name)]
     keys = {name: module.get_variable('params', name).astype(module.dtype) for name in names}
     return keys, jnp.linalg.norm(module.get_variable('params', 'V').astype(module.dtype).astype(jnp.float32), axis=-1)
 
 
 def predicted(cfg: FFNConfig, K: dict[str, Array], x: Float[Array, '*tokens D']) -> Float[Array, '*tokens F']:
     """The scores by which top-k selects: s of all neurons."""
-    return x[..., : cfg.r or None] @ (K['K1'] if cfg.traits.gated else K['K'])
+    return (x @ K['P'] if cfg.traits.projected else x[..., : cfg.r or None]) @ (K['K1'] if cfg.traits.second else K['K'])
 
 
 def contributions(
     cfg: FFNConfig, K: dict[str, Array], norms_F: Float[Array, ' F'], x: Float[Array, 'T D'], s: Float[Array, 'T F']
 ) -> Float[Array, 'T F']:
-    """|σ1(s)·σ2(s2)|·‖V‖ of every neuron, in float32."""
-    a = ops.ACTIVATIONS[cfg.traits.activation](s)
+    """|σ1(s)·σ2(s2)|·‖V‖ of every neuron, or |σ1(s + s2)|·‖V‖, in float32."""
+    s2 = x[:, cfg.r :] @ K['K2'] if cfg.traits.second else 0
+    a = ops.ACTIVATIONS[cfg.traits.activation](s + s2 if cfg.traits.adds else s)
     if cfg.traits.gated:
-        a = a * ops.ACTIVATIONS[cfg.traits.gate](x[:, cfg.r :] @ K['K2'])
+        a = a * ops.ACTIVATIONS[cfg.traits.gate](s2)
     return jnp.abs(a.astype(jnp.float32)) * norms_F
 
 
@@ -150,11 +152,12 @@ def of_attention(
             dots = lambda part: jnp.einsum('BNGLr,BNSr->BNGLS', q_[..., part], k[..., part], preferred_element_type=jnp.float32)
             first = slice(cfg.r or None)
             s = dots(first)
-            sums = dict(zip(('attention_scores', 'attention_ks'), gaussianity(s, visible, counted), strict=True))
+            compared = ops.softcap(s, cfg.logit_cap) if cfg.traits.cap_first else s  # with the threshold
+            sums = dict(zip(('attention_scores', 'attention_ks'), gaussianity(compared, visible, counted), strict=True))
             if cfg.traits.topk:
-                w = ops.ACTIVATIONS[cfg.traits.activation](jnp.where(visible, ops.softcap(s, cfg.logit_cap), -jnp.inf))
-                _, keep = nn_attention.weights(cfg, s, visible, kept)
-                gate = ops.ACTIVATIONS[cfg.traits.gate](dots(slice(cfg.r, None))) if cfg.traits.gated else 1
+                keep, s2 = nn_attention.select(cfg, s, visible, kept), dots(slice(cfg.r, None)) if cfg.traits.second else 0
+                w = nn_attention.activated(cfg, s + s2 if cfg.traits.adds else s, visible)
+                gate = ops.ACTIVATIONS[cfg.traits.gate](s2) if cfg.traits.gated else 1
                 found = [counted, *skill(keep, jnp.abs(w * gate) * norms, cfg.k, kept)]
                 sums['attention_selection'] = jnp.stack([jnp.sum(jnp.where(counted, x, 0), dtype=jnp.float32) for x in found])
             return sums

@@ -5,7 +5,8 @@
 | FFN       | K1 (F, r), a row per neuron            | (F, (D − r) + D), its row of K2 and of V       |
 | attention | keys (B, N, S, r), a row per token     | (B, N, S, (d − r) + d), rest of key, and value |
 
-Dense attention is the same table with r = d. FFNs without a predictor are two products, by 'keys' and by 'VT'.
+Attention without a predictor is the same table with r = d. FFNs without one, or whose predictor's score is the only one, are two
+products, by 'keys' and by 'VT'. A learned projection 'P' is a product of its own.
 """
 
 import functools
@@ -109,11 +110,13 @@ def _layer_recipe(serving, i):
         ('out', lambda out: stack(out.reshape(-1, out.shape[-1]).T), of('attention', 'out')),
         *((norm, lambda scale: scale, [(f'{norm}_{i}', 'scale')]) for norm in NORMS),
     ]
-    if kind.predictor:
+    if kind.projected:
+        recipe.append(('P', lambda P: stack(P.T), of('ffn', 'P')))
+    if kind.predictor and kind.second:
         tiles = serving.kernels == 'tpu' and kind.gate == 'identity'
         table = lambda K2, V: records(K2.T, V, dtype, tiles)
         return [*recipe, ('K1', lambda K1: stack(K1.T), of('ffn', 'K1')), ('records', table, of('ffn', 'K2', 'V'))]
-    keys = of('ffn', 'K1', 'K2') if kind.gated else of('ffn', 'K')
+    keys = of('ffn', 'K1', 'K2') if kind.second else of('ffn', 'K')
     return [*recipe, ('keys', lambda *Ks: stack(*(K.T for K in Ks)), keys), ('VT', lambda V: stack(V.T), of('ffn', 'V'))]
 
 

@@ -45,11 +45,11 @@ def computed_by(serving: Serving, half: str) -> str:
         found = [computed_by(of_layer(serving, i), half) for i in range(serving.cfg.n_layers)]
         return ' + '.join(dict.fromkeys(found))
     cfg, f, kind = serving.cfg, serving.cfg.ffn, getattr(serving.cfg, half).traits
-    gathers = kind.predictor and kind.topk
+    gathers = kind.topk and (half == 'attention' or (kind.predictor and kind.second))
     reads_records = gathers and kind.gate == 'identity' and serving.dtype != 'int8'
     takes = {
         ('attention', 'cpu'): kind in nn_attention.KERNEL_KINDS,
-        ('ffn', 'cpu'): not kind.predictor or (kind == CPU_FFN and f.soft),
+        ('ffn', 'cpu'): not (kind.predictor and kind.second) or (kind == CPU_FFN and f.soft),
         ('ffn', 'tpu'): reads_records,
         ('ffn', 'gpu'): reads_records and rows_gpu.columns(cfg.d_model - f.r, cfg.d_model) > 0,
     }
@@ -170,9 +170,9 @@ class _Layer:
             q, K, records = q_BxNxGxLxd.reshape(B, N, G * L, d), keys.astype(new.dtype), table.astype(new.dtype)
             s = jnp.matmul(q[..., :r], K.swapaxes(2, 3), preferred_element_type=jnp.float32)
             mask = visible(self.length, L, S, self.first_B, self.window)
-            weights, keep = nn_attention.weights(a, s, jnp.tile(mask, (1, G, 1))[:, None])
-            keep = jnp.broadcast_to(keep, s.shape)
-            if a.traits.gated:
+            keep = jnp.broadcast_to(nn_attention.select(a, s, jnp.tile(mask, (1, G, 1))[:, None]), s.shape)
+            weights = s if a.traits.adds else nn_attention.activated(a, s, keep)
+            if a.traits.topk:
                 y, overflow = _second_half(self.serving, 'attention', q[..., r:], weights, keep, Matrix(records))
             else:
                 y, overflow = weights.astype(records.dtype) @ records[..., d - r :], jnp.zeros((), jnp.int32)
@@ -205,8 +205,9 @@ def visible(length: Length, L: int, S: int, first_B: Rows, window: int) -> Bool[
 def ffn(serving: Serving, w: dict, x_TxD: Float[Array, 'T D']) -> tuple[Float[Array, 'T D'], Counts]:
     """One layer's FFN by its weights, and its counts."""
     f, kind = serving.cfg.ffn, serving.cfg.ffn.traits
-    if not kind.predictor:
-        s = product(serving, x_TxD, w['keys']).astype(serving.compute)
+    q1_Txr = product(serving, x_TxD, w['P']).astype(serving.compute) if kind.projected else x_TxD[:, : f.r or None]
+    if not (kind.predictor and kind.second):
+        s = product(serving, q1_Txr, w['keys']).astype(serving.compute)
         a, active = nn_ffn.activations(f, s[:, : f.d_ff])
         if kind.gated:
             a = a * ops.ACTIVATIONS[kind.gate](s[:, f.d_ff :])
@@ -216,7 +217,12 @@ def ffn(serving: Serving, w: dict, x_TxD: Float[Array, 'T D']) -> tuple[Float[Ar
     if computed_by(serving, 'ffn') == 'cpu':
         y, active, read = cpu.ffn(x_TxD, K1.values, table.values, f.k, f.huber, K1.scales, table.scales)
         return y, {'active': active, 'records_read': read}
-    a, active = nn_ffn.activations(f, product(serving, x_TxD[:, : f.r], K1).astype(serving.compute))
+    s = product(serving, q1_Txr, K1).astype(serving.compute)
+    if kind.adds:
+        a = nn_ffn.select(f, s)
+        active = a != 0
+    else:
+        a, active = nn_ffn.activations(f, s)
     y, overflow = _second_half(serving, 'ffn', x_TxD[:, f.r :], a, active, table)
     counts = {'active': jnp.sum(active, axis=-1), 'records_read': jnp.sum(jnp.any(active, axis=0)), 'overflow': overflow}
     return y[:, : x_TxD.shape[1]].astype(serving.compute), counts
@@ -225,13 +231,18 @@ def ffn(serving: Serving, w: dict, x_TxD: Float[Array, 'T D']) -> tuple[Float[Ar
 def _second_half(serving, half, q2, a, active, table):
     """(y, overflow ()) of a lookup in plain JAX or Pallas, from all records if the room for active ones is over half of all."""
     cfg, by = getattr(serving.cfg, half), computed_by(serving, half)
-    sigma2, room = ops.ACTIVATIONS[cfg.traits.gate], math.ceil(cfg.k * serving.capacity)
+    kind, room = cfg.traits, math.ceil(cfg.k * serving.capacity)
+    if kind.adds:  # `a` are scores
+        activated = {'attention': nn_attention, 'ffn': nn_ffn}[half].activated
+        weigh = lambda a, s2, active: activated(cfg, a + s2, active)
+    else:
+        weigh = lambda a, s2, active: a * ops.ACTIVATIONS[kind.gate](s2) if kind.gated else a
     queries, n = a.shape[-2:]
     if by == 'masked' or 2 * queries * room > n:
-        return gather.masked(q2, a, table.values, sigma2, table.scales), jnp.zeros((), jnp.int32)
+        return gather.masked(q2, a, active, table.values, weigh, table.scales), jnp.zeros((), jnp.int32)
     pallas = {'tpu': rows_tpu, 'gpu': rows_gpu}.get(by)  # other platforms than its own interpret it
     read = pallas and functools.partial(pallas.read_rows, interpret=serving.platform != by)
-    return gather.look_up(q2, a, active, table.values, sigma2, room, serving.overflow, table.scales, read)
+    return gather.look_up(q2, a, active, table.values, weigh, room, serving.overflow, table.scales, read)
 
 
 def bytes_per_step(serving: Serving, weights: dict, cache: Cache, means: dict, head: bool = True) -> float:

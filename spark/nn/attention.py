@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from spark import ops
-from spark.config import AttentionConfig, Kind
+from spark.config import AttentionConfig, Kind, called
 from spark.errors import ConfigError
 from spark.kernels import attention_gpu, blockwise, cpu, gpu, sparse_attention, tpu
 from spark.kernels.blockwise import Keys, PerQuery, Queries
@@ -64,9 +64,9 @@ def visible_to(
     """
     sharded, has_kernel = shards('length') > 1, cfg.traits in KERNEL_KINDS
     if cfg.impl in ('blockwise', 'pallas') and not has_kernel:
-        raise ConfigError(f"model.attention.impl = {cfg.impl!r}: want 'auto' or 'full' for kind {cfg.kind!r}")
+        raise ConfigError(f"model.attention.impl = {cfg.impl!r}: want 'auto' or 'full' for {called(cfg)}")
     if sharded and not has_kernel:
-        raise ConfigError(f'mesh.context = {shards("length")}: want 1, since no kernel in blocks computes kind {cfg.kind!r}')
+        raise ConfigError(f'mesh.context = {shards("length")}: want 1, since no kernel in blocks computes {called(cfg)}')
     L = positions.shape[1]
     long, sparse = L > cfg.block or sharded, computes_survivors_only(cfg, dtype, platform, L, varies)
     if cfg.impl in ('blockwise', 'pallas') or sparse or (cfg.impl == 'auto' and long and has_kernel):
@@ -82,16 +82,18 @@ def computes_survivors_only(cfg: AttentionConfig, dtype: DTypeLike, platform: st
     able = cfg.traits in SPARSE_KINDS and not varies and cpu.can_train(dtype, platform)
     if cfg.impl == 'sparse' and not able:
         kernels = 'kernels compute Spark attention, of one k, in float32, on one CPU device, if they were built'
-        raise ConfigError(f"model.attention.impl = 'sparse': want 'auto', 'full' or 'blockwise': {kernels}")
+        want = "'auto', 'full' or 'blockwise'" if cfg.traits in KERNEL_KINDS else "'auto' or 'full'"
+        raise ConfigError(f"model.attention.impl = 'sparse': want {want}: {kernels}, and this is {called(cfg)}")
     return able and (cfg.impl == 'sparse' or (cfg.impl == 'auto' and length >= 128))
 
 
 class Attention(nn.Module):
-    """Softmax attention over the visible keys (kind 'dense'), or the Spark lookup in them (kind 'spark').
+    """The lookup of `cfg.kind` in the visible keys; `config.ATTENTION_KINDS` says what each kind computes.
 
     In Spark attention the first r dimensions of a head select about k of the visible keys (all, if no more are visible) and weigh
     them by softmax; the other dimensions multiply by softplus. Rotary embedding and the scale 1/sqrt(width) apply to each part
-    separately. The threshold is taken of the plain scores; the soft-cap, which is monotone, comes after it.
+    separately; parts whose scores are added have the scale of the whole head. The threshold is taken of the plain scores, and the
+    soft-cap, which is monotone, comes after it, unless `cfg.cap_first`.
     """
 
     cfg: AttentionConfig
@@ -124,18 +126,21 @@ class Attention(nn.Module):
         # All scores at once. The queries that share keys become rows of one axis, so that each lookup has one table.
         q, K = q_BxNxGxLxd.reshape(B, N, G * L, d), k_BxNxSxd.swapaxes(2, 3)
         visible = jnp.tile(visible, (1, G, 1))[:, None]
-        sigma1 = lambda s: self.activate(s, visible, kept=kept)
-        if not cfg.traits.gated:
+        sigma1 = lambda s, s2=None: self.activate(s, visible, s2, kept)
+        if not cfg.traits.second:
             y = ops.dense_lookup(q, K, v_BxNxSxd, sigma1, score_dtype=jnp.float32)
         else:
             (q1, q2), (K1, K2) = jnp.split(q, [cfg.r], axis=-1), jnp.split(K, [cfg.r], axis=-2)
-            sigma2 = ops.ACTIVATIONS[cfg.traits.gate]
-            y = ops.spark_lookup(q1, q2, K1, K2, v_BxNxSxd, sigma1, sigma2, score_dtype=jnp.float32)
+            if cfg.traits.adds:
+                y = ops.added_lookup(q1, q2, K1, K2, v_BxNxSxd, sigma1, score_dtype=jnp.float32)
+            else:
+                sigma2 = ops.ACTIVATIONS[cfg.traits.gate]
+                y = ops.spark_lookup(q1, q2, K1, K2, v_BxNxSxd, sigma1, sigma2, score_dtype=jnp.float32)
         return y.reshape(B, N, G, L, d)
 
-    def activate(self, s: Scores, visible: Mask, kept: K = None) -> Scores:
+    def activate(self, s: Scores, visible: Mask, s2: Scores | None = None, kept: K = None) -> Scores:
         """`weights` of this layer's scores; sows the number of attended keys."""
-        w, keep = weights(self.cfg, s, visible, kept)
+        w, keep = weights(self.cfg, s, visible, s2, kept)
         sow(self, 'attended', jnp.sum(jnp.broadcast_to(keep, s.shape), axis=-1, dtype=jnp.float32))
         return w
 
@@ -152,12 +157,29 @@ def attend(
     return y_BxNxGxLxd.transpose(0, 3, 1, 2, 4).reshape(B, L, H * d)
 
 
-def weights(cfg: AttentionConfig, s: Scores, visible: Mask, k: K = None) -> tuple[Scores, Mask]:
-    """(σ1 of scores, top-k included; the mask of the keys that have a weight); `visible` broadcasts against the scores."""
-    k = cfg.k if k is None else k
-    keep = ops.statistical_keep(s, k, where=visible, ddof=cfg.traits.ddof) if cfg.traits.topk else visible
+def weights(
+    cfg: AttentionConfig, s: Scores, visible: Mask, s2: Scores | None = None, k: K = None
+) -> tuple[Scores, Mask]:  # fmt: skip
+    """(σ1 of scores, top-k included; the mask of the keys that have a weight); `visible` broadcasts against the scores.
+
+    In a kind that adds them, the second scores join those that top-k leaves. `k` is that of the config, or this.
+    """
+    keep = select(cfg, s, visible, k)
+    return activated(cfg, s if s2 is None else s + s2, keep), keep
+
+
+def select(cfg: AttentionConfig, s: Scores, visible: Mask, k: K = None) -> Mask:
+    """The keys that top-k leaves of the visible ones."""
+    if not cfg.traits.topk:
+        return visible
+    s = ops.softcap(s, cfg.logit_cap) if cfg.traits.cap_first else s
+    return ops.statistical_keep(s, cfg.k if k is None else k, where=visible, ddof=cfg.traits.ddof)
+
+
+def activated(cfg: AttentionConfig, s: Scores, keep: Mask) -> Scores:
+    """σ1 of soft-capped scores; keys that are not kept have none."""
     # A select, since softmax(…, where=keep) takes twice as long. A token sees itself, so no row is all −inf.
-    return ops.ACTIVATIONS[cfg.traits.activation](jnp.where(keep, ops.softcap(s, cfg.logit_cap), -jnp.inf)), keep
+    return ops.ACTIVATIONS[cfg.traits.activation](jnp.where(keep, ops.softcap(s, cfg.logit_cap), -jnp.inf))
 
 
 def rotations(cfg: AttentionConfig, positions: Int[ArrayOrNumpy, '*positions']) -> Rotations:
@@ -167,10 +189,14 @@ def rotations(cfg: AttentionConfig, positions: Int[ArrayOrNumpy, '*positions']) 
 
 
 def rotate(cfg: AttentionConfig, x: Heads, rotations: Rotations, scale: bool = False) -> Heads:
-    """Rotary embedding of each part of a head. `scale`, for queries, divides each part by the root of its width."""
+    """Rotary embedding of each part of a head. `scale`, for queries, divides each part by the root of its width.
+
+    Parts whose scores are added are divided by the root of the whole width.
+    """
     parts = []
     for part, rotation in zip(jnp.split(x, [cfg.r] if cfg.r else [], axis=-1), rotations, strict=True):
-        width = part.shape[-1] * (cfg.query_dim or cfg.head_dim) / cfg.head_dim
+        width = cfg.head_dim if cfg.traits.adds else part.shape[-1]
+        width = width * (cfg.query_dim or cfg.head_dim) / cfg.head_dim
         part = ops.rope(part, rotation)
         parts.append(part * width**-0.5 if scale else part)
     return jnp.concatenate(parts, axis=-1)

@@ -11,6 +11,7 @@ ACTIVATIONS = {
     'relu': jax.nn.relu,
     'relu2': lambda s: jax.nn.relu(s) * jax.nn.relu(s),
     'softplus': jax.nn.softplus,
+    'sigmoid': jax.nn.sigmoid,
     'softmax': lambda s: jax.nn.softmax(s, axis=-1),  # of entries that are −inf: 0
 }
 

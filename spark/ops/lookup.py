@@ -2,6 +2,7 @@
 
     dense:  V · σ(Kᵀ q)
     Spark:  V · ( σ1(K1ᵀ q1) ⊙ σ2(K2ᵀ q2) )          q1 = q[:r] predicts which entries matter, q2 = q[r:] is the rest
+    added:  V · σ1(K1ᵀ q1, K2ᵀ q2)                   the same prediction, and one activation of the sum of both scores
 
 Keys are columns, K (…, d, n); values are rows, V (…, n, d_v). In the FFN the table holds parameters and n counts neurons; in
 attention the table is the context and n counts tokens. Top-k is a part of σ1.
@@ -37,3 +38,16 @@ def spark_lookup(
     s1 = jnp.matmul(q1, K1, preferred_element_type=score_dtype)
     s2 = jnp.matmul(q2, K2, preferred_element_type=score_dtype)
     return (sigma1(s1) * sigma2(s2)).astype(V.dtype) @ V
+
+
+def added_lookup(
+    q1: Float[Array, '... m r'], q2: Float[Array, '... m rest'], K1: Float[Array, '... r n'], K2: Float[Array, '... rest n'],
+    V: Float[Array, '... n v'], sigma: Callable, *, score_dtype: DTypeLike | None = None,
+) -> Float[Array, '... m v']:  # fmt: skip
+    """V · σ(K1ᵀ q1, K2ᵀ q2): σ selects by the first scores, which are of rank r, and weighs by the sum of both.
+
+    See `spark_lookup` for the dtypes.
+    """
+    s1 = jnp.matmul(q1, K1, preferred_element_type=score_dtype)
+    s2 = jnp.matmul(q2, K2, preferred_element_type=score_dtype)
+    return sigma(s1, s2).astype(V.dtype) @ V

@@ -8,10 +8,14 @@ An operator is a choice of θ, by statistics or as the k-th largest entry, and o
 `f(x, k, *, axis, where, shrink, …)`, and agree in the limits: with k ≥ n valid entries they return x itself, an entry outside
 `where` becomes 0, and k < 1 is a ValueError. `where` is a boolean mask of the valid entries, None for all; it broadcasts against
 x over the axes before `axis`.
+
+A row may be divided into groups of consecutive entries. `in_groups` lets an operator see one of them at a time: a threshold by
+groups that lie on different devices takes no communication. `grouped_topk` keeps a fixed number of each, without a sort.
 """
 
 import functools
 import numbers
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +108,49 @@ def approx_topk(x: X, k: int, *, axis: int = -1, where: Where = None, shrink: bo
     So on TPU more than k entries reach θ. Elsewhere it is a sort, whatever the recall.
     """
     return _keep_largest(x, k, axis, where, shrink, functools.partial(jax.lax.approx_max_k, recall_target=recall))
+
+
+def in_groups(topk: Callable, x: X, k: K, groups: int) -> X:
+    """topk(x, k / groups) of each of so many equal parts of the last axis by itself; one group is the whole row."""
+    if groups == 1:
+        return topk(x, k)
+    return topk(_parts(x, groups), k / groups).reshape(x.shape)
+
+
+def grouped_topk(x: X, k: int, groups: int, *, shrink: bool = True) -> X:
+    """The k / groups largest entries of each of so many equal parts of the last axis, less the least of them; that becomes 0.
+
+    Without `shrink` they stay as they are. Of equal entries the first count as larger, so that never more are kept. Gradients
+    flow through the least.
+    """
+    _check_k(k)
+    x_, m = _parts(x, groups), k // groups
+    if m * groups != k:
+        raise ValueError(f'k = {k}: want a multiple of groups = {groups}')
+    if k >= x.shape[-1]:
+        return x
+    keep = _place(jax.lax.stop_gradient(x_)) < m
+    least = jnp.min(x_, axis=-1, keepdims=True, initial=jnp.inf, where=keep) if shrink else 0
+    return jnp.where(keep, x_ - least, 0).reshape(x.shape)
+
+
+def _place(x):
+    """How many entries of the last axis are larger than each, or equal and before it."""
+    n, index = x.shape[-1], jnp.arange(x.shape[-1])
+    size = max(size for size in range(1, 17) if n % size == 0)  # with so many at a time: all comparisons may not fit in memory
+
+    def count(i, place):
+        other, others = (jax.lax.dynamic_slice_in_dim(a, i * size, size, axis=-1) for a in (x, index))
+        other, one = other[..., None, :], x[..., None]
+        return place + jnp.sum((other > one) | ((other == one) & (others < index[:, None])), axis=-1, dtype=jnp.int32)
+
+    return jax.lax.fori_loop(0, n // size, count, jnp.zeros(x.shape, jnp.int32))
+
+
+def _parts(x, groups):
+    if x.shape[-1] % groups:
+        raise ValueError(f'groups = {groups}: want a divisor of the {x.shape[-1]} entries')
+    return x.reshape(*x.shape[:-1], groups, -1)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))

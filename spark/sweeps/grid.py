@@ -21,7 +21,7 @@ from spark.errors import ConfigError
 from spark.runtime import Path, entries, in_bucket, write_json
 
 # No choice of these changes the parameter count, so runs that differ only in them are compared at equal parameters.
-_NAMES = ('kind', 'k', 'k_schedule', 'r', 'topk', 'shrink', 'recall', 'huber')
+_NAMES = ('kind', 'k', 'k_schedule', 'r', 'gate', 'topk', 'groups', 'ddof', 'shrink', 'recall', 'huber', 'cap_first')
 LOOKUP_FIELDS = {'model.layers', *(f'model.{half}.{name}' for half in ('ffn', 'attention') for name in _NAMES)}
 
 
@@ -87,37 +87,25 @@ def expand(base: config.ExperimentConfig, axes: dict[str, list]) -> list[Run]:
 def _adjust(base, chosen):
     """`base` with the chosen fields and what follows from them, as (config, a note of what was adjusted).
 
-    Another FFN kind gets the d_ff of equal parameters and the same share of active neurons. Where a kind has no k or r, they
-    become 0 whatever an axis says, so that a grid over kinds and k need not leave points out. What an optimizer or a schedule
-    does not read has its default.
+    An FFN that would have other parameters gets the d_ff of equal ones and the same share of active neurons. What a kind, an
+    operator, an optimizer or a schedule does not read has its default whatever an axis says, so that a grid over kinds and k
+    need not leave points out.
     """
     raw = base.model_dump()
     for field, value in chosen.items():
         *sections, name = field.split('.')
         functools.reduce(dict.__getitem__, sections, raw)[name] = value
-    f, a, base_ffn = raw['model']['ffn'], raw['model']['attention'], base.model.ffn
     notes = []
-    if f['kind'] != base_ffn.kind and 'model.ffn.d_ff' not in chosen:
-        f['d_ff'] = config.matched_d_ff(base_ffn.d_ff, base_ffn.kind, f['kind'])
-        if f['d_ff'] != base_ffn.d_ff:
-            notes.append(f'd_ff {base_ffn.d_ff} → {f["d_ff"]}')
-    kind = config.FFN_KINDS[f['kind']]
-    if kind.topk and 'model.ffn.k' not in chosen:
-        f['k'] = round(base_ffn.k * f['d_ff'] / base_ffn.d_ff)
-    if not kind.topk:
-        f |= {'k': 0, 'k_schedule': '', 'topk': 'statistical', 'shrink': True, 'huber': 0.0}
-    if f['topk'] != 'approx':
-        f['recall'] = config.FFNConfig.model_fields['recall'].default
-    if not kind.predictor:
-        f['r'] = 0
-    kind = config.ATTENTION_KINDS[a['kind']]
-    a |= {name: 0 for name, has in [('k', kind.topk), ('r', kind.predictor)] if not has}
-    a |= {} if kind.topk else {'k_schedule': ''}
-    for half, before, after in [('ffn', base_ffn, f), ('attention', base.model.attention, a)]:
-        for name in ('k', 'r'):
-            wanted = chosen.get(f'model.{half}.{name}', getattr(before, name))
-            if after[name] != wanted:
-                notes.append(f'{half}.{name} {wanted} → {after[name]}')
+    for half in ('ffn', 'attention'):
+        before, prefix = getattr(base.model, half), f'model.{half}.'
+        values = {field.removeprefix(prefix): value for field, value in chosen.items() if field.startswith(prefix)}
+        after = raw['model'][half] = config.adapted(before, values, raw['model']['d_model'])
+        if half == 'ffn' and 'd_ff' not in values and after['d_ff'] != before.d_ff:
+            notes.append(f'd_ff {before.d_ff} → {after["d_ff"]}')
+        for name in _NAMES[1:]:
+            wanted = values.get(name, getattr(before, name, None))
+            if after.get(name) != wanted:
+                notes.append(f'{half}.{name} {wanted!r} → {after[name]!r}')
     optimizer = raw['optimizer']
     for name in config.OptimizerConfig.model_construct(**optimizer).unread:
         default = config.OptimizerConfig.model_fields[name].default

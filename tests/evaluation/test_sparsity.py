@@ -19,6 +19,12 @@ from tests.helpers import model_and_params, small
 KINDS = {
     'spark': {},
     'topk': {'model.ffn.kind': 'topk', 'model.ffn.r': 0},
+    'projected': {'model.ffn.kind': 'spark_projected', 'model.ffn.gate': 'sigmoid', 'model.attention.gate': 'sigmoid'},
+    'low_rank': {'model.ffn.kind': 'spark_low_rank', 'model.attention.kind': 'spark_low_rank'},
+    'grouped': {
+        'model.ffn.gate': 'none', 'model.ffn.topk': 'grouped', 'model.ffn.groups': 2,
+        'model.attention.kind': 'topk', 'model.attention.r': 0,
+    },
     'relu': {'model.ffn.kind': 'relu', 'model.ffn.r': 0, 'model.ffn.k': 0},
     'gated': {'model.ffn.kind': 'gated', 'model.ffn.r': 0, 'model.ffn.k': 0},
 }
@@ -42,7 +48,8 @@ def seen(model, params, rows):
         if isinstance(context.module, FFN | Attention):
             everything = dict(zip(names, args, strict=False)) | ({'out': out} if context.method_name == 'activate' else {})
             for name, x in everything.items():
-                sow(context.module, name, x)
+                if x is not None:
+                    sow(context.module, name, x)
         return out
 
     with nn.intercept_methods(spy):
@@ -117,8 +124,10 @@ def test_every_figure_is_what_one_counts_by_hand(kind, monkeypatch):
         if f.k:
             group, half = divmod(i, 2)
             p = {name: x[group] for name, x in params['params']['groups'][f'ffn_{half}'].items()}
-            gate = x.reshape(-1, 32)[:, f.r :] @ p['K2'] if f.r else 1
-            c = np.abs(np.asarray(jax.nn.gelu(s) * gate)) * np.linalg.norm(p['V'], axis=-1)
+            s2 = x.reshape(-1, 32)[:, f.r :] @ p['K2'] if 'K2' in p else None
+            gate = 1 if s2 is None or kind == 'low_rank' else jax.nn.sigmoid(s2) if kind == 'projected' else s2
+            a1 = jax.nn.gelu(s + s2 if kind == 'low_rank' else s)
+            c = np.abs(np.asarray(a1 * gate)) * np.linalg.norm(p['V'], axis=-1)
             check_skill(layer, '', on, c[real], f.k)
         else:
             assert 'recall' not in layer
@@ -130,8 +139,9 @@ def test_every_figure_is_what_one_counts_by_hand(kind, monkeypatch):
         count = on.sum(-1)
         check_spread(layer, 'attended', count[is_real])
         long = is_real & (visible.sum(-1) > a.k)
-        gate = jax.nn.softplus(jnp.einsum('BNGLr,BNSr->BNGLS', q[..., a.r :], k[..., a.r :])).reshape(s.shape)
-        logits = np.where(visible, np.asarray(ops.softcap(jnp.asarray(s), a.logit_cap)), -np.inf)
+        s2 = jnp.einsum('BNGLr,BNSr->BNGLS', q[..., a.r :], k[..., a.r :]).reshape(s.shape)
+        gate = jax.nn.sigmoid(s2) if kind == 'projected' else jax.nn.softplus(s2) if a.traits.gated else 1
+        logits = np.where(visible, np.asarray(ops.softcap(jnp.asarray(s + s2 if a.traits.adds else s), a.logit_cap)), -np.inf)
         mass = np.asarray(jax.nn.softmax(logits) * gate * jnp.linalg.norm(v, axis=-1)[:, :, None])
         check_skill(layer, 'attention_', on[long], mass[long], a.k)
         z = [(row[see] - row[see].mean()) / row[see].std(ddof=1) for row, see in zip(s[long], visible[long], strict=True)]

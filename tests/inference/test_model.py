@@ -80,26 +80,49 @@ def test_every_kind_is_served_as_it_was_trained(half, kind, kernels):
         np.testing.assert_allclose(found, expected[:, place], atol=1e-3)
 
 
+LEVERS = [
+    {'ffn.topk': 'exact'}, {'ffn.shrink': False}, {'ffn.huber': 0.5},
+    {'ffn.topk': 'grouped', 'ffn.groups': 4}, {'ffn.topk': 'grouped', 'ffn.groups': 8, 'ffn.shrink': False},
+    {'ffn.groups': 2, 'attention.gate': 'identity'}, {'ffn.ddof': 0, 'attention.ddof': 0},
+    {'ffn.gate': 'softplus', 'attention.gate': 'sigmoid'}, {'ffn.gate': 'none', 'attention.cap_first': True},
+    {'ffn.kind': 'spark_projected', 'attention.kind': 'topk', 'attention.r': 0, 'ffn.shrink': False},
+    {'ffn.kind': 'spark_low_rank', 'attention.kind': 'spark_low_rank', 'attention.cap_first': True, 'ffn.topk': 'exact'},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize('kernels', KERNELS)
-@pytest.mark.parametrize('topk, shrink, huber', [('exact', True, 0.0), ('statistical', False, 0.0), ('statistical', True, 0.5)])
-def test_every_topk_of_a_spark_ffn(topk, shrink, huber, kernels):
-    fields = {'model.ffn.topk': topk, 'model.ffn.shrink': shrink, 'model.ffn.huber': huber}
-    cfg = small('spark', **fields, **{'model.n_layers': 2})
+@pytest.mark.parametrize('fields', LEVERS, ids=str)
+def test_every_lever_decodes_as_it_trains(fields, kernels):
+    """The same logits and tokens; kernels decline what they do not compute, so that active entries are gathered."""
+    wide = {'model.n_layers': 2, 'model.attention.logit_cap': 0.5}  # a cap that is felt
+    cfg = small('spark', **wide, **{f'model.{name}': value for name, value in fields.items()})
     model, params = model_and_params(cfg)
-    tokens = random_rows(cfg, length=12)[0]
+    tokens, serving = random_rows(cfg, length=24)[0], Serving(cfg.model, kernels=kernels)
     expected = full_logits(model, params, tokens)
-    logits, _, _ = piecewise(Serving(cfg.model, kernels=kernels), from_params(Serving(cfg.model), params), tokens, 4, whole=8)
-    np.testing.assert_allclose(logits[11], expected[:, 11], atol=1e-3)
+    logits, _, counts = piecewise(serving, from_params(Serving(cfg.model), params), tokens, 4, whole=20)
+    for place, found in logits.items():
+        np.testing.assert_allclose(found, expected[:, place], atol=1e-3)
+        np.testing.assert_array_equal(jnp.argmax(found, -1), jnp.argmax(expected[:, place], -1))
+    assert (counts['attended'] >= 1).all() and (counts['active'] > 0).all()
+    if kernels != 'masked':
+        computed = {half: computed_by(serving, half) for half in ('ffn', 'attention')}
+        plain = {half: not any(name.startswith(half) for name in fields) for half in computed}
+        for half, by in computed.items():
+            alone = half == 'ffn' and fields.get('ffn.gate') == 'none'  # two products
+            general = ('cpu' if kernels == 'cpu' else 'masked') if alone else 'gather'
+            smooth = fields == {'ffn.huber': 0.5}
+            assert by == (kernels if plain[half] or smooth else general), half
 
 
 WORDS = [
     'ffn.k=4/12/24/96 attention.k=2/3/5/100',  # the last layer keeps all
     '0:ffn.kind=gated 1:ffn.kind=topk 2-:ffn.r=8/24 global:attention.kind=dense 2:attention.r=6',
+    '0:ffn.kind=gated 1:ffn.kind=spark_projected 2:ffn.kind=spark_low_rank 3:ffn.gate=none attention.kind=spark/spark_low_rank',
 ]
 
 
 @pytest.mark.parametrize('kernels', KERNELS)
-@pytest.mark.parametrize('words', WORDS, ids=['k', 'kinds'])
+@pytest.mark.parametrize('words', WORDS, ids=['k', 'kinds', 'forms'])
 def test_layers_that_differ_are_served_as_they_were_trained(words, kernels):
     cfg = small(**{'model.layers': words})
     model, params = model_and_params(cfg)
@@ -114,7 +137,7 @@ def test_layers_that_differ_are_served_as_they_were_trained(words, kernels):
     assert counts['active'].shape == (4, 2, 1)
     layer, neurons = (3, 96) if words == WORDS[0] else (0, 64)  # in which all are active
     assert (counts['active'][layer] == neurons).all()
-    by = {'gather': 'masked + gather', 'cpu': 'cpu', 'masked': 'masked'}
+    by = {'gather': 'masked + gather', 'cpu': 'cpu' if words == WORDS[1] else 'cpu + gather', 'masked': 'masked'}
     assert computed_by(serving, 'ffn') == (kernels if words == WORDS[0] else by[kernels])
     means = {name: np.mean(x.reshape(4, -1), axis=1) for name, x in counts.items()}
     assert 0 < bytes_per_step(serving, weights, cache, means) <= sum(x.nbytes for x in jax.tree.leaves((weights, cache)))

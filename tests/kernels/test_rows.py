@@ -25,8 +25,10 @@ def example(T, R, D, n, share, dtype=jnp.float32, seed=0):
     return q2, jnp.where(active, jax.random.normal(keys[3], (T, n), dtype), 0), active, table
 
 
-masked = jax.jit(lambda *args: gather.masked(*args, jax.nn.softplus))
-look_up = jax.jit(lambda *args: gather.look_up(*args[:4], jax.nn.softplus, *args[4:]), static_argnums=(4, 5))
+softplus = lambda a, s2, active: a * jax.nn.softplus(s2)
+identity = lambda a, s2, active: a * s2
+masked = jax.jit(lambda *args: gather.masked(*args, softplus))
+look_up = jax.jit(lambda *args: gather.look_up(*args[:4], softplus, *args[4:]), static_argnums=(4, 5))
 
 
 @pytest.mark.parametrize(('T', 'R', 'D', 'n', 'capacity'), [(1, 1, 1, 1, 1), (4, 5, 9, 30, 7), (3, 9, 2, 12, 12)])
@@ -35,7 +37,7 @@ look_up = jax.jit(lambda *args: gather.look_up(*args[:4], jax.nn.softplus, *args
 def test_gathered_is_masked(T, R, D, n, capacity, share, seed):
     """Few shapes, each compiled once; the data vary."""
     q2, a, active, table = example(T, R, D, n, share, seed=seed)
-    expected = masked(q2, a, table)
+    expected = masked(q2, a, active, table)
     y, overflow = look_up(q2, a, active, table, capacity, 'masked')
     np.testing.assert_allclose(y, expected, atol=1e-4)
     over = np.asarray(active).sum(-1) > capacity
@@ -57,13 +59,13 @@ def test_pallas_kernels_interpreted(kernel, T, R, D, n, share, dtype):
     q2, a, active, table = example(T, R, D, n, share, dtype)
     active = active.at[0].set(False) if T > 1 else active
     a = jnp.where(active, a, 0)
-    expected = gather.masked(q2.astype(jnp.float32), a.astype(jnp.float32), table.astype(jnp.float32), lambda s: s)
+    expected = gather.masked(q2.astype(jnp.float32), a.astype(jnp.float32), active, table.astype(jnp.float32), identity)
     room = max(1, int(active.sum(-1).max()))
     if kernel == 'tpu':
         read, table = lambda *args: rows_tpu.read_rows(*args, interpret=True), rows_tpu.tiled(table)
     else:
         read = lambda *args: rows_gpu.read_rows(*args, interpret=True)
-    y, overflow = jax.jit(lambda *args: gather.look_up(*args, lambda s: s, room, kernel=read))(q2, a, active, table)
+    y, overflow = jax.jit(lambda *args: gather.look_up(*args, identity, room, kernel=read))(q2, a, active, table)
     assert int(overflow) == 0
     np.testing.assert_allclose(y[:, :D].astype(jnp.float32), expected, atol=1e-4 if dtype == jnp.float32 else 0.05)
 

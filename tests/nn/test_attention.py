@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from spark.config import AttentionConfig
+from spark.errors import ConfigError
 from spark.kernels.blockwise import visible_starts
-from spark.nn.attention import Attention, Packed, in_blocks, visible_keys
+from spark.nn.attention import Attention, Packed, in_blocks, visible_keys, visible_to
 from spark.nn.layers import METRICS
+from spark.ops import softcap, statistical_threshold
 from spark.training import sharding
 from tests.helpers import small
 
@@ -35,8 +37,11 @@ def rotate(x, position, base):
 def reference(cfg, p, x, window):
     """The definition, one query at a time; also how many keys each attends to, per head."""
     out, attended = np.zeros((B, L, D)), np.zeros((B, H, L))
-    parts = [slice(0, cfg.r), slice(cfg.r, d)] if cfg.kind == 'spark' else [slice(0, d)]
-    scale = [((s.stop - s.start) * (cfg.query_dim or d) / d) ** -0.5 for s in parts]
+    spark, added = cfg.kind == 'spark', cfg.kind == 'spark_low_rank'
+    parts = [slice(0, cfg.r), slice(cfg.r, d)] if cfg.r else [slice(0, d)]
+    scale = [((d if added else s.stop - s.start) * (cfg.query_dim or d) / d) ** -0.5 for s in parts]
+    cap = lambda s: cfg.logit_cap * np.tanh(s / cfg.logit_cap) if cfg.logit_cap else s
+    gate = {'identity': lambda s: s, 'sigmoid': lambda s: 1 / (1 + np.exp(-s))}.get(cfg.gate, lambda s: np.log1p(np.exp(s)))
     p = {name: np.asarray(value, np.float64) for name, value in p.items()}
     for b in range(B):
         for h in range(H):
@@ -49,14 +54,15 @@ def reference(cfg, p, x, window):
                      for n, part in enumerate(parts)]  # fmt: skip
                 s1 = np.array(s[0])
                 kept = np.ones(len(keys), bool)
-                if cfg.kind == 'spark' and len(keys) > cfg.k:
-                    theta = s1.mean() + s1.std(ddof=1) * NormalDist().inv_cdf(1 - cfg.k / len(keys))
-                    kept = s1 >= min(theta, s1.max())
-                logits = cfg.logit_cap * np.tanh(s1 / cfg.logit_cap) if cfg.logit_cap else s1
-                weight = np.where(kept, np.exp(logits), 0)
+                if cfg.k and len(keys) > cfg.k:
+                    compared = cap(s1) if cfg.cap_first else s1
+                    spread = compared.std(ddof=1 if cfg.ddof < 0 else cfg.ddof)
+                    theta = compared.mean() + spread * NormalDist().inv_cdf(1 - cfg.k / len(keys))
+                    kept = compared >= min(theta, compared.max())
+                weight = np.where(kept, np.exp(cap(s1 + s[1] if added else s1)), 0)
                 weight = weight / weight.sum()
-                if cfg.kind == 'spark':
-                    weight = weight * np.log1p(np.exp(s[1]))
+                if spark:
+                    weight = weight * gate(np.array(s[1]))
                 out[b, i] += (weight @ value[keys]) @ p['out'][h]
                 attended[b, h, i] = kept.sum()
     return out, attended
@@ -70,6 +76,12 @@ def reference(cfg, p, x, window):
         AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, query_dim=5.0, rope_base=100.0),
         AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='spark', k=3, r=2, logit_cap=2.0),
         AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='spark', k=2, r=4, query_dim=5.0),
+        AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='topk', k=3, logit_cap=2.0, query_dim=5.0),
+        AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='spark_low_rank', k=3, r=2, logit_cap=2.0, query_dim=5.0),
+        AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='spark', k=3, r=2, gate='identity', ddof=0),
+        AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='spark', k=3, r=4, gate='sigmoid'),
+        AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='spark', k=3, r=4, logit_cap=5.0, cap_first=True),
+        AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='topk', k=3, ddof=0, logit_cap=5.0, cap_first=True),
     ],
 )
 def test_attention_is_its_definition(cfg, window):
@@ -82,6 +94,39 @@ def test_attention_is_its_definition(cfg, window):
     expected, attended = reference(cfg, variables['params'], np.asarray(x), window)
     np.testing.assert_allclose(y, expected, atol=3e-5)
     np.testing.assert_array_equal(state[METRICS]['attended'].reshape(B, H, L), attended)
+
+
+@pytest.mark.parametrize(
+    'lever',
+    [{'gate': 'identity'}, {'ddof': 0}, {'cap_first': True}, {'kind': 'topk', 'r': 0}, {'kind': 'spark_low_rank'}],
+    ids=str,
+)
+def test_kernels_decline_what_they_do_not_compute(lever):
+    """And say which; 'auto' takes all scores at once, however long the row."""
+    spark = {'kind': 'spark', 'k': 3, 'r': 2, 'block': 4, 'logit_cap': 2.0}
+    cfg = AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, **spark | lever)
+    assert visible_to(cfg, 0, False, POSITIONS, SEGMENTS, jnp.float32, 'cpu').shape == (B, L, L)
+    for impl in ('blockwise', 'pallas', 'sparse'):
+        asked = cfg.model_copy(update={'impl': impl, 'block': 128})
+        changes = ''.join(f', {name} = {value!r}' for name, value in lever.items() if name not in ('kind', 'r'))
+        with pytest.raises(ConfigError, match=rf"impl = '{impl}': want 'auto' or 'full'.* kind '{cfg.kind}'{changes}$"):
+            visible_to(asked, 0, False, POSITIONS, SEGMENTS, jnp.float32, 'cpu')
+
+
+def test_subtracting_the_threshold_is_free_of_capped_scores_only():
+    """softmax(cap(s − θ)) against softmax(cap(s)); the figures are those of docs/levers.md."""
+    cap, n, k = 50.0, 4096, 256
+
+    def distance(std, cap_first):
+        s = std * jax.random.normal(jax.random.key(0), (50, n))
+        s = softcap(s, cap) if cap_first else s
+        theta = statistical_threshold(s, k)
+        logits = (lambda s: s) if cap_first else (lambda s: softcap(s, cap))
+        soft = lambda s, shift: jax.nn.softmax(jnp.where(s >= theta, logits(s - shift), -jnp.inf))
+        return float(jnp.mean(jnp.abs(soft(s, 0) - soft(s, theta)).sum(-1) / 2))
+
+    assert distance(1.0, False) == pytest.approx(0.0004, abs=5e-5) and distance(10.0, False) == pytest.approx(0.11, abs=0.01)
+    assert distance(1.0, True) < 1e-6 and distance(10.0, True) < 1e-5
 
 
 def test_few_visible_keys_are_all_kept():

@@ -20,6 +20,21 @@ from tests.helpers import model_and_params, random_rows, small
 SCHEDULE = {'model.ffn.k_schedule': 'all:3 linear:4', 'model.attention.k_schedule': '16:2 cosine:6'}
 
 
+GROUPS = {'model.ffn.groups': 4}
+# With every layer at a place of its own in the pattern, k is a number, not an array.
+ONE_GROUP = {'model.pattern': ('local', 'global') * 2}
+
+
+def own_groups(params):
+    """The parameters of four layers in two groups, as those of ONE_GROUP."""
+    groups = {}
+    for name, x in params['params']['groups'].items():
+        half, _, i = name.rpartition('_')
+        for group in range(2):
+            groups[f'{half}_{2 * group + int(i)}'] = jax.tree.map(lambda x, group=group: x[group][None], x)
+    return params | {'params': params['params'] | {'groups': groups}}
+
+
 def of_layers(cfg, *names):
     """One field of each layer."""
     return [functools.reduce(getattr, names, layer) for layer in cfg.model.per_layer]
@@ -43,6 +58,7 @@ def run(model, variables, rows):
         ('3:ffn.d_ff=48', [8, 8, 8, 4]),  # the share stays
         ('3:ffn.d_ff=48 3:ffn.k=25%', [8, 8, 8, 12]),
         ('local:ffn.kind=gated', [0, 8, 0, 8]),
+        ('0:ffn.gate=none 1:ffn.gate=none 1:ffn.topk=grouped 1:ffn.groups=4', [11, 12, 8, 8]),  # of 128 neurons
     ],
 )
 def test_the_words_for_layers(layers, expected):
@@ -88,6 +104,9 @@ def test_a_wrong_word_is_told_in_one_line(layers, message):
     [
         ({'model.ffn.k_schedule': 'dense:3'}, "model.ffn.k_schedule = 'dense:3': want 'START:STEPS'"),
         ({'model.ffn.k_schedule': 'all:3', 'model.ffn.topk': 'exact'}, "model.ffn.k_schedule = 'all:3': want ''"),
+        (GROUPS | {'model.ffn.k_schedule': 'all:3', 'model.ffn.topk': 'grouped'}, "model.ffn.k_schedule = 'all:3': want ''"),
+        (GROUPS | {'model.ffn.k_schedule': '3:3'}, "model.ffn.k_schedule = '3:3': want a START of at least groups = 4"),
+        (GROUPS | {'model.layers': '1:ffn.k=3'}, "model.layers = '1:ffn.k=3': in layer 1 ffn.k = 3: want at least groups = 4"),
         ({'model.attention.k_schedule': 'all:3 linear:4'}, "model.attention.k_schedule = 'all:3 linear:4': want 'all:STEPS'"),
         ({'model.layers': 'ffn.r=32'}, "model.layers = 'ffn.r=32': want ffn.r of at most d_model − 1 = 31"),
     ],
@@ -127,23 +146,15 @@ def test_k_by_layer_is_an_array_in_one_scan():
     np.testing.assert_allclose(active, ffn, rtol=0.25)
     assert active[1] == 96 and attended[1] == np.arange(1, 33).mean()  # dense, exactly
     assert attended[3] > attended[2] and attended[1] > attended[3]
-    # With every place of the pattern a group of its own, k is a number again.
-    pattern = {'model.pattern': ('local', 'global') * 2}
-    static = Transformer(small(**{'model.layers': words, **pattern}).model)
+    static = Transformer(small(**{'model.layers': words, **ONE_GROUP}).model)
     assert not any(any(v.values()) for v in runs(static.cfg)[0].varies)
-    groups = {}
-    for name, x in params['params']['groups'].items():
-        half, _, i = name.rpartition('_')
-        for group in range(2):
-            groups[f'{half}_{2 * group + int(i)}'] = jax.tree.map(lambda x, group=group: x[group][None], x)
-    unrolled = params | {'params': params['params'] | {'groups': groups}}
-    expected, of_static = run(static, unrolled, rows)
+    expected, of_static = run(static, own_groups(params), rows)
     np.testing.assert_allclose(run(model, params, rows)[0], expected, atol=1e-4)
     for name in counts:
         np.testing.assert_array_equal(counts[name], of_static[name])
     loss = lambda model: lambda p: jnp.sum(model.apply(p, *rows) ** 3)
     gradients = jax.jit(jax.grad(loss(model)))(params)['params']
-    other = jax.jit(jax.grad(loss(static)))(unrolled)['params']
+    other = jax.jit(jax.grad(loss(static)))(own_groups(params))['params']
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradients))
     error = jnp.linalg.norm(gradients['embedding'] - other['embedding']) / jnp.linalg.norm(other['embedding'])
     assert error < 1e-4
@@ -224,6 +235,32 @@ def test_a_scheduled_model_asks_for_the_step():
         np.testing.assert_allclose(hidden, expected, atol=1e-4)
         np.testing.assert_array_equal(counts['active'], of_static['active'])
     assert model_and_params(cfg)[1].keys() == {'params'} != {STEP}
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'model.ffn.groups': 4, 'model.ffn.gate': 'none', 'model.ffn.ddof': 0},
+        {'model.ffn.kind': 'spark_projected', 'model.ffn.shrink': False, 'model.attention.gate': 'sigmoid'},
+        {'model.ffn.kind': 'spark_low_rank', 'model.ffn.groups': 2, 'model.attention.kind': 'spark_low_rank'},
+        {'model.attention.cap_first': True, 'model.attention.logit_cap': 2.0},
+    ],
+    ids=['groups', 'projected', 'low_rank', 'cap_first'],
+)
+def test_every_statistical_lookup_takes_k_by_layer_and_step(fields):
+    words = '2-:ffn.k=12/24 attention.k=3/4/5/6'
+    cfg = small(**fields, **SCHEDULE, **{'model.layers': words})
+    static = small(**fields, **SCHEDULE, **ONE_GROUP, **{'model.layers': words}).model
+    assert all(all(v.values()) for v in runs(cfg.model)[0].varies)
+    (_, params), rows = model_and_params(cfg), random_rows(cfg)
+    for step in (3, 6, 9):
+        one = at_step(static, step)
+        assert not any(any(v.values()) for v in runs(one)[0].varies)
+        hidden, counts = run(Transformer(cfg.model), with_step(cfg.model, params, jnp.int32(step)), rows)
+        expected, of_static = run(Transformer(one), own_groups(params), rows)
+        np.testing.assert_allclose(hidden, expected, atol=1e-4)
+        for name in counts:
+            np.testing.assert_array_equal(counts[name], of_static[name])
 
 
 @pytest.mark.parametrize('impl', [{'model.ffn.impl': 'sparse'}, {'model.ffn.impl': 'pallas'}, {'model.attention.impl': 'sparse'}])

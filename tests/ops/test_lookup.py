@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from spark.ops import dense_lookup, rope, rotation, spark_lookup
+from spark.ops import added_lookup, dense_lookup, rope, rotation, spark_lookup
 
 
 def test_lookups_are_the_equation():
@@ -15,7 +15,10 @@ def test_lookups_are_the_equation():
     r = 2
     dense = dense_lookup(q, K, V, jnp.tanh)
     spark = spark_lookup(q[:, :r], q[:, r:], K[:r], K[r:], V, jax.nn.relu, jnp.cos)
+    added = added_lookup(q[:, :r], q[:, r:], K[:r], K[r:], V, lambda s1, s2: jnp.where(s1 > 0, jnp.tanh(s1 + s2), 0))
     for i in range(3):
+        sums = [np.tanh(K[:, j] @ q[i]) * (K[:r, j] @ q[i, :r] > 0) for j in range(5)]
+        np.testing.assert_allclose(added[i], sum(sums[j] * V[j] for j in range(5)), rtol=1e-4, atol=1e-5)
         expected_dense = sum(V[j] * np.tanh(K[:, j] @ q[i]) for j in range(5))
         np.testing.assert_allclose(dense[i], expected_dense, rtol=1e-4, atol=1e-5)
         a = [max(K[:r, j] @ q[i, :r], 0) * np.cos(K[r:, j] @ q[i, r:]) for j in range(5)]

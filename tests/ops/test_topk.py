@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spark.ops import approx_topk, exact_topk, statistical_keep, statistical_threshold, statistical_topk
+from spark.ops import (
+    approx_topk,
+    exact_topk,
+    grouped_topk,
+    in_groups,
+    statistical_keep,
+    statistical_threshold,
+    statistical_topk,
+)
 
 OPERATORS = [statistical_topk, exact_topk, approx_topk]
 
@@ -249,3 +257,65 @@ def test_without_a_pivot_the_statistics_are_the_same_for_a_mean_of_a_few_spreads
     np.testing.assert_allclose(statistical_threshold(x, 160, pivot=False), expected, rtol=3e-5)
     slopes = [jax.grad(lambda x, p=p: jnp.sum(statistical_topk(x, 160, pivot=p) ** 2))(x) for p in (True, False)]
     np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-3)
+
+
+SMALL_INTEGERS = st.integers(-3, 3).map(float)  # with many ties
+
+
+@hypothesis.given(
+    st.sampled_from([(1, 4), (3, 4), (5, 2), (2, 16)]),  # groups of so many; each is compiled
+    st.booleans(), st.data(),
+)  # fmt: skip
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_m_of_every_group_are_the_largest_and_never_more(shape, shrink, data):
+    """By a stable sort in numpy; of ties the first are kept."""
+    groups, g = shape
+    m = data.draw(st.integers(1, g))
+    x = np.array(data.draw(st.lists(SMALL_INTEGERS | st.floats(-9, 9, width=32), min_size=groups * g, max_size=groups * g)))
+    expected = np.zeros_like(x)
+    for part in np.split(np.arange(groups * g), groups):
+        kept = part[np.argsort(-x[part], kind='stable')[:m]]
+        expected[kept] = x[kept] - (x[kept].min() if shrink and m < g else 0)
+    found = grouped_topk(x.astype(np.float32)[None], m * groups, groups, shrink=shrink)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    assert (np.asarray(found).reshape(groups, g) != 0).sum(-1).max(initial=0) <= m
+
+
+def test_grouped_without_ties_is_exact_top_k_of_each_group_with_its_gradient():
+    x, weight = gaussian(5, 48), gaussian(5, 48, seed=1)
+    for shrink in (True, False):
+        ours = lambda x, shrink=shrink: grouped_topk(x, 12, 4, shrink=shrink)
+        exact = lambda x, shrink=shrink: in_groups(lambda x, k: exact_topk(x, int(k), shrink=shrink), x, 12, 4)
+        np.testing.assert_array_equal(ours(x), exact(x))
+        slope = lambda f: jax.grad(lambda x, f=f: jnp.sum(weight * f(x)))(x)
+        np.testing.assert_allclose(slope(ours), slope(exact), atol=1e-6)
+    assert 'sort' not in str(jax.make_jaxpr(ours)(x)) and 'top_k' not in str(jax.make_jaxpr(ours)(x))
+
+
+def test_the_comparisons_of_large_groups_are_not_kept_in_memory():
+    x = jax.ShapeDtypeStruct((64, 4096), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(grouped_topk(x, 256, 16) ** 2)))
+    assert gradient.lower(x).compile().memory_analysis().temp_size_in_bytes < 40 * 4 * 64 * 4096  # one of 256 for each entry
+
+
+@hypothesis.given(st.sampled_from([1, 2, 5]), st.sampled_from([0, 1]), st.booleans(), st.integers(0, 2**31))
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_statistics_of_groups_are_those_of_each_by_itself(groups, ddof, shrink, seed):
+    x, k = gaussian(3, 40, seed=seed), 10
+    found = in_groups(functools.partial(statistical_topk, ddof=ddof, shrink=shrink), x, k, groups)
+    for row, y in zip(x, np.asarray(found), strict=True):
+        for part in np.split(np.arange(40), groups):
+            theta = reference_threshold(row[part], k / groups, ddof)
+            expected = np.where(row[part] >= theta, row[part] - theta * shrink, 0)
+            np.testing.assert_allclose(y[part], expected, atol=2e-5)
+
+
+def test_groups_that_do_not_divide():
+    x = gaussian(3, 10)
+    with pytest.raises(ValueError, match='groups = 3: want a divisor of the 10 entries'):
+        grouped_topk(x, 6, 3)
+    with pytest.raises(ValueError, match='k = 5: want a multiple of groups = 2'):
+        grouped_topk(x, 5, 2)
+    with pytest.raises(ValueError, match=r'k = 0\.5: top-k keeps at least one'):
+        in_groups(statistical_topk, x, 1, 2)
+    np.testing.assert_array_equal(grouped_topk(x, 10, 2), x)

@@ -54,6 +54,7 @@ def test_kinds_are_compared_at_matched_parameters():
     _, _, runs = grid('model.ffn.kind=' + ','.join(FFN_KINDS))
     ffn = {r.name.removeprefix('kind-'): r.cfg.model.ffn for r in runs}
     assert ffn['gated'].d_ff == ffn['gaussian_topk'].d_ff == 64 and ffn['relu'].d_ff == ffn['topk'].d_ff == 96
+    assert ffn['spark_projected'].d_ff == 96 - 16 // 2 and ffn['spark_low_rank'].d_ff == 96
     assert (ffn['gated'].k, ffn['gated'].r, ffn['topk'].k, ffn['topk'].r) == (0, 0, 8, 0)
     assert ffn['gaussian_topk'].k == 5  # the share of the neurons stays
     notes = {r.name.removeprefix('kind-'): r.adjustments for r in runs}
@@ -91,6 +92,24 @@ def test_layers_and_the_schedule_of_k_are_axes():
         grid('model.layers=3:ffn.d_ff=48,ffn.k=4')
     _, _, runs = grid('model.ffn.kind=spark,relu', base=small(**{'model.ffn.k_schedule': 'all:3'}))
     assert [r.cfg.model.ffn.k_schedule for r in runs] == ['all:3', '']
+def test_every_lever_of_a_lookup_is_an_axis_at_equal_parameters():
+    base = small(**{'model.ffn.groups': 4})
+    axes = ['model.ffn.kind=spark,topk,relu', 'model.ffn.gate=sigmoid,none']
+    _, _, runs = grid(*axes, base=base)
+    assert [(f.kind, f.gate, f.d_ff, f.k, f.groups) for f in (run.cfg.model.ffn for run in runs)] == [
+        ('spark', 'sigmoid', 96, 8, 4), ('spark', 'none', 128, 11, 4), ('topk', '', 96, 8, 4), ('relu', '', 96, 0, 1),
+    ]  # fmt: skip
+    assert len({flops.parameters(run.cfg.model) for run in runs}) == 1
+    assert runs[-1].adjustments == "ffn.k 8 → 0, ffn.r 16 → 0, ffn.gate 'sigmoid' → '', ffn.groups 4 → 1"
+    _, _, runs = grid('model.ffn.topk=statistical,exact,grouped', 'model.ffn.ddof=-1,0', base=base)
+    assert [(f.topk, f.ddof, f.groups, f.k) for f in (run.cfg.model.ffn for run in runs)] == [
+        ('statistical', -1, 4, 8), ('statistical', 0, 4, 8), ('exact', -1, 1, 8), ('grouped', -1, 4, 8),
+    ]  # fmt: skip
+    _, _, runs = grid('model.ffn.kind=spark_projected', 'model.ffn.r=8,16', base=small())
+    assert [run.cfg.model.ffn.d_ff for run in runs] == [92, 88]
+    attention = 'model.attention.kind=dense,topk,spark,spark_low_rank'
+    _, _, runs = grid(attention, 'model.attention.gate=,identity', 'model.attention.cap_first=false,true')
+    assert len(runs) == 1 + 2 + 4 + 2 and len({flops.parameters(run.cfg.model) for run in runs}) == 1
 
 
 def test_other_sizes_may_have_other_parameters():
