@@ -274,6 +274,11 @@ class TrainConfig(_Section):
     stall_seconds: float = Field(300.0, ge=0)
     restore_from: str = ''  # a run directory, or its checkpoints/STEP, whose parameters to start from; all else starts anew
     branch_from: str = ''  # the same, to go on from, with its optimizer, step and place in the data
+    # Distillation: the loss is (1 − kd_weight) · cross-entropy + kd_weight · T² · KL(teacher ‖ model), at a temperature T.
+    teacher: str = ''  # a run directory, or its checkpoints/STEP, whose next-token distributions to learn from; empty: none
+    kd_weight: float = Field(0.5, ge=0, le=1)  # 0: as if there were no teacher, bit by bit
+    kd_temperature: float = Field(1.0, gt=0)
+    kd_top: int = Field(0, ge=0)  # likeliest tokens of the teacher that it is restricted to; 0: all, which costs less
     activity: bool = True  # log active neurons and attended keys with the loss
     profile_step: int = Field(0, ge=0)  # first step of a profiler trace into workdir/profile; 0: none
     profile_steps: int = Field(3, gt=0)  # length of that trace, and of a trace that SIGUSR1 starts
@@ -285,6 +290,9 @@ class TrainConfig(_Section):
         yield self.spike == 0 or self.spike > 1, 'spike', 'more than 1, or 0 to accept any gradient norm'
         yield not (self.branch_from and self.restore_from), 'restore_from', "'': train.branch_from restores the parameters, too"
         yield self.max_skips > 0 or not self.spike, 'max_skips', 'at least 1: train.spike skips updates'
+        for field in ('kd_weight', 'kd_temperature', 'kd_top'):
+            default = type(self).model_fields[field].default
+            yield self.teacher or getattr(self, field) == default, field, f'{default!r}, the default: there is no train.teacher'
 
 
 class SampleConfig(_Section):

@@ -569,6 +569,7 @@ def test_what_a_config_names_must_be_there(tmp_path, monkeypatch):
         ('gcloud', {'data.source': 'tfds:c4/en'}, 'tfds:c4/en: want --env=TFDS_DATA_DIR=gs://…'),
         ('slurm', {'train.restore_from': '/nowhere'}, "train.restore_from = '/nowhere': is not there"),
         ('slurm', {'train.branch_from': '/nowhere'}, "train.branch_from = '/nowhere': is not there"),
+        ('slurm', {'train.teacher': '/nowhere'}, "train.teacher = '/nowhere': is not there"),
     ]:  # fmt: skip
         with pytest.raises((ConfigError, DataError)) as e:
             checked(via, tmp_path, **overrides)
