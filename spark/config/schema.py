@@ -22,7 +22,7 @@ RESUMABLE = (
     *('data.batch_size', 'train.accumulate'),  # the place in the data is a number of rows
     *('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.activity', 'train.stall_seconds', 'train.cache'),
     *('train.save_every', 'train.save_every_minutes', 'train.keep', 'train.keep_every', 'train.keep_every_minutes'),
-    *('train.profile_step', 'train.profile_steps', 'train.final_eval'),
+    *('train.profile_step', 'train.profile_steps', 'train.final_eval', 'train.trackers'),
     *('train.max_skips', 'train.spike'),  # a run that diverged may need other values to continue
 )
 # How long to train, and the learning rate by step: these may also differ with --extend, and in a branch. The optimizer's state
@@ -279,6 +279,7 @@ class TrainConfig(_Section):
     kd_weight: float = Field(0.5, ge=0, le=1)  # 0: as if there were no teacher, bit by bit
     kd_temperature: float = Field(1.0, gt=0)
     kd_top: int = Field(0, ge=0)  # likeliest tokens of the teacher that it is restricted to; 0: all, which costs less
+    trackers: tuple[Literal['wandb', 'mlflow'], ...] = ()  # what metrics go to beside metrics.jsonl and TensorBoard
     activity: bool = True  # log active neurons and attended keys with the loss
     profile_step: int = Field(0, ge=0)  # first step of a profiler trace into workdir/profile; 0: none
     profile_steps: int = Field(3, gt=0)  # length of that trace, and of a trace that SIGUSR1 starts

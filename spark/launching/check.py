@@ -128,4 +128,5 @@ def extras(cfg: ExperimentConfig, workdir: str, accelerator: str, env: dict[str,
     origins = cfg.train.restore_from, cfg.train.branch_from, cfg.train.teacher
     paths = ' '.join([workdir, sources, cfg.data.tokenizer, *origins, *env.values()])
     wanted = {accelerator: bool(accelerator), 'gcs': 'gs://' in paths, 's3': 's3://' in paths, 'hf': 'hf:' in sources}
+    wanted |= dict.fromkeys(cfg.train.trackers, True)
     return tuple(extra for extra, is_needed in wanted.items() if is_needed)

@@ -22,7 +22,7 @@ from spark.errors import ConfigError, DataError, Preempted, translated_xla_error
 from spark.progress import tqdm
 from spark.runtime import revision, stop_requests
 from spark.storage import insistently
-from spark.training import by_path, directory, distillation, environment, optimizer, start, trackers
+from spark.training import by_path, directory, distillation, environment, optimizer, services, start, trackers
 from spark.training.feed import Batches, Feed
 from spark.training.logs import Clock, Log, Profiler
 from spark.training.step import Trainer, TrainState, evaluate
@@ -71,7 +71,7 @@ class Run:
             self.tokenizer, self.cfg = agreed(lambda: tokenizer_for(cfg), 'data.tokenizer: cannot be read')
             config.check_devices(self.cfg, jax.device_count())
             self.trainer = Trainer(self.cfg, teacher=distillation.model_of(self.cfg, jax.device_count()))
-            self._first(lambda: directory.check(workdir, cfg, extend))
+            self._first(lambda: (directory.check(workdir, cfg, extend), services.check(cfg.train.trackers))[0])
             # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
             # A source that is not prepared is prepared now, before the watchdog looks on: that may take hours.
             opened = lambda: Feed(self.cfg, self.trainer.local_rows, batches, held_out)
@@ -95,8 +95,7 @@ class Run:
                 self.checkpoints.wait()
             self.feed.open(self.step)
             stack.callback(self.feed.close)
-            if self.writer:
-                stack.callback(self.writer.close)
+            stack.push(self._close_writer)
             stack.callback(self.checkpoints.close)
         if self.step < cfg.train.steps:
             print(f'Compiling a step of {self.trainer.n_params:,} parameters for {self._devices()} …', flush=True)
@@ -192,7 +191,7 @@ class Run:
         test, texts, log = reports['test'], self.feed.held_out['test'], self.log
         small = not limit and 0 < test['bytes'] <= 64 << 20 and isinstance(texts, rows.EvalBatches)
         test['gzip_bits_per_byte'] = 8 * documents.gzip_size(texts.texts(self.tokenizer)) / test['bytes'] if small else None
-        return {
+        summary = {
             'steps': self.step,
             'parameters': self.trainer.n_params,
             'devices': self._devices(),
@@ -205,6 +204,14 @@ class Run:
             **({'teacher': self.taught_by} if self.taught_by else {}),
             **self.about,
         }
+        if self.writer:
+            self.writer.finish(summary)
+        return summary
+
+    def _close_writer(self, kind, error, trace):
+        del error, trace
+        if self.writer:
+            self.writer.close('finished' if kind is None else 'stopped' if issubclass(kind, Preempted) else 'failed')
 
     def _first(self, act):
         """What is done with the run directory, by the first process; all have its result, or its error."""
@@ -217,7 +224,7 @@ class Run:
         self.checkpoints.begin(self.saved or 0)
         if origin:
             start.record(self.workdir, origin, self.step)
-        self.writer = trackers.MetricsWriter(self.workdir, self.step)
+        self.writer = trackers.MetricsWriter(self.workdir, self.step, cfg.train.trackers, self.about)
         self.writer.describe(**{name: f'```\n{json.dumps(value, indent=2)}\n```' for name, value in self.about.items()})
 
     def _restore_or_start(self, cfg):

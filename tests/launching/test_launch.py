@@ -629,6 +629,7 @@ def test_what_a_job_needs_of_the_package():
     assert check.extras(small(), 'gs://b/run', 'tpu', {}) == ('tpu', 'gcs')
     assert check.extras(small(**{'data.source': 'hf:x + text:s3://b/*'}), '/run', '', {}) == ('s3', 'hf')
     assert check.extras(small(**{'data.eval_source': 'hf:x'}), '/run', '', {'TFDS_DATA_DIR': 'gs://b/x'}) == ('gcs', 'hf')
+    assert check.extras(small(**{'train.trackers': ('wandb',), 'train.teacher': 'gs://b/x'}), '/run', '', {}) == ('gcs', 'wandb')
     for flag in ('--restore_from', '--branch_from'):
         for given in ([flag, 'gs://b/other'], [f'{flag}=gs://b/other']):
             cfg = start.apply(config.template(), start.parse(given))
