@@ -11,6 +11,7 @@ import pydantic
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
+from spark.config import evals
 from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind
 
 # On resume, only these fields and sections may differ from the run's config.json: they do not change what is trained.
@@ -22,7 +23,7 @@ RESUMABLE = (
     *('data.batch_size', 'train.accumulate'),  # the place in the data is a number of rows
     *('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.activity', 'train.stall_seconds', 'train.cache'),
     *('train.save_every', 'train.save_every_minutes', 'train.keep', 'train.keep_every', 'train.keep_every_minutes'),
-    *('train.profile_step', 'train.profile_steps', 'train.final_eval', 'train.trackers'),
+    *('train.profile_step', 'train.profile_steps', 'train.final_eval', 'train.trackers', 'train.evals'),
     *('train.max_skips', 'train.spike'),  # a run that diverged may need other values to continue
 )
 # How long to train, and the learning rate by step: these may also differ with --extend, and in a branch. The optimizer's state
@@ -261,6 +262,7 @@ class TrainConfig(_Section):
     log_every: int = Field(10, gt=0)
     eval_every: int = Field(0, ge=0)  # steps between evaluations; 0: only at the end
     eval_batches: int = Field(0, ge=0)  # batches of an evaluation while training; 0: the whole validation split
+    evals: tuple[str, ...] = ()  # more evaluations, each 'NAME field=value …'; config/evals.py has the fields
     final_eval: int = Field(0, ge=0)  # batches of each of the two evaluations at the end; 0: the whole splits
     save_every: int = Field(100, ge=0)  # steps between checkpoints; the last step is always saved; 0: by time only
     save_every_minutes: float = Field(0.0, ge=0)  # also save when this time has passed since the last save; 0: no
@@ -291,6 +293,7 @@ class TrainConfig(_Section):
         yield self.spike == 0 or self.spike > 1, 'spike', 'more than 1, or 0 to accept any gradient norm'
         yield not (self.branch_from and self.restore_from), 'restore_from', "'': train.branch_from restores the parameters, too"
         yield self.max_skips > 0 or not self.spike, 'max_skips', 'at least 1: train.spike skips updates'
+        yield not (problem := evals.problem(self.evals)), 'evals', problem
         for field in ('kd_weight', 'kd_temperature', 'kd_top'):
             default = type(self).model_fields[field].default
             yield self.teacher or getattr(self, field) == default, field, f'{default!r}, the default: there is no train.teacher'

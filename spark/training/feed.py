@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from spark.config import ExperimentConfig
+from spark.config import ExperimentConfig, eval_entries
 from spark.data import rows
 from spark.errors import CheckpointError, ConfigError, DataError, SparkError
 from spark.progress import tqdm
@@ -31,12 +31,22 @@ class Feed:
         self._cfg, self._local_rows, self._own, self.stores = cfg, local_rows, batches, {}
         self._rows = rows.TrainRows(cfg.data, cfg.seed, self.stores) if batches is None else None
         self.held_out = held_out or {split: self.split(split) for split in ('validation', 'test')}
+        self.evals = [(entry, None if entry.tasks else self._of(entry)) for entry in eval_entries(cfg.train.evals)]
         self.source = 'batches' if self._rows is None else cfg.data.source
         self.rows_seen, self._batches = 0, None
 
     def split(self, name: str) -> rows.EvalBatches:
         """The batches of a split of the data of the config."""
         return rows.EvalBatches(self._cfg.data, name, self._local_rows, self.stores)
+
+    def _of(self, entry):
+        """The batches of an entry of train.evals."""
+        if entry.source:
+            data = self._cfg.data.model_copy(update={'eval_source': entry.source})
+            return rows.EvalBatches(data, entry.split, self._local_rows)
+        if entry.split == 'train' and self._own is not None:
+            raise ConfigError(f"train.evals: {entry.name}: split='train': want 'validation' or 'test' with batches of one's own")
+        return self.held_out[entry.split] if entry.split in self.held_out else self.split(entry.split)
 
     def check(self) -> None:
         """Raises an error if a held-out split is missing, or if the processes of a job would train on different data."""

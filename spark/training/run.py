@@ -23,9 +23,10 @@ from spark.progress import tqdm
 from spark.runtime import revision, stop_requests
 from spark.storage import insistently
 from spark.training import by_path, directory, distillation, environment, optimizer, services, start, trackers
+from spark.training.evals import Evaluations, said
 from spark.training.feed import Batches, Feed
 from spark.training.logs import Clock, Log, Profiler
-from spark.training.step import Trainer, TrainState, evaluate
+from spark.training.step import Trainer, TrainState
 from spark.training.watchdog import Watchdog
 
 CACHE_DIR = 'JAX_COMPILATION_CACHE_DIR'
@@ -77,6 +78,8 @@ class Run:
             opened = lambda: Feed(self.cfg, self.trainer.local_rows, batches, held_out)
             self.feed = insistently(lambda: together(opened, 'data.source: cannot be read', DataError))
             self.feed.check()
+            found = lambda: Evaluations(self.cfg, self.trainer, self.tokenizer, self.feed)
+            self.evaluations = agreed(found, 'train.evals: cannot be evaluated')
             self.stop = stack.enter_context(stop_requests())
             self.watchdog = stack.enter_context(Watchdog(cfg.train.stall_seconds))
             self.profiler = Profiler(cfg.train, workdir, stack)
@@ -124,7 +127,7 @@ class Run:
             last = self.step == cfg.steps
             save = last or (cfg.save_every > 0 and self.step % cfg.save_every == 0)
             save_now = self.period.due(self.step) or save  # when a period ends must not show in the metrics
-            self.evaluated = not (cfg.eval_every and self.step % cfg.eval_every == 0 and not last)
+            self.evaluated = last or not self.evaluations.due(self.step)
             self.log.push(self.step, sums, batch, save or self.step % cfg.log_every == 0)
             self.bar.update()
             self.profiler.after(self.step, self.state)
@@ -148,13 +151,14 @@ class Run:
             return batch, self.trainer.put({name: np.asarray(batch[name], np.int32) for name in rows.NAMES})
 
     def evaluate(self) -> None:
-        """Evaluates the validation split; `evaluated` stays False if interrupted."""
+        """Evaluates what is due at this step; `evaluated` stays False if interrupted."""
         with self.log.paused('evaluate'):
-            report = self._evaluate('validation', self.cfg.train.eval_batches)
-        if report:
-            self.evaluated = True
-            mean = f', of the mean of the parameters {report["ema_loss"]:.4f}' if 'ema_loss' in report else ''
-            self.bar.write(f'step {self.step}: validation loss {report["loss"]:.4f}{mean}')
+            for evaluation in self.evaluations.due(self.step):
+                report = self._evaluate(evaluation)
+                if report is None:
+                    return
+                self.bar.write(f'step {self.step}: {evaluation.label} {said(report)}')
+        self.evaluated = True
 
     def save(self) -> None:
         """Starts to save the state and the number of rows seen."""
@@ -176,15 +180,18 @@ class Run:
         return self.stop()
 
     def report(self) -> dict[str, Any]:
-        """Evaluates both held-out splits, or train.final_eval batches of each; the summary of the run."""
+        """Evaluates both held-out splits, or train.final_eval batches of each, and train.evals; the summary of the run."""
         reports, limit, origin = {}, self.cfg.train.final_eval, self.workdir / start.ORIGIN
-        for split, data in self.feed.held_out.items():
-            length = operator.length_hint(data, limit)
-            print(f'Evaluating the {split} split: {min(limit or length, length) or "all"} batches …', flush=True)
+        for evaluation in (*self.evaluations.final, *self.evaluations.entries):
+            if evaluation.label in self.feed.held_out:
+                length = operator.length_hint(self.feed.held_out[evaluation.label], limit)
+                print(f'Evaluating the {evaluation.label} split: {min(limit or length, length) or "all"} batches …', flush=True)
             with self.clock.during('evaluate'):
-                reports[split] = self._evaluate(split, limit)
-            if reports[split] is None:
+                reports[evaluation.label] = report = self._evaluate(evaluation)
+            if report is None:
                 raise self._preempted()
+            if evaluation in self.evaluations.entries:
+                print(f'{evaluation.label}: {said(report)}', flush=True)
         self._first(lambda: self.writer.flush())
         self.checkpoints.finish(self.save)
         # gzip is the yardstick that everyone has. On a large split it would take longer than it is worth.
@@ -251,15 +258,16 @@ class Run:
             self.feed.go_to(data['data'], origin or self.workdir, self.step)
         return origin, data
 
-    def _evaluate(self, split, limit=0):
-        """Evaluates a held-out split and writes its metrics; returns None if interrupted."""
+    def _evaluate(self, evaluation):
+        """Evaluates the parameters, and their mean if there is one, and writes the metrics; returns None if interrupted."""
         stop = lambda: self.stop_requested('evaluating', slow=True)
-        report = evaluate(self.trainer, self.state.params, self.feed.held_out[split], split, limit, stop=stop)
-        if report and self.cfg.optimizer.ema:
-            mean = evaluate(self.trainer, self.state.ema, self.feed.held_out[split], f'{split}, ema', limit, stop=stop)
-            report = mean and report | {f'ema_{name}': mean[name] for name in ('loss', 'perplexity', 'bits_per_byte')}
-        if report and self.writer:
-            self.writer.write(self.step, split, report)
+        report = evaluation.run(self.state.params, evaluation.label, stop)
+        if report is not None and self.cfg.optimizer.ema:
+            mean = evaluation.run(self.state.ema, f'{evaluation.label}, ema', stop)
+            of_mean = lambda: {f'ema_{name}': x for name, x in mean.items() if name not in ('tokens', 'bytes')}
+            report = None if mean is None else report | of_mean()
+        if report is not None and self.writer:
+            self.writer.write(self.step, evaluation.label, report)
         return report
 
     def _params_before(self):

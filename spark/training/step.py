@@ -77,10 +77,7 @@ class Trainer:
             out_shardings=(self.state_shardings, None),
             donate_argnums=0,
         )
-        self.eval_step = jax.jit(
-            self._eval_step,
-            in_shardings=(self.state_shardings.params, self._batch_sharding),
-        )
+        self.eval_step = self.eval_step_with()
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
@@ -91,6 +88,13 @@ class Trainer:
     def init_state(self, seed: int) -> TrainState:
         """The state at step 0; it is created sharded."""
         return jax.jit(self._init, out_shardings=self.state_shardings)(jax.random.key(seed))
+
+    def eval_step_with(self, own: Callable[[dict, dict], dict] | None = None) -> jax.stages.Wrapped:
+        """Evaluation of parameters on a batch: the sums of `loss.forward`, and 'own', those that `own` returns of both."""
+        return jax.jit(
+            lambda params, batch: self._eval_step(params, batch, own),
+            in_shardings=(self.state_shardings.params, self._batch_sharding),
+        )
 
     def compile_train_step(self) -> jax.stages.Compiled:
         """The train step, compiled ahead of time."""
@@ -143,8 +147,11 @@ class Trainer:
         state = jnp.zeros((), jnp.int32), params, self.tx.init(params), Guard.new()
         return AveragedState(*state, params) if self.cfg.optimizer.ema else TrainState(*state)
 
-    def _eval_step(self, params, batch):
-        forward = lambda rows: loss.forward(self.model, params, rows, pieces=self.cfg.train.loss_pieces)
+    def _eval_step(self, params, batch, own):
+        def forward(rows):
+            sums = loss.forward(self.model, params, rows, pieces=self.cfg.train.loss_pieces)
+            return sums | {'own': own(params, rows)} if own else sums
+
         return _over_microbatches(forward, batch, self.cfg.train.accumulate)
 
     def _train_step(self, state, batch, taught_by=None):
@@ -203,9 +210,11 @@ def _batch_checksum(tokens_BxL, norm):
 
 def evaluate(
     trainer: Trainer, params: dict, dataset: Iterable[dict], label: str = 'eval', limit: int = 0,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] = lambda: False, eval_step: jax.stages.Wrapped | None = None,
 ) -> dict | None:  # fmt: skip
     """`loss.per_token` of the batches of a dataset, or of the first `limit` of them (0: all), summed in float64 on the host.
+
+    An `eval_step` of `Trainer.eval_step_with` adds the sums of one's own, per token.
 
     At most two batches are in flight. Returns None if `stop()`, which is called before each batch, is true.
     """
@@ -226,11 +235,12 @@ def evaluate(
         for batch in itertools.islice(batches, limit or None):
             if stop():
                 return None
-            running.append(trainer.eval_step(params, trainer.put(batch)))
+            running.append((eval_step or trainer.eval_step)(params, trainer.put(batch)))
             if len(running) == 2:
                 fetch()  # waits for the batch before, while this one runs
         if not running:
             raise DataError(f'{label}: no batches to evaluate on')
         fetch()
     totals = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *sums)
-    return loss.per_token(trainer.cfg.model, totals) | {'tokens': int(totals['tokens']), 'bytes': int(totals['bytes'])}
+    own = {name: float(x / totals['tokens']) for name, x in totals.pop('own', {}).items()}
+    return loss.per_token(trainer.cfg.model, totals) | {'tokens': int(totals['tokens']), 'bytes': int(totals['bytes'])} | own
