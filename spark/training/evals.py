@@ -43,7 +43,7 @@ class Evaluations:
 
 
 def _losses(trainer, data, limit, eval_step=None):
-    return lambda params, title, stop: evaluate(trainer, params, data, title, limit, stop, eval_step)
+    return lambda params, title, stop: evaluate(trainer, params, data, title, limit, stop=stop, eval_step=eval_step)
 
 
 def _of_entry(entry, trainer, tokenizer, data):
