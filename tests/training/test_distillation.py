@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from spark import flops
+from spark.compiling import aot
 from spark.config import fields, load
+from spark.data.tokenizer import tokenizer_for
 from spark.errors import CheckpointError, ConfigError
 from spark.training import distillation, loss
 from spark.training.run import train
@@ -131,6 +133,18 @@ def test_a_run_learns_from_a_teacher(taught, trained):
     saved = json.loads((workdir / 'checkpoints' / '10' / 'data' / 'metadata').read_text())
     assert saved['data']['teacher'] == summary['teacher']
     assert not [path for path in saved['checksums'] if 'teacher' in path]
+
+
+@pytest.mark.slow
+def test_compiling_ahead_counts_the_memory_of_the_teacher(taught, trained):
+    _, cfg = tokenizer_for(load(taught[1] / 'config.json'))
+    alone = cfg.model_copy(update={'train': cfg.train.model_copy(update={'kd_weight': 0.0})})
+    device, found = jax.devices()[0], []
+    for each in (cfg, alone):
+        step = aot.memory(aot.compile_step(each, [device])[1], device)['arguments']
+        found.append((step, aot.evaluation(each, [device])['while training']['arguments']))
+    size = 4 * trained('dense')[1]['parameters']
+    assert [a - b for a, b in zip(*found, strict=True)] == pytest.approx([size, size], rel=0.01)
 
 
 def test_a_run_resumes_with_the_teacher_that_it_had(taught, trained, tmp_path):
