@@ -216,6 +216,7 @@ def test_what_cannot_be_evaluated_is_told_before_the_training(place, tmp_path, t
     assert '\n' not in str(e.value) and not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_tasks_are_evaluated_while_a_run_trains(tmp_path):
     pytest.importorskip('lm_eval')
     documents = [{'question': f'spark {i}', 'choices': ['sparse', 'zq!'], 'answer': i % 2} for i in range(6)]
