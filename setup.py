@@ -18,8 +18,10 @@ GCS = ['gcsfs>=2024.2']
 S3 = ['s3fs>=2024.2']
 HF = ['datasets>=2.20']
 SLURM = ['submitit>=1.5.2']
+WANDB = ['wandb>=0.19']
+MLFLOW = ['mlflow-skinny>=3.1', 'sqlalchemy>=2', 'alembic>=1.13']  # the client, and what it needs for a file of SQLite
 TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'beartype>=0.21', 'ruff>=0.6', 'selenium>=4.20']
-TEST += [*AOT, *EVAL, *GCS, *HF, *SLURM, 'gcp-storage-emulator>=2024.8']
+TEST += [*AOT, *EVAL, *GCS, *HF, *MLFLOW, *SLURM, *WANDB, 'gcp-storage-emulator>=2024.8']
 
 
 CPU = pathlib.Path('spark/kernels/cpu')
@@ -130,6 +132,8 @@ setup(
         'hf': HF,
         's3': S3,
         'slurm': SLURM,
+        'wandb': WANDB,
+        'mlflow': MLFLOW,
         'parity': ['torch>=2.6', 'safetensors'],
     },
     classifiers=[

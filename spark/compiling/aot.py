@@ -19,6 +19,7 @@ from spark.devices import chip as chip_of
 from spark.errors import ConfigError, quiet_libtpu
 from spark.evaluation.evaluate import step_for
 from spark.nn.runs import at_step
+from spark.training import distillation
 from spark.training.step import Trainer
 
 
@@ -73,19 +74,19 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
 
 def compile_step(cfg: config.ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[Trainer, jax.stages.Compiled]:
     """The trainer of a config, and the same train step that training runs, compiled; a ConfigError if the compiler fails."""
-    trainer = Trainer(cfg, devices)
+    trainer = Trainer(cfg, devices, distillation.model_of(cfg, len(devices)))
     with trainer.context(), _translated_errors('the step'):
         return trainer, trainer.compile_train_step()
 
 
 def evaluation(cfg: config.ExperimentConfig, devices: Sequence[jax.Device]) -> dict[str, dict]:
     """`memory` of evaluation: {'while training': beside the state of the optimizer, 'evaluate.py': by itself}."""
-    trainer, device = Trainer(cfg, devices), devices[0]
+    trainer, device = Trainer(cfg, devices, distillation.model_of(cfg, len(devices))), devices[0]
     params = trainer.variables(trainer.abstract_state.params, trainer.abstract_state.step)
     with phase('Compiling evaluation while training'), trainer.context(), _translated_errors('evaluation while training'):
         while_training = memory(trainer.eval_step.lower(params, trainer.abstract_batch()).compile(), device)
     held = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    rest = held(trainer.abstract_state) - held(params)
+    rest = held((trainer.abstract_state, trainer.abstract_teacher)) - held(params)
     while_training |= {name: while_training[name] + rest for name in ('arguments', 'peak')}
     data = cfg.data.model_copy(update={'batch_size': cfg.data.batch_size // cfg.train.accumulate})
     train = cfg.train.model_copy(update={'accumulate': 1})
@@ -168,7 +169,7 @@ def check_fit(usage: dict, what: str = 'the step') -> None:
 def matmul_flops(trainer: Trainer) -> int | float:
     """FLOPs of the matmuls of a step on all devices, with rematerialisation; loops over blocks count at their mean length."""
     with trainer.context():
-        jaxpr = trainer.train_step.trace(trainer.abstract_state, trainer.abstract_batch()).jaxpr
+        jaxpr = trainer.train_step.trace(*trainer.abstract_inputs()).jaxpr
     cfg = trainer.cfg
     a, L = cfg.model.attention, cfg.data.seq_len
     b = min(a.block, L)

@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from spark.config import evals
 from spark.config import layers as by_layer
 from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind
 from spark.config.optimizer import OptimizerConfig
@@ -18,7 +19,7 @@ RESUMABLE = (
     *('data.batch_size', 'train.accumulate'),  # the place in the data is a number of rows
     *('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.activity', 'train.stall_seconds', 'train.cache'),
     *('train.save_every', 'train.save_every_minutes', 'train.keep', 'train.keep_every', 'train.keep_every_minutes'),
-    *('train.profile_step', 'train.profile_steps', 'train.final_eval'),
+    *('train.profile_step', 'train.profile_steps', 'train.final_eval', 'train.trackers', 'train.evals'),
     *('train.max_skips', 'train.spike'),  # a run that diverged may need other values to continue
 )
 # How long to train, and the learning rate by step: these may also differ with --extend, and in a branch. The optimizer's state
@@ -251,6 +252,7 @@ class TrainConfig(Section):
     log_every: int = Field(10, gt=0)
     eval_every: int = Field(0, ge=0)  # steps between evaluations; 0: only at the end
     eval_batches: int = Field(0, ge=0)  # batches of an evaluation while training; 0: the whole validation split
+    evals: tuple[str, ...] = ()  # more evaluations, each 'NAME field=value …'; config/evals.py has the fields
     final_eval: int = Field(0, ge=0)  # batches of each of the two evaluations at the end; 0: the whole splits
     save_every: int = Field(100, ge=0)  # steps between checkpoints; the last step is always saved; 0: by time only
     save_every_minutes: float = Field(0.0, ge=0)  # also save when this time has passed since the last save; 0: no
@@ -264,6 +266,12 @@ class TrainConfig(Section):
     stall_seconds: float = Field(300.0, ge=0)
     restore_from: str = ''  # a run directory, or its checkpoints/STEP, whose parameters to start from; all else starts anew
     branch_from: str = ''  # the same, to go on from, with its optimizer, step and place in the data
+    # Distillation: the loss is (1 − kd_weight) · cross-entropy + kd_weight · T² · KL(teacher ‖ model), at a temperature T.
+    teacher: str = ''  # a run directory, or its checkpoints/STEP, whose next-token distributions to learn from; empty: none
+    kd_weight: float = Field(0.5, ge=0, le=1)  # 0: as if there were no teacher, bit by bit
+    kd_temperature: float = Field(1.0, gt=0)
+    kd_top: int = Field(0, ge=0)  # likeliest tokens of the teacher that it is restricted to; 0: all, which costs less
+    trackers: tuple[Literal['wandb', 'mlflow'], ...] = ()  # what metrics go to beside metrics.jsonl and TensorBoard
     activity: bool = True  # log active neurons and attended keys with the loss
     profile_step: int = Field(0, ge=0)  # first step of a profiler trace into workdir/profile; 0: none
     profile_steps: int = Field(3, gt=0)  # length of that trace, and of a trace that SIGUSR1 starts
@@ -275,6 +283,10 @@ class TrainConfig(Section):
         yield self.spike == 0 or self.spike > 1, 'spike', 'more than 1, or 0 to accept any gradient norm'
         yield not (self.branch_from and self.restore_from), 'restore_from', "'': train.branch_from restores the parameters, too"
         yield self.max_skips > 0 or not self.spike, 'max_skips', 'at least 1: train.spike skips updates'
+        yield not (problem := evals.problem(self.evals)), 'evals', problem
+        for field in ('kd_weight', 'kd_temperature', 'kd_top'):
+            default = type(self).model_fields[field].default
+            yield self.teacher or getattr(self, field) == default, field, f'{default!r}, the default: there is no train.teacher'
 
 
 class SampleConfig(Section):
@@ -311,6 +323,10 @@ class ExperimentConfig(Section):
         batch, vocab, t = self.data.batch_size, self.model.vocab_size, self.train
         yield batch % t.accumulate == 0, 'train.accumulate', f'a divisor of data.batch_size = {batch}'
         yield vocab % t.loss_pieces == 0, 'train.loss_pieces', f'a divisor of model.vocab_size = {vocab}'
+        scheduled = self.model.ffn.k_schedule or self.model.attention.k_schedule
+        lookups = any(entry.statistics or entry.tasks for entry in evals.eval_entries(t.evals))
+        want = 'no statistics or tasks: k follows a schedule; scripts/evaluate.py takes the k of a checkpoint'
+        yield not (scheduled and lookups), 'train.evals', want
         o = self.optimizer
         yield o.warmup_steps < t.steps, 'optimizer.warmup_steps', f'less than train.steps = {t.steps}'
         most = t.steps - o.warmup_steps

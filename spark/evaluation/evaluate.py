@@ -113,9 +113,14 @@ def with_k(model: Model, share: float, split: str = 'validation') -> Model:
     return model._replace(cfg=cfg, trainer=Trainer(cfg, list(trainer.mesh.devices.flat)))
 
 
-def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable, statistics: bool = True) -> dict | None:
-    """The sums of `sparsity.observe` and of the losses over host batches, in 64 bits; None if there are no batches."""
-    step, shapes = step_for(trainer, eos, statistics, params)
+def accumulate(
+    trainer: Trainer, params: dict, eos: int, batches: Iterable, statistics: bool = True, compiled: tuple | None = None
+) -> dict | None:
+    """The sums of `sparsity.observe` and of the losses over host batches, in 64 bits; None if there are no batches.
+
+    `compiled` is what `step_for` has returned, to compile nothing where this is called again.
+    """
+    step, shapes = compiled or step_for(trainer, eos, statistics, params)
     zero = jax.jit(lambda: jax.tree.map(jnp.zeros_like, shapes), out_shardings=NamedSharding(trainer.mesh, PartitionSpec()))
     data, heads = trainer.cfg.data, trainer.cfg.model.attention.n_heads
     most = max(min(FETCH_EVERY, 2**31 // (data.batch_size * data.seq_len * heads)), 1)  # an int32 counts queries of all heads

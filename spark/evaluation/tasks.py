@@ -3,7 +3,7 @@
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,15 @@ class HarnessModel(TemplateLM):
     no limit, and a longer batch holds fewer rows.
     """
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, tick: Callable[[], None] = lambda: None):
         super().__init__()
-        self._model = model
+        self._model, self._tick = model, tick  # which is called before each batch
         self._score = jax.jit(functools.partial(_score, model.trainer))
+
+    def use(self, params: dict) -> None:
+        """Goes on with other parameters of the same model."""
+        self._model = self._model._replace(params=params)
+        self.__dict__.pop('_served', None)
 
     @functools.cached_property
     def _served(self):
@@ -97,6 +102,7 @@ class HarnessModel(TemplateLM):
                 batch[row, L - len(prompts[i]) :] = prompts[i]
                 lengths[row] = len(prompts[i])
             model = self._model
+            self._tick()
             with model.trainer.context():
                 new = decoder.generate(*self._served, jnp.asarray(batch), jax.random.key(model.cfg.seed),
                                        n=n, sampling=sampling.Sampling(temperature), lengths_B=jnp.asarray(lengths))  # fmt: skip
@@ -134,6 +140,7 @@ class HarnessModel(TemplateLM):
                 ids, _ = rows[i]
                 for name, values in [('tokens', ids[:-1]), ('targets', ids[1:]), ('segments', 1)]:
                     batch[name][row, : len(ids) - 1] = values
+            self._tick()
             with trainer.context():
                 value, greedy = jax.device_get(self._score(model.params, trainer.put(batch, self._rows(L))))
             for row, i in enumerate(chosen):
@@ -169,9 +176,10 @@ def load(names: Sequence[str], path: str | None = None) -> TaskManager:
     return manager
 
 
-def run(model: Model, names: Sequence[str], manager: TaskManager, **options) -> tuple[dict, str]:
+def run(model: Model | HarnessModel, names: Sequence[str], manager: TaskManager, **options) -> tuple[dict, str]:
     """{task: {metric: value}}, and the harness's table of them; `options` go to `simple_evaluate`, such as num_fewshot."""
-    results = simple_evaluate(HarnessModel(model), tasks=list(names), task_manager=manager, log_samples=False, **options)
+    adapter = model if isinstance(model, HarnessModel) else HarnessModel(model)
+    results = simple_evaluate(adapter, tasks=list(names), task_manager=manager, log_samples=False, **options)
     return results['results'], make_table(results)
 
 

@@ -9,7 +9,7 @@ import tempfile
 
 from etils import epath
 
-from spark.config import ExperimentConfig
+from spark.config import ExperimentConfig, eval_entries
 from spark.data import documents, store, tokenizer
 from spark.errors import ConfigError, root_cause
 from spark.launching import restart
@@ -54,15 +54,21 @@ def check_names(cfg: ExperimentConfig, job: Job, root: pathlib.Path, shared: boo
         if not name or shipped.is_file() or is_there(f'data.tokenizer = {cfg.data.tokenizer!r}', name):
             tokenizer.of_config(cfg.data)
         prepared = (os.environ if shared else job.env).get('TFDS_DATA_DIR') or ('~/tensorflow_datasets' if shared else '')
-        for source in filter(None, (cfg.data.source, cfg.data.eval_source)):
+        for source in filter(None, _sources(cfg)):
             for part in dict.fromkeys(part for phase in documents.parse(source) for part in phase.weights):
                 _check_part(cfg, part, is_there, prepared)
-        if restart.newest_step(job.workdir) >= 0:  # the job goes on from there
-            return
-        for field, path in [('restore_from', cfg.train.restore_from), ('branch_from', cfg.train.branch_from)]:
+        origins = [('teacher', cfg.train.teacher)]
+        if restart.newest_step(job.workdir) < 0:  # else the job goes on from there
+            origins += [('restore_from', cfg.train.restore_from), ('branch_from', cfg.train.branch_from)]
+        for field, path in origins:
             label = f'train.{field} = {path!r}'
             if path and is_there(label, path):
                 _check_origin(label, path)
+
+
+def _sources(cfg):
+    """What the config names as text; '' for some."""
+    return [cfg.data.source, cfg.data.eval_source, *(entry.source for entry in eval_entries(cfg.train.evals))]
 
 
 @contextlib.contextmanager
@@ -123,7 +129,9 @@ def check_bucket_exists(workdir: str) -> None:
 
 def extras(cfg: ExperimentConfig, workdir: str, accelerator: str, env: dict[str, str]) -> tuple[str, ...]:
     """The extras of the package that a job needs: for its devices ('tpu', 'cuda' or ''), buckets and sources."""
-    sources = f'{cfg.data.source} {cfg.data.eval_source}'
-    paths = ' '.join([workdir, sources, cfg.data.tokenizer, cfg.train.restore_from, cfg.train.branch_from, *env.values()])
+    sources = ' '.join(_sources(cfg))
+    origins = cfg.train.restore_from, cfg.train.branch_from, cfg.train.teacher
+    paths = ' '.join([workdir, sources, cfg.data.tokenizer, *origins, *env.values()])
     wanted = {accelerator: bool(accelerator), 'gcs': 'gs://' in paths, 's3': 's3://' in paths, 'hf': 'hf:' in sources}
+    wanted |= {'eval': any(entry.tasks for entry in eval_entries(cfg.train.evals)), **dict.fromkeys(cfg.train.trackers, True)}
     return tuple(extra for extra, is_needed in wanted.items() if is_needed)

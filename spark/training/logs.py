@@ -13,7 +13,7 @@ from spark import config, devices, flops
 from spark.errors import NotFiniteError, root_cause, show_traceback
 from spark.progress import tqdm
 from spark.runtime import received_signals
-from spark.training import guard, loss
+from spark.training import distillation, guard, loss
 from spark.training.step import Trainer, TrainState
 from spark.training.trackers import MetricsWriter
 
@@ -93,8 +93,11 @@ class Log:
         self.seconds, self.tokens, self.last_loss = 0.0, 0, None
         cfg = trainer.cfg
         chip = devices.chip(trainer.mesh.devices.flat[0])
-        per_token = flops.model_flops_per_token(cfg.model, cfg.data.seq_len)
-        self._utilisation_per_speed = per_token / (chip.flops * trainer.mesh.size) if chip else None
+        per_token = {'mfu': flops.model_flops_per_token(cfg.model, cfg.data.seq_len)}
+        if trainer.teacher:  # apart: only what the model itself computes is progress
+            per_token['teacher_mfu'] = distillation.flops_per_token(cfg, trainer.teacher.cfg)
+        peak = chip.flops * trainer.mesh.size if chip else None
+        self._utilisation_per_speed = {name: n / peak for name, n in per_token.items() if peak}
 
     def push(self, step: int, sums: dict, batch: dict, due: bool) -> None:
         """Takes the sums of a step over a batch of host arrays. The next `flush` checks them, and writes them if `due`."""
@@ -138,6 +141,8 @@ class Log:
     def _cause(self, step, metrics, batch):
         if np.isfinite([metrics['loss'], metrics['grad_norm']]).all():
             return f'a spike, more than train.spike = {self._trainer.cfg.train.spike} times the mean of gradient norms'
+        if np.isfinite(metrics['loss']) and not np.isfinite(metrics.get('kd', 0)):
+            return 'the loss of the targets is finite, the divergence from train.teacher is not: look at the teacher'
         try:
             with jax.transfer_guard('allow'):
                 params, about_them = self._params_before()
@@ -157,9 +162,9 @@ class Log:
         metrics['tokens_per_second'] = round(speed, 1)
         metrics |= {'tokens_per_second_per_device': round(speed / self._trainer.mesh.size, 1), **self._clock.report()}
         shown = {'loss': f'{metrics["loss"]:.4f}', 'tok/s': f'{speed:,.0f}'}
-        if self._utilisation_per_speed:
-            metrics['mfu'] = speed * self._utilisation_per_speed
-            shown['mfu'] = f'{metrics["mfu"]:.1%}'
+        for name, utilisation in self._utilisation_per_speed.items():
+            metrics[name] = speed * utilisation
+            shown[name] = f'{metrics[name]:.1%}'
         if waited > SLOW_DATA:
             shown['data'] = f'{waited:.0%}'
         self._bar.set_postfix(shown, refresh=False)

@@ -1,19 +1,16 @@
 """Training, top to bottom: set up, restore or start; then batch, step, log, evaluate, save, stop; report."""
 
 import contextlib
-import hashlib
-import itertools
 import json
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from spark import config
 from spark.checkpoints.manager import Checkpoints
@@ -21,17 +18,18 @@ from spark.checkpoints.period import Period
 from spark.checkpoints.reading import agreed, by_first_process, together
 from spark.data import documents, rows
 from spark.data.tokenizer import tokenizer_for
-from spark.errors import CheckpointError, ConfigError, DataError, Preempted, SparkError, translated_xla_errors
+from spark.errors import ConfigError, DataError, Preempted, translated_xla_errors
 from spark.progress import tqdm
 from spark.runtime import revision, stop_requests
 from spark.storage import insistently
-from spark.training import by_path, directory, environment, optimizer, start, trackers
+from spark.training import by_path, directory, distillation, environment, optimizer, services, start, trackers
+from spark.training.evals import Evaluations, said
+from spark.training.feed import Batches, Feed
 from spark.training.logs import Clock, Log, Profiler
-from spark.training.step import Trainer, TrainState, evaluate
+from spark.training.step import Trainer, TrainState
 from spark.training.watchdog import Watchdog
 
 CACHE_DIR = 'JAX_COMPILATION_CACHE_DIR'
-Batches = Iterable[dict] | Callable[[int], Iterable[dict]]
 
 
 def train(
@@ -72,15 +70,15 @@ class Run:
         with self.clock.during('start'):
             self.tokenizer, self.cfg = agreed(lambda: tokenizer_for(cfg), 'data.tokenizer: cannot be read')
             config.check_devices(self.cfg, jax.device_count())
-            self.trainer = Trainer(self.cfg)
-            self._first(lambda: directory.check(workdir, cfg, extend))
+            self.trainer = Trainer(self.cfg, teacher=distillation.model_of(self.cfg, jax.device_count()))
+            self._first(lambda: (directory.check(workdir, cfg, extend), services.check(cfg.train.trackers))[0])
             # All data is opened before anything is compiled: a missing held-out split must not show only after the training.
             # A source that is not prepared is prepared now, before the watchdog looks on: that may take hours.
-            opened = lambda: self._open_data(batches, held_out)
-            self.rows, self.held_out = insistently(lambda: together(opened, 'data.source: cannot be read', DataError))
-            if self.held_out.keys() != {'validation', 'test'}:
-                raise ConfigError(f'held_out has {", ".join(self.held_out)}: want validation and test')
-            self.digest = _digest(self.rows, self.held_out)
+            opened = lambda: Feed(self.cfg, self.trainer.local_rows, batches, held_out)
+            self.feed = insistently(lambda: together(opened, 'data.source: cannot be read', DataError))
+            self.feed.check()
+            found = lambda: Evaluations(self.cfg, self.trainer, self.tokenizer, self.feed)
+            self.evaluations = agreed(found, 'train.evals: cannot be evaluated')
             self.stop = stack.enter_context(stop_requests())
             self.watchdog = stack.enter_context(Watchdog(cfg.train.stall_seconds))
             self.profiler = Profiler(cfg.train, workdir, stack)
@@ -90,17 +88,16 @@ class Run:
             kept = cfg.train.keep, cfg.train.keep_every, cfg.train.keep_every_minutes
             self.checkpoints = Checkpoints(workdir / 'checkpoints', *kept)
             stack.enter_context(self.trainer.context())
-            origin = self._restore_or_start(cfg)
+            origin, saved = self._restore_or_start(cfg)
+            self.teacher, self.taught_by = distillation.load(self.trainer, saved.get('teacher'))
             self._first(lambda: self._claim(cfg, extend, origin))  # by a start that worked
             self.period = Period(cfg.train.save_every_minutes, self.step)
             if origin:
                 self._save()  # from here on a branch needs no other run
                 self.checkpoints.wait()
-            self.batches = self._open_batches(batches)
-            if hasattr(self.batches, 'close'):
-                stack.callback(self.batches.close)
-            if self.writer:
-                stack.callback(self.writer.close)
+            self.feed.open(self.step)
+            stack.callback(self.feed.close)
+            stack.push(self._close_writer)
             stack.callback(self.checkpoints.close)
         if self.step < cfg.train.steps:
             print(f'Compiling a step of {self.trainer.n_params:,} parameters for {self._devices()} …', flush=True)
@@ -123,13 +120,13 @@ class Run:
             self.profiler.before(self.step + 1)
             batch, on_devices = self.next_batch()
             with jax.transfer_guard('disallow'):  # nothing waits for the device by accident
-                self.state, sums = self.train_step(self.state, on_devices)
+                self.state, sums = self.train_step(self.state, on_devices, *self.teacher)
                 self.step += 1
                 self.log.flush()  # the step before, while this one runs
             last = self.step == cfg.steps
             save = last or (cfg.save_every > 0 and self.step % cfg.save_every == 0)
             save_now = self.period.due(self.step) or save  # when a period ends must not show in the metrics
-            self.evaluated = not (cfg.eval_every and self.step % cfg.eval_every == 0 and not last)
+            self.evaluated = last or not self.evaluations.due(self.step)
             self.log.push(self.step, sums, batch, save or self.step % cfg.log_every == 0)
             self.bar.update()
             self.profiler.after(self.step, self.state)
@@ -148,30 +145,19 @@ class Run:
 
     def next_batch(self) -> tuple[dict, dict]:
         """The next batch, as host arrays and as global arrays."""
-        source = 'batches' if self.rows is None else self.cfg.data.source
         with self.clock.during('data'):
-            try:
-                batch = next(self.batches)
-            except StopIteration:
-                after = f' after data.epochs = {self.cfg.data.epochs}' if self.rows is not None else ''
-                raise DataError(f'{source}: exhausted at step {self.step}{after}') from None
-            except SparkError:
-                raise
-            except Exception as e:  # raised by a worker
-                raise DataError(f'{source}: cannot be read at step {self.step}: {type(e).__name__}: {e}') from e
-            if missing := [name for name in rows.NAMES if name not in batch]:
-                raise DataError(f'{source}: batch {self.step} has no {missing[0]}; want {", ".join(rows.NAMES)}')
-            self.rows_seen += self.cfg.data.batch_size
+            batch = self.feed.next(self.step)
             return batch, self.trainer.put({name: np.asarray(batch[name], np.int32) for name in rows.NAMES})
 
     def evaluate(self) -> None:
-        """Evaluates the validation split; `evaluated` stays False if interrupted."""
+        """Evaluates what is due at this step; `evaluated` stays False if interrupted."""
         with self.log.paused('evaluate'):
-            report = self._evaluate('validation', self.cfg.train.eval_batches)
-        if report:
-            self.evaluated = True
-            mean = f', of the mean of the parameters {report["ema_loss"]:.4f}' if 'ema_loss' in report else ''
-            self.bar.write(f'step {self.step}: validation loss {report["loss"]:.4f}{mean}')
+            for evaluation in self.evaluations.due(self.step):
+                report = self._evaluate(evaluation)
+                if report is None:
+                    return
+                self.bar.write(f'step {self.step}: {evaluation.label} {said(report)}')
+        self.evaluated = True
 
     def save(self) -> None:
         """Starts to save the state and the number of rows seen."""
@@ -182,8 +168,8 @@ class Run:
 
     def _save(self):
         self.watchdog.alive('saving', slow=True)
-        place = {'rows': self.rows_seen, 'digest': self.digest, 'batch_size': self.cfg.data.batch_size}
-        self.checkpoints.save(self.step, self.state, {'data': place, 'evaluated': self.evaluated})
+        teacher = {'teacher': self.taught_by} if self.taught_by else {}
+        self.checkpoints.save(self.step, self.state, {'data': self.feed.place(), 'evaluated': self.evaluated, **teacher})
         self.saved = self.step
         self.period.restart(self.step)
 
@@ -193,22 +179,25 @@ class Run:
         return self.stop()
 
     def report(self) -> dict[str, Any]:
-        """Evaluates both held-out splits, or train.final_eval batches of each; the summary of the run."""
+        """Evaluates both held-out splits, or train.final_eval batches of each, and train.evals; the summary of the run."""
         reports, limit, origin = {}, self.cfg.train.final_eval, self.workdir / start.ORIGIN
-        for split, data in self.held_out.items():
-            length = operator.length_hint(data, limit)
-            print(f'Evaluating the {split} split: {min(limit or length, length) or "all"} batches …', flush=True)
+        for evaluation in (*self.evaluations.final, *self.evaluations.entries):
+            if evaluation.label in self.feed.held_out:
+                length = operator.length_hint(self.feed.held_out[evaluation.label], limit)
+                print(f'Evaluating the {evaluation.label} split: {min(limit or length, length) or "all"} batches …', flush=True)
             with self.clock.during('evaluate'):
-                reports[split] = self._evaluate(split, limit)
-            if reports[split] is None:
+                reports[evaluation.label] = report = self._evaluate(evaluation)
+            if report is None:
                 raise self._preempted()
+            if evaluation in self.evaluations.entries:
+                print(f'{evaluation.label}: {said(report)}', flush=True)
         self._first(lambda: self.writer.flush())
         self.checkpoints.finish(self.save)
         # gzip is the yardstick that everyone has. On a large split it would take longer than it is worth.
-        test, texts, log = reports['test'], self.held_out['test'], self.log
+        test, texts, log = reports['test'], self.feed.held_out['test'], self.log
         small = not limit and 0 < test['bytes'] <= 64 << 20 and isinstance(texts, rows.EvalBatches)
         test['gzip_bits_per_byte'] = 8 * documents.gzip_size(texts.texts(self.tokenizer)) / test['bytes'] if small else None
-        return {
+        summary = {
             'steps': self.step,
             'parameters': self.trainer.n_params,
             'devices': self._devices(),
@@ -218,8 +207,17 @@ class Run:
             **reports,
             **self.clock.report(),
             'origin': self._first(lambda: json.loads(origin.read_text()) if origin.exists() else None),
+            **({'teacher': self.taught_by} if self.taught_by else {}),
             **self.about,
         }
+        if self.writer:
+            self.writer.finish(summary)
+        return summary
+
+    def _close_writer(self, kind, error, trace):
+        del error, trace
+        if self.writer:
+            self.writer.close('finished' if kind is None else 'stopped' if issubclass(kind, Preempted) else 'failed')
 
     def _first(self, act):
         """What is done with the run directory, by the first process; all have its result, or its error."""
@@ -232,17 +230,18 @@ class Run:
         self.checkpoints.begin(self.saved or 0)
         if origin:
             start.record(self.workdir, origin, self.step)
-        self.writer = trackers.MetricsWriter(self.workdir, self.step)
+        self.writer = trackers.MetricsWriter(self.workdir, self.step, cfg.train.trackers, self.about)
         self.writer.describe(**{name: f'```\n{json.dumps(value, indent=2)}\n```' for name, value in self.about.items()})
 
     def _restore_or_start(self, cfg):
-        """Sets step, state, evaluated, saved and rows_seen; the run directory from which a new branch comes, or None."""
+        """Sets step, state, evaluated, saved and the place in the data.
+
+        (The run directory from which a new branch comes, or None; what was saved with the state, or {}.)
+        """
         self.watchdog.alive('restoring', slow=True)
-        origin = None
+        origin, data = None, {}
         if restored := self.checkpoints.restore_newest(self.trainer.abstract_state):
             self.step, self.state, data = restored
-            self.rows_seen = self._place_in_data(data['data'], self.workdir)
-            self.evaluated, self.saved = data['evaluated'], self.step
             if self.step > cfg.train.steps:
                 raise ConfigError(f'train.steps = {cfg.train.steps}: want at least {self.step}, which {self.workdir} has reached')
             print(f'Resuming from step {self.step} in {self.workdir}', flush=True)
@@ -251,61 +250,24 @@ class Run:
             self._first(lambda: start.check_nothing_lost(self.workdir, self.checkpoints.last_saved(), save_every))
             if cfg.train.branch_from:
                 self.step, self.state, data, origin = start.branch(self.trainer, cfg)
-                self.rows_seen, self.evaluated, self.saved = self._place_in_data(data['data'], origin), data['evaluated'], None
             else:
                 self.step, self.state = 0, start.initial_state(self.trainer)
-                self.rows_seen, self.evaluated, self.saved = 0, True, None
-        return origin
+        self.evaluated, self.saved = data.get('evaluated', True), self.step if restored else None
+        if data:
+            self.feed.go_to(data['data'], origin or self.workdir, self.step)
+        return origin, data
 
-    def _place_in_data(self, saved, workdir):
-        """The number of rows seen, as the run in `workdir` saved it. Raises an error if the data are not those that it had."""
-        if 'rows' not in saved:
-            raise CheckpointError(
-                f'{workdir}: was saved by an older version, which kept the state of an iterator as the place in the data; '
-                f'start a new run from its weights with --restore_from={workdir}'
-            )
-        if self.rows is not None and self.rows.changes() and saved['batch_size'] != self.cfg.data.batch_size:
-            want = f'want the {saved["batch_size"]} that the run had, since data.source changes at steps'
-            raise ConfigError(f'data.batch_size = {self.cfg.data.batch_size}: {want}')
-        if saved['digest'] != self.digest:
-            source = 'batches' if self.rows is None else self.cfg.data.source
-            changed = f'{source}: is not what the run had until step {self.step}: another source, or files that changed'
-            if not self.cfg.data.allow_changed:
-                raise DataError(f'{changed}; restore them, or go on with what there is by --config.data.allow_changed=True')
-            print(f'Warning: {changed}', flush=True)
-        return saved['rows']
-
-    def _open_data(self, batches, held_out):
-        """The rows to train on, unless there are batches of one's own, and the held-out batches by split."""
-        opened, data = {}, self.cfg.data
-        train = rows.TrainRows(data, self.cfg.seed, opened) if batches is None else None
-        held_out = held_out or {
-            split: rows.EvalBatches(data, split, self.trainer.local_rows, opened) for split in ('validation', 'test')
-        }
-        return train, held_out
-
-    def _open_batches(self, batches):
-        """An iterator over the batches that are not seen yet."""
-        if batches is None:
-            return self.rows.batches(self.rows_seen, self.trainer.local_rows)
-        if callable(batches):
-            return iter(batches(self.step))
-        iterator = iter(batches)
-        for _ in tqdm(itertools.islice(iterator, self.step), desc='skipping', unit='batch', leave=False, disable=not self.step):
-            pass
-        return iterator
-
-    def _evaluate(self, split, limit=0):
-        """Evaluates a held-out split and writes its metrics; returns None if interrupted."""
+    def _evaluate(self, evaluation):
+        """Evaluates the parameters, and their mean if there is one, and writes the metrics; returns None if interrupted."""
         stop = lambda: self.stop_requested('evaluating', slow=True)
-        of_step = lambda params: self.trainer.variables(params, self.state.step)
-        report = evaluate(self.trainer, of_step(self.state.params), self.held_out[split], split, limit, stop=stop)
-        if report and self.cfg.optimizer.ema:
-            mean = evaluate(self.trainer, of_step(self.state.ema), self.held_out[split], f'{split}, ema', limit, stop=stop)
-            names = [name for name in ('loss', 'perplexity', 'bits_per_byte') if name in report]
-            report = mean and report | {f'ema_{name}': mean[name] for name in names}
-        if report and self.writer:
-            self.writer.write(self.step, split, report)
+        run = lambda params, label: evaluation.run(self.trainer.variables(params, self.state.step), label, stop)
+        report = run(self.state.params, evaluation.label)
+        if report is not None and self.cfg.optimizer.ema:
+            mean = run(self.state.ema, f'{evaluation.label}, ema')
+            of_mean = lambda: {f'ema_{name}': x for name, x in mean.items() if name not in ('tokens', 'bytes')}
+            report = None if mean is None else report | of_mean()
+        if report is not None and self.writer:
+            self.writer.write(self.step, evaluation.label, report)
         return report
 
     def _params_before(self):
@@ -328,20 +290,3 @@ class Run:
 
     def _devices(self):
         return f'{self.trainer.mesh.size} × {jax.devices()[0].device_kind}'
-
-
-def _digest(train, held_out):
-    """Identifies the data of a run, as far as it comes from token stores; None of batches of one's own.
-
-    Raises a DataError if the processes of a job would train on different data.
-    """
-    found = [] if train is None else [train.digest]
-    found += [split.store.digest for data in held_out.values() if isinstance(data, rows.EvalBatches) for split in data.splits]
-    if not found:
-        return None
-    digest = hashlib.sha256(' '.join(found).encode()).hexdigest()
-    if jax.process_count() > 1:
-        everywhere = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint32))
-        if (everywhere != everywhere[0]).any():
-            raise DataError('data.source: the processes of this job read different data: want the same files on all machines')
-    return digest

@@ -1,6 +1,7 @@
 """The compiled parts of a run: initial state, train step, evaluation."""
 
 import contextlib
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ import optax
 from flax.core import meta
 
 from spark.checkpoints.checksums import checksum
-from spark.config import ExperimentConfig
+from spark.config import ExperimentConfig, ModelConfig
 from spark.errors import DataError
 from spark.nn.runs import ks, scheduled
 from spark.nn.transformer import Transformer, compute_dtype, width, with_step
@@ -41,22 +42,30 @@ class AveragedState(TrainState):
 
 
 class Trainer:
-    """The compiled parts of a run on a mesh of some devices (None: all); model.vocab_size of the config must be filled in."""
+    """The compiled parts of a run on a mesh of some devices (None: all); model.vocab_size of the config must be filled in.
 
-    def __init__(self, cfg: ExperimentConfig, devices: Sequence[jax.Device] | None = None):
+    With a `teacher` (`distillation.model_of`), a step takes its parameters, like those of `abstract_teacher`, after the batch.
+    """
+
+    def __init__(
+        self, cfg: ExperimentConfig, devices: Sequence[jax.Device] | None = None, teacher: ModelConfig | None = None
+    ):  # fmt: skip
         self.cfg = cfg
         self.mesh = sharding.make_mesh(cfg, devices)
         platform = self.mesh.devices.flat[0].platform
         self.model = Transformer(cfg.model, compute_dtype(cfg.model, platform), platform)
         self.schedule = optimizer.schedule(cfg.optimizer, cfg.train.steps)
-        boxed = jax.eval_shape(self._init_params, jax.random.key(0))
+        boxed = jax.eval_shape(functools.partial(_init_params, self.model), jax.random.key(0))
         self.settings = by_path.settings(cfg.optimizer, meta.unbox(boxed), width(cfg.model))
         self.tx = optimizer.make_optimizer(cfg.optimizer, cfg.train.steps, self.settings)
         state = jax.eval_shape(self._init, jax.random.key(0))
-        self.state_shardings = sharding.like_params(self.mesh, boxed, state)
-        self.abstract_state = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.state_shardings
-        )
+        self.abstract_state = self._split_as(boxed, state)
+        self.state_shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        self.teacher, self.abstract_teacher = None, None
+        if teacher:
+            self.teacher = Transformer(teacher, compute_dtype(teacher, platform), platform)
+            boxed = jax.eval_shape(functools.partial(_init_params, self.teacher), jax.random.key(0))
+            self.abstract_teacher = self._split_as(boxed, meta.unbox(boxed))
         self.n_params = sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
         self._batch_sharding = jax.NamedSharding(self.mesh, sharding.spec(('batch', 'length')))
         self.local_rows = self._held(cfg.data.batch_size)  # nothing else of a batch must be read in this process
@@ -65,14 +74,11 @@ class Trainer:
         self.guarded = cfg.train.max_skips > 0 or cfg.mesh.slices == 1
         self.train_step = jax.jit(
             self._train_step,
-            in_shardings=(self.state_shardings, self._batch_sharding),
+            in_shardings=(self.state_shardings, self._batch_sharding, *self._of_teacher(lambda x: x.sharding)),
             out_shardings=(self.state_shardings, None),
             donate_argnums=0,
         )
-        self.eval_step = jax.jit(
-            self._eval_step,
-            in_shardings=(self.variables(self.state_shardings.params, self.state_shardings.step), self._batch_sharding),
-        )
+        self.eval_step = self.eval_step_with()
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
@@ -88,9 +94,16 @@ class Trainer:
         """What the model and `eval_step` take: the parameters, and the step where k follows a schedule; see `with_step`."""
         return with_step(self.cfg.model, params, step)
 
+    def eval_step_with(self, own: Callable[[dict, dict], dict] | None = None) -> jax.stages.Wrapped:
+        """Evaluation of `variables` on a batch: the sums of `loss.forward`, and 'own', those that `own` returns of both."""
+        return jax.jit(
+            lambda variables, batch: self._eval_step(variables, batch, own),
+            in_shardings=(self.variables(self.state_shardings.params, self.state_shardings.step), self._batch_sharding),
+        )
+
     def compile_train_step(self) -> jax.stages.Compiled:
         """The train step, compiled ahead of time."""
-        return self.train_step.lower(self.abstract_state, self.abstract_batch()).compile()
+        return self.train_step.lower(*self.abstract_inputs()).compile()
 
     def put(self, batch: dict, size: int = 0) -> dict[str, jax.Array]:
         """Host arrays, of all rows or of those that this process holds, as global arrays of `size` rows (0: data.batch_size)."""
@@ -122,32 +135,45 @@ class Trainer:
         one = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._batch_sharding)
         return dict.fromkeys(('tokens', 'targets', 'positions', 'segments', 'bytes'), one)
 
-    def _init_params(self, key):
-        token = jnp.zeros((1, 1), jnp.int32)
-        return self.model.init(key, token, token, token)
+    def abstract_inputs(self) -> tuple:
+        """Shapes, dtypes and shardings of what a step takes."""
+        return self.abstract_state, self.abstract_batch(), *self._of_teacher(lambda x: x)
+
+    def _of_teacher(self, f):
+        return [jax.tree.map(f, self.abstract_teacher)] if self.teacher else []
+
+    def _split_as(self, boxed, tree):
+        """A tree of shapes with shardings, where `boxed` are parameters: see `sharding.like_params`."""
+        split = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        return jax.tree.map(split, tree, sharding.like_params(self.mesh, boxed, tree))
 
     def _init(self, key):
-        params = meta.unbox(self._init_params(key))
+        params = meta.unbox(_init_params(self.model, key))
         state = jnp.zeros((), jnp.int32), params, self.tx.init(params), Guard.new()
         return AveragedState(*state, params) if self.cfg.optimizer.ema else TrainState(*state)
 
-    def _eval_step(self, variables, batch):
-        forward = lambda rows: loss.forward(self.model, variables, rows, pieces=self.cfg.train.loss_pieces)
+    def _eval_step(self, variables, batch, own):
+        def forward(rows):
+            sums = loss.forward(self.model, variables, rows, pieces=self.cfg.train.loss_pieces)
+            return sums | {'own': own(variables, rows)} if own else sums
+
         return _over_microbatches(forward, batch, self.cfg.train.accumulate)
 
-    def _train_step(self, state, batch):
-        cfg = self.cfg
+    def _train_step(self, state, batch, taught_by=None):
+        cfg, teacher = self.cfg, None
+        if self.teacher:
+            teacher = loss.Teacher(self.teacher, taught_by, cfg.train.kd_temperature, cfg.train.kd_top)
 
         def objective(params, rows):
-            variables = self.variables(params, state.step + 1)
-            sums = loss.forward(self.model, variables, rows, pieces=cfg.train.loss_pieces, count=cfg.train.activity)
-            return sums['nll'] + cfg.optimizer.z_loss * sums['log_z2'], sums
+            options = {'pieces': cfg.train.loss_pieces, 'count': cfg.train.activity, 'teacher': teacher}
+            sums = loss.forward(self.model, self.variables(params, state.step + 1), rows, **options)
+            return loss.objective(cfg, sums), sums
 
         gradient = jax.grad(objective, has_aux=True)
         grads, sums = _over_microbatches(lambda rows: gradient(state.params, rows), batch, cfg.train.accumulate)
         grads = by_path.without_frozen(self.settings, jax.tree.map(lambda g: g / sums['tokens'], grads))
         norm = optax.tree.norm(grads)
-        good, guard = judge(cfg.train, state.guard, sums['nll'] + cfg.optimizer.z_loss * sums['log_z2'], norm)
+        good, guard = judge(cfg.train, state.guard, loss.objective(cfg, sums), norm)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         new = {'params': optax.apply_updates(state.params, updates), 'opt_state': opt_state}
         if cfg.optimizer.ema:
@@ -163,6 +189,11 @@ class Trainer:
         sums['learning_rate'] = self.schedule(state.step - state.guard.left_out)
         sums['batch_crc'] = _batch_checksum(batch['tokens'], norm)
         return state.replace(step=state.step + 1, guard=guard, **new), sums
+
+
+def _init_params(model, key):
+    token = jnp.zeros((1, 1), jnp.int32)
+    return model.init(key, token, token, token)
 
 
 def _over_microbatches(f, batch, n):
@@ -188,9 +219,11 @@ def _batch_checksum(tokens_BxL, norm):
 
 def evaluate(
     trainer: Trainer, params: dict, dataset: Iterable[dict], label: str = 'eval', limit: int = 0,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] = lambda: False, eval_step: jax.stages.Wrapped | None = None,
 ) -> dict | None:  # fmt: skip
     """`loss.per_token` of the batches of a dataset, or of the first `limit` of them (0: all), summed in float64 on the host.
+
+    An `eval_step` of `Trainer.eval_step_with` adds the sums of one's own, per token.
 
     At most two batches are in flight. Returns None if `stop()`, which is called before each batch, is true.
     """
@@ -211,11 +244,12 @@ def evaluate(
         for batch in itertools.islice(batches, limit or None):
             if stop():
                 return None
-            running.append(trainer.eval_step(params, trainer.put(batch)))
+            running.append((eval_step or trainer.eval_step)(params, trainer.put(batch)))
             if len(running) == 2:
                 fetch()  # waits for the batch before, while this one runs
         if not running:
             raise DataError(f'{label}: no batches to evaluate on')
         fetch()
     totals = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *sums)
-    return loss.per_token(trainer.cfg.model, totals) | {'tokens': int(totals['tokens']), 'bytes': int(totals['bytes'])}
+    own = {name: float(x / totals['tokens']) for name, x in totals.pop('own', {}).items()}
+    return loss.per_token(trainer.cfg.model, totals) | {'tokens': int(totals['tokens']), 'bytes': int(totals['bytes'])} | own

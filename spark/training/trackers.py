@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl and TensorBoard, written together."""
+"""Where metrics go: metrics.jsonl and TensorBoard, written together, and from here to the `services` that a run asks for."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator, Sequence
 
 import tensorboardX
 from etils import epath
@@ -14,13 +15,14 @@ from tensorboardX import record_writer
 from spark.errors import CheckpointError, root_cause
 from spark.progress import tqdm
 from spark.runtime import entries, in_bucket, write_bytes, write_text
+from spark.training import services
 
 PART = 1 << 20  # bytes of a part of a file in a bucket
 FLUSH_SECONDS = 60  # between writes of metrics to a bucket, of TensorBoard anywhere, and after a write that failed
 
 
 class MetricsWriter:
-    """Appends one JSON object per call to WORKDIR/metrics.jsonl, and its numbers to WORKDIR/tensorboard.
+    """Appends one JSON object per call to WORKDIR/metrics.jsonl, and its numbers to WORKDIR/tensorboard and to other trackers.
 
     A run that resumes at `step` drops the records after that step, and does not write again those that are kept: no step
     appears twice. In a bucket, where files cannot be appended to, metrics.jsonl grows by parts (`metric_files`).
@@ -29,8 +31,10 @@ class MetricsWriter:
     it saves, insistently, so that no checkpoint is without its metrics.
     """
 
-    def __init__(self, workdir: epath.Path, step: int):
+    def __init__(self, workdir: epath.Path, step: int, names: Sequence[str] = (), about: dict | None = None):
         self._path, self._in_bucket, self._due = workdir / 'metrics.jsonl', in_bucket(workdir), 0.0
+        reached = {r['split']: r['step'] for r in recorded(workdir)} if names else {}
+        self._services = [services.Service(name, workdir, about or {}, reached) for name in names]
         with self._write_errors():
             last, lines, found = self._dropped_after(workdir, step)
             self._written = {(r['step'], r['split']) for r in found}
@@ -67,10 +71,12 @@ class MetricsWriter:
         if time.monotonic() > self._due:
             flushed = self._try_to_flush()
             self._due = time.monotonic() + FLUSH_SECONDS * (self._in_bucket or not flushed)
+        numbers = dict(_numbers(values))
         with self._write_errors():
-            for name, value in values.items():
-                for suffix, v in enumerate(value) if isinstance(value, list) else [('', value)]:
-                    self._board.add_scalar(f'{split}/{name}' + (f'/{suffix}' if suffix != '' else ''), v, step)
+            for name, x in numbers.items():
+                self._board.add_scalar(f'{split}/{name}', x, step)
+        for service in self._services:
+            service.write(step, split, numbers)
 
     def describe(self, **texts: str) -> None:
         """Writes texts about the run to TensorBoard."""
@@ -93,8 +99,18 @@ class MetricsWriter:
             return False
         return True
 
-    def close(self) -> None:
-        """Closes both. A run that comes to its end has called `flush` before."""
+    def finish(self, summary: dict) -> None:
+        """Hands the summary, the table of evaluations and the curves on to other trackers."""
+        if self._services:
+            records = list(recorded(self._path.parent))
+            evaluations, curves = [r for r in records if r['split'] != 'train'], services.curves(records)
+            for service in self._services:
+                service.finish(summary, evaluations, curves)
+
+    def close(self, outcome: str = 'finished') -> None:
+        """Closes all. A run that comes to its end has called `flush` before; else it is 'stopped' or 'failed'."""
+        for service in self._services:
+            service.close(outcome)
         self._try_to_flush()
         with self._write_errors():
             self._file.close()
@@ -186,6 +202,21 @@ def last_step(workdir: epath.Path) -> int:
     """The last step in WORKDIR/metrics.jsonl; 0 if there is none."""
     newest_first = (_records(path) for path in reversed(metric_files(workdir)))
     return next((max(r['step'] for r in records) for records in newest_first if records), 0)
+
+
+def recorded(workdir: epath.PathLike) -> Iterator[dict]:
+    """The records of metrics.jsonl."""
+    for path in metric_files(workdir):
+        yield from _records(path)
+
+
+def _numbers(values):
+    """(name, number) of what a record holds; the numbers of a list are NAME/0, NAME/1, …"""
+    for name, value in values.items():
+        if isinstance(value, list):
+            yield from ((f'{name}/{i}', x) for i, x in enumerate(value))
+        else:
+            yield name, value
 
 
 def _part(path, number):

@@ -569,6 +569,7 @@ def test_what_a_config_names_must_be_there(tmp_path, monkeypatch):
         ('gcloud', {'data.source': 'tfds:c4/en'}, 'tfds:c4/en: want --env=TFDS_DATA_DIR=gs://…'),
         ('slurm', {'train.restore_from': '/nowhere'}, "train.restore_from = '/nowhere': is not there"),
         ('slurm', {'train.branch_from': '/nowhere'}, "train.branch_from = '/nowhere': is not there"),
+        ('slurm', {'train.teacher': '/nowhere'}, "train.teacher = '/nowhere': is not there"),
     ]:  # fmt: skip
         with pytest.raises((ConfigError, DataError)) as e:
             checked(via, tmp_path, **overrides)
@@ -628,6 +629,7 @@ def test_what_a_job_needs_of_the_package():
     assert check.extras(small(), 'gs://b/run', 'tpu', {}) == ('tpu', 'gcs')
     assert check.extras(small(**{'data.source': 'hf:x + text:s3://b/*'}), '/run', '', {}) == ('s3', 'hf')
     assert check.extras(small(**{'data.eval_source': 'hf:x'}), '/run', '', {'TFDS_DATA_DIR': 'gs://b/x'}) == ('gcs', 'hf')
+    assert check.extras(small(**{'train.trackers': ('wandb',), 'train.teacher': 'gs://b/x'}), '/run', '', {}) == ('gcs', 'wandb')
     for flag in ('--restore_from', '--branch_from'):
         for given in ([flag, 'gs://b/other'], [f'{flag}=gs://b/other']):
             cfg = start.apply(config.template(), start.parse(given))

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 
 from spark.config import load
+from spark.data.tokenizer import tokenizer_for
+from spark.errors import ConfigError
 from spark.evaluation import evaluate
 from spark.inference import decoder
 from spark.inference import load as inference
 from spark.inference.sampling import GREEDY
+from spark.nn.runs import scheduled
+from spark.training import distillation
 from spark.training.guard import first_not_finite
 from spark.training.run import train
 from spark.training.step import Trainer
@@ -26,7 +30,7 @@ KS = [96, 96, 96, 81, 67, 52, 37, 23, 8, 8]
 def run(tmp_path_factory):
     """(the directory of a run with a schedule and different kinds, its overrides, its final state)."""
     directory = tmp_path_factory.mktemp('k')
-    overrides = corpus(directory) | SCHEDULE | KINDS | {'train.save_every': 5, 'train.keep': 5}
+    overrides = corpus(directory) | SCHEDULE | KINDS | {'train.save_every': 5, 'train.keep': 5, 'train.evals': ('held every=5 batches=1',)}
     _, trainer, state = train(small(**overrides), directory / 'run')
     assert trainer.eval_step._cache_size() == 1  # for every k
     return directory, overrides, jax.device_get(state)
@@ -40,6 +44,23 @@ def test_k_is_in_the_metrics(run):
     assert [line['attention_k'] for line in lines][:2] == [16, 16] and lines[-1]['attention_k'] < 16
     assert lines[0]['active'] == 1 and lines[-1]['active'] < 0.5  # at first every neuron
     assert lines[-1]['active_by_layer'][0] == 1 > lines[-1]['active_by_layer'][3] > lines[-1]['active_by_layer'][2]
+
+
+def test_evaluations_take_the_k_of_the_step(run):
+    held = [line for line in records(run[0] / 'run') if line['split'] == 'eval/held']
+    assert [line['step'] for line in held] == [5, 10] and held[0]['active'] > 0.6 > held[1]['active']
+
+
+def test_a_run_teaches_with_the_k_of_its_end(run, tmp_path):
+    overrides = {name: x for name, x in run[1].items() if name.startswith('data.')} | {'train.steps': 2}
+    cfg = small(**overrides, **{'train.teacher': str(run[0] / 'run')})
+    model = distillation.model_of(tokenizer_for(cfg)[1], 1)
+    assert [layer.ffn.k for layer in model.per_layer] == [0, 8, 4, 12] and not scheduled(model)
+    train(cfg, tmp_path / 'run')
+    assert all(line['kd'] > 0 for line in records(tmp_path / 'run') if line['split'] == 'train')
+    cfg = small(**overrides, **{'train.teacher': str(run[0] / 'run' / 'checkpoints' / '5')})
+    with pytest.raises(ConfigError, match=r'checkpoints/5.: k still falls at step 5 of that run: want a later checkpoint$'):
+        train(cfg, tmp_path / 'other')
 
 
 def test_steps_compile_once(run):

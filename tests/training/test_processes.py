@@ -55,6 +55,21 @@ def assert_as_one(tmp, name):
         np.testing.assert_allclose(ours[path], theirs[path], atol=1e-4, err_msg=path)
 
 
+@pytest.mark.slow
+def test_two_processes_learn_from_a_teacher_and_measure_lookups_as_one(place):
+    tmp, config = place
+    own = f'--config.train.teacher={tmp}/one', '--config.train.kd_top=9', '--config.train.loss_pieces=2', '--config.mesh.fsdp=4'
+    own += '--config.train.evals="lookups every=4 statistics=True batches=2",', '--config.sample.tokens=0'
+    for n in (1, 2):
+        run(config, tmp / f'taught{n}', *own, processes=n, devices=4)
+    two, one = (records(tmp / f'taught{n}') for n in (2, 1))
+    assert [(r['step'], r['split']) for r in two] == [(r['step'], r['split']) for r in one]
+    for name in ('loss', 'kd', 'recall'):
+        values = [[r[name] for r in lines if name in r] for lines in (two, one)]
+        assert len(values[1]) >= 2
+        np.testing.assert_allclose(*values, rtol=1e-3 if name == 'recall' else 2e-5)
+
+
 @pytest.mark.parametrize('processes', [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.soak)])
 def test_several_processes_train_as_one(place, outputs, processes):
     tmp, _ = place

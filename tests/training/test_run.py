@@ -51,7 +51,7 @@ def corpus(trained):
 def eventful(corpus):
     """Another run, on chips whose speed is known: (its directory, its trainer, [(split, tokens)] of every evaluation)."""
     overrides, directory, _, _ = corpus
-    sizes, evaluate = [], train_module.evaluate
+    sizes, evaluate = [], step_module.evaluate
 
     def spy(trainer, params, dataset, label='eval', limit=0, **more):
         report = evaluate(trainer, params, dataset, label, limit, **more)
@@ -62,7 +62,7 @@ def eventful(corpus):
     more |= {'train.profile_step': 2, 'train.profile_steps': 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, 'chip', lambda device: CHIP)
-        patch.setattr(train_module, 'evaluate', spy)
+        patch.setattr('spark.training.evals.evaluate', spy)
         _, trainer, _ = train(small(**overrides, **more), directory / 'eventful')
     return directory / 'eventful', trainer, sizes
 
@@ -387,11 +387,11 @@ def test_evaluation_is_bounded_and_knows_its_length(corpus, monkeypatch):
     for limit in (0, 2):
         most.clear()
         asked.clear()
-        report = train_module.evaluate(trainer, {}, dataset, limit=limit, stop=lambda: bool(asked.append(len(most))))
+        report = step_module.evaluate(trainer, {}, dataset, limit=limit, stop=lambda: bool(asked.append(len(most))))
         assert max(most) == 2 and in_flight == 0 and report['tokens'] == 2 * len(most)
         assert (asked[: len(most)] == list(range(len(most))) and len(most) == limit) or (not limit and len(most) > 2)
         assert bars[-1].n == bars[-1].total == (limit or len(dataset))
-    assert train_module.evaluate(trainer, {}, dataset, stop=lambda: True) is None
+    assert step_module.evaluate(trainer, {}, dataset, stop=lambda: True) is None
 
 
 def test_other_data_than_before_is_refused_unless_asked_for(corpus, tmp_path):
