@@ -21,6 +21,14 @@ from spark.inference import decoder, layout, sampling, text
 from spark.progress import tqdm
 from spark.training.loss import cross_entropy
 
+# Options of generation that are not built here, each with the value at which it does nothing; None: any, without beams.
+NEUTRAL = {
+    'num_beams': 1, 'num_beam_groups': 1, 'num_return_sequences': 1, 'n': 1, 'best_of': 1, 'typical_p': 1,
+    'repetition_penalty': 1, 'no_repeat_ngram_size': 0,
+    'min_length': 0, 'min_new_tokens': 0, 'presence_penalty': 0, 'frequency_penalty': 0,
+    'length_penalty': None, 'early_stopping': None, 'use_cache': None,
+}  # fmt: skip
+KNOWN = ('until', 'max_gen_toks', 'max_new_tokens', 'max_tokens', 'do_sample', 'temperature', 'top_k', 'top_p', 'min_p', *NEUTRAL)
 SHORTEST = 32  # lengths are padded to this or a larger power of two, so that few shapes are compiled
 
 
@@ -86,10 +94,10 @@ class HarnessModel(TemplateLM):
         texts = [''] * len(requests)
         bar = tqdm(total=len(requests), desc='generating', disable=disable_tqdm)
         while order:
-            _, n, temperature = options[order[0]]
+            _, n, drawn = options[order[0]]
             L = _bucket(len(prompts[order[0]]))
             rows = self._rows(L + n)
-            chosen = [i for i in order[:rows] if options[i][1:] == (n, temperature)]
+            chosen = [i for i in order[:rows] if options[i][1:] == (n, drawn)]
             order = order[len(chosen) :]
             batch = np.full((rows, L), self.prefix_token_id, np.int32)
             lengths = np.ones(rows, np.int32)
@@ -99,7 +107,7 @@ class HarnessModel(TemplateLM):
             model = self._model
             with model.trainer.context():
                 new = decoder.generate(*self._served, jnp.asarray(batch), jax.random.key(model.cfg.seed),
-                                       n=n, sampling=sampling.Sampling(temperature), lengths_B=jnp.asarray(lengths))  # fmt: skip
+                                       n=n, sampling=drawn, lengths_B=jnp.asarray(lengths))  # fmt: skip
             for i, ids in zip(chosen, new.tolist(), strict=False):
                 ids = ids[: ids.index(self.eot_token_id)] if self.eot_token_id in ids else ids
                 texts[i], _ = text.cut(model.tokenizer.decode(ids), options[i][0])
@@ -188,12 +196,22 @@ def _bucket(length):
 
 
 def _generation_options(options):
-    """(stop strings, tokens, temperature) of a request."""
-    options = dict(options)
-    until = options.pop('until', None) or []
-    n = options.pop('max_gen_toks', options.pop('max_new_tokens', 256))
-    temperature = float(options.pop('temperature', 0.0) or 0.0)
-    temperature = temperature if options.pop('do_sample', temperature > 0) else 0.0
-    if options:
-        raise ConfigError(f'generation option {next(iter(options))!r}: want until, max_gen_toks, temperature or do_sample')
-    return tuple([until] if isinstance(until, str) else until), int(n), temperature
+    """(stop strings, tokens, Sampling) of a request, as the harness and transformers understand its options."""
+    options = {name: value for name, value in options.items() if value is not None}
+    until = options.pop('until', ())
+    tokens = [options.pop(name) for name in ('max_gen_toks', 'max_new_tokens', 'max_tokens') if name in options]
+    temperature = options.pop('temperature', None)
+    samples = options.pop('do_sample', bool(temperature))
+    temperature = float(1.0 if temperature is None else temperature) if samples else 0.0
+    if samples and temperature <= 0:
+        raise ConfigError(f'generation option temperature = {temperature:g} with do_sample: want one above 0, or no do_sample')
+    filters = {name: options.pop(name) for name in ('top_k', 'top_p', 'min_p') if name in options}
+    filters |= {'top_k': max(filters.get('top_k', 0), 0)}  # vLLM's −1
+    for name, value in options.items():
+        if name not in NEUTRAL:
+            want = 'until, max_gen_toks, do_sample, temperature, top_k, top_p or min_p'
+            raise ConfigError(f'generation option {name!r}{nearest(name, KNOWN)}: want {want}')
+        if value != NEUTRAL[name] and NEUTRAL[name] is not None:
+            raise ConfigError(f'generation option {name} = {value!r}: want {NEUTRAL[name]}, which is to do without')
+    drawn = sampling.Sampling(temperature, **filters) if samples else sampling.GREEDY  # which no filter changes
+    return tuple([until] if isinstance(until, str) else until), int(tokens[0]) if tokens else 256, drawn
