@@ -15,7 +15,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 from spark.config import nearest
-from spark.errors import ConfigError, DataError
+from spark.errors import ConfigError, DataError, SparkError
+from spark.evaluation import needles
 from spark.evaluation.evaluate import Model
 from spark.inference import decoder, layout, sampling, text
 from spark.progress import tqdm
@@ -153,34 +154,51 @@ class HarnessModel(TemplateLM):
         return scores
 
 
-def load(names: Sequence[str], path: str | None = None) -> TaskManager:
-    """The harness's task manager, once the data of these tasks can be read; `path` holds more task files, which may run code.
+def load(
+    names: Sequence[str], path: str | None = None, metadata: dict | None = None, ours: dict[str, dict] | None = None
+) -> tuple[TaskManager, list]:
+    """(the harness's task manager, what to ask it for), once the data of these tasks can be read.
 
-    Raises a ConfigError if there is no such task or directory, and a DataError if a task or its data cannot be read.
+    `path` holds more task files, which may run code; `metadata` is what tasks that build their own data are told; `ours` are
+    configs of tasks by name, such as those of `needles.tasks`. Raises a ConfigError if there is no such task or directory, and a
+    DataError if a task or its data cannot be read.
     """
     for library in ('lm_eval', 'datasets', 'huggingface_hub'):  # they log every retry of a download
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    path = path and os.path.expanduser(path)
+    path, metadata, ours = path and os.path.expanduser(path), metadata or {}, ours or {}
     if path is not None and not os.path.isdir(path):
         raise ConfigError(f'--task_path={path}: no such directory')
+    if set(names) <= ours.keys():
+        needles.check(metadata)  # no other task reads it
     try:
-        manager = TaskManager(include_path=path)
+        manager = TaskManager(include_path=path, metadata=metadata)
     except Exception as e:
         raise DataError(f'--task_path={path}: {type(e).__name__}: {e}') from e
     for name in names:
-        if name not in manager.all_tasks:
-            raise ConfigError(f'--tasks: no task {name!r}{nearest(name, manager.all_tasks)}')
+        if name not in (known := [*ours, *manager.all_tasks]):
+            raise ConfigError(f'--tasks: no task {name!r}{nearest(name, known)}')
         try:
-            manager.load(name)
+            manager.load(ours.get(name, name))
+        except SparkError:
+            raise
         except Exception as e:  # the libraries for data sets raise exceptions of many kinds
             raise DataError(f'--tasks={name}: its data cannot be read or downloaded: {type(e).__name__}: {e}') from e
-    return manager
+    return manager, [ours.get(name, name) for name in names]
 
 
-def run(model: Model, names: Sequence[str], manager: TaskManager, **options) -> tuple[dict, str]:
-    """{task: {metric: value}}, and the harness's table of them; `options` go to `simple_evaluate`, such as num_fewshot."""
-    results = simple_evaluate(HarnessModel(model), tasks=list(names), task_manager=manager, log_samples=False, **options)
-    return results['results'], make_table(results)
+def run(model: Model, loaded: tuple[TaskManager, list], **options) -> tuple[dict, str]:
+    """{task: {metric: value}} of what `load` returns, and tables; `options` go to `simple_evaluate`, such as num_fewshot.
+
+    A task whose documents have a length and a depth has its metrics for each of them in 'by_length_and_depth', too.
+    """
+    manager, asked = loaded
+    found = simple_evaluate(HarnessModel(model), tasks=asked, task_manager=manager, **options)
+    results, tables = found['results'], [make_table(found)]
+    for name, samples in found['samples'].items():
+        if cells := needles.by_cell(samples):
+            results[name]['by_length_and_depth'] = cells
+            tables.append(needles.table(name, cells))
+    return results, '\n\n'.join(tables)
 
 
 def _score(trainer, params, batch):

@@ -167,8 +167,7 @@ def none_of_the_harness(monkeypatch):
 
 def test_the_harness_runs_our_tasks(model, adapter, task_path, none_of_the_harness):
     names = ['spark_choice', 'spark_perplexity', 'spark_generation']
-    manager = tasks.load(names, task_path)
-    results, table = tasks.run(model, names, manager, limit=4)
+    results, table = tasks.run(model, tasks.load(names, task_path), limit=4)
     # Documents 0 to 3: is the likelier of the two choices the answer?
     pairs = [(f'spark {i}', f' {choice}') for i in range(4) for choice in ('sparse', 'zq!')]
     values = adapter.loglikelihood(requests('loglikelihood', *pairs))
