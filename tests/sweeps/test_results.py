@@ -32,7 +32,7 @@ def test_seeds_are_averaged_and_the_front_is_what_nothing_beats(tmp_path):
     both = results.average([*rows[:2], row(8, 0, result=result(2.0, 2.0)), row(8, 1, result=result(2.4, 2.0))], axes)
     np.testing.assert_allclose([p['within'] for p in both], 0.1 / 2**0.5)  # ±0.05 about levels 2.5 and 2.8
     paths = results.write(tmp_path, rows, axes)
-    assert [p.name for p in paths] == ['results.csv', 'results.md', 'loss_flops.png', 'loss_k.png']
+    assert [p.name for p in paths] == ['results.csv', 'results.md', 'loss_flops.png', 'loss_k.png', 'results.html']
     assert all(p.exists() for p in paths)
     text = (tmp_path / 'results.md').read_text()
     assert '| 4 | 2 | 1,000 | 3.1000 ± 0.1414 |' in text and '2.00× | 0.5000 | Pareto |' in text  # 3.0 − 2.5 of seed 0 alone
@@ -42,7 +42,7 @@ def test_seeds_are_averaged_and_the_front_is_what_nothing_beats(tmp_path):
     lines = (tmp_path / 'results.csv').read_text().splitlines()
     assert len(lines) == 7 and lines[0].startswith('run,model.ffn.k,seed,status,test_loss,mflops')
     nothing = results.write(tmp_path, rows[3:4], axes)
-    assert [p.name for p in nothing] == ['results.csv', 'results.md']
+    assert [p.name for p in nothing] == ['results.csv', 'results.md', 'results.html']
 
 
 def test_config_of_a_run_is_what_its_row_says(tmp_path):
