@@ -189,7 +189,7 @@ def prepare_directory(
             raise ConfigError(f'--out={out} belongs to a sweep over {", ".join(sorted(recorded_axes))}: choose another directory')
         if different := config.differences(recorded_base, base, ignore=axes):
             raise ConfigError(f'--out={out} belongs to a sweep with {different}: choose another directory')
-        for name in sorted({*how, *recorded_how}):
+        for name in {**recorded_how, **how}:
             if how.get(name) != recorded_how.get(name):
                 was = f'{name} = {recorded_how.get(name)}, now {how.get(name)}'
                 raise ConfigError(f'--out={out} belongs to a sweep with {was}: choose another directory')

@@ -102,7 +102,7 @@ def test_the_rungs_of_a_sweep_stay(tmp_path):
     base, axes, runs = grid('model.ffn.k=2,3')
     prepare_directory(tmp_path, base, axes, runs, halving.Halving((3, 6)).fixed)
     prepare_directory(tmp_path, base, axes, runs, halving.Halving((3, 6)).fixed)
-    for other, message in [((3,), 'rungs = 3,6, now 3'), ((), 'eta = 3, now None')]:
+    for other, message in [((3,), 'rungs = 3,6, now 3'), ((), 'rungs = 3,6, now None')]:
         with pytest.raises(ConfigError, match=f'belongs to a sweep with {message}: choose another directory'):
             prepare_directory(tmp_path, base, axes, runs, halving.Halving(other).fixed)
 

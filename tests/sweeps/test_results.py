@@ -5,7 +5,8 @@ import pytest
 
 from spark import config
 from spark.errors import ConfigError
-from spark.sweeps import results
+from spark.evaluation.plots import save
+from spark.sweeps import plots, results
 from spark.sweeps.grid import prepare_directory
 from tests.helpers import grid
 
@@ -43,6 +44,23 @@ def test_seeds_are_averaged_and_the_front_is_what_nothing_beats(tmp_path):
     assert len(lines) == 7 and lines[0].startswith('run,model.ffn.k,seed,status,test_loss,mflops')
     nothing = results.write(tmp_path, rows[3:4], axes)
     assert [p.name for p in nothing] == ['results.csv', 'results.md', 'results.html']
+
+
+def test_plots_of_a_search_have_points_and_no_lines(tmp_path, monkeypatch):
+    """A grid's lines join points that differ in one axis only, and are named; in a search there are none."""
+    drawn = []
+    monkeypatch.setattr(plots, 'save', lambda fig, path: drawn.append(fig) or save(fig, path))
+    points = [(round(1e-4 * 1.3**i, 6), 2 + 7 * i % 19) for i in range(20)]
+    axes = {'optimizer.lr': sorted(p[0] for p in points), 'model.ffn.k': sorted({p[1] for p in points})}
+    row = lambda lr, k: results.Row(f'lr-{lr}_k-{k}', {'optimizer.lr': lr, 'model.ffn.k': k}, 'done', result(3 + lr, 1 + k))
+    rows = [row(*point) for point in points]
+    results.write(tmp_path, rows, axes)
+    assert len(drawn) == 3
+    for fig in drawn:
+        (ax,) = fig.axes
+        assert not ax.texts and len(ax.get_xticklabels()) < 30
+        assert ax.get_legend() is None or [t.get_text() for t in ax.get_legend().get_texts()] == ['Pareto front']
+        assert any(line.get_linestyle() == 'None' and len(line.get_xdata()) == 20 for line in ax.lines)
 
 
 def test_config_of_a_run_is_what_its_row_says(tmp_path):
