@@ -73,10 +73,11 @@ def _errorbar(ax, x, points, **style):
 
 
 def _log_x(ax):
-    """A logarithmic axis with plain numbers."""
+    """A logarithmic axis with plain numbers, over more than a decade at its powers only."""
     ax.set_xscale('log')
+    low, high = ax.get_xlim()
     ax.xaxis.set_major_formatter('{x:.4g}')
-    ax.xaxis.set_minor_formatter('{x:.4g}')
+    ax.xaxis.set_minor_formatter('{x:.4g}' if high < 20 * low else '')
 
 
 def _finish(fig, ax, title, points, path):
