@@ -92,7 +92,8 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['spark', 'spark.*']),
-    package_data={'spark.data': ['*.model'], 'spark.evaluation': ['*.html'], 'spark.kernels': ['cpu/*.cc', 'cpu/*.h']},
+    package_data={'spark.data': ['*.model'], 'spark.evaluation': ['*.html'], 'spark.sweeps': ['*.html'],
+                  'spark.kernels': ['cpu/*.cc', 'cpu/*.h']},
     ext_modules=[KERNELS],
     cmdclass={'build_ext': BuildKernels},
     install_requires=[
@@ -114,7 +115,7 @@ setup(
         'filelock>=3.16',
         'jaxtyping>=0.3.6',  # shapes in annotations; the tests check them
         'numpy>=2.0',
-        'scipy>=1.14',
+        'scipy>=1.15',  # whose Sobol sequences take `rng`
         'matplotlib>=3.8',
         'tqdm>=4.66',
         'tensorboardX>=2.6',

@@ -6,9 +6,13 @@
 Prints tables. --length=N takes rows of N tokens, also longer ones than in training: see loss and attended keys by position.
 --fit_predictor adds what the best linear predictor of the same rank reaches. --k_measured=0.08 evaluates at the k at which 8 % of
 the neurons are active, and says which k that is. --plots and --neurons write figures and an HTML page of neurons to
-DIR/evaluation/. --tasks runs tasks of lm-evaluation-harness, and nothing else with --split=none.
+DIR/evaluation/. --tasks runs tasks of lm-evaluation-harness, and nothing else with --split=none. The built-in needle_single,
+needle_multikey and needle_tracking have contexts of any length: --metadata='{"length": [512, 2048], "depth": [0, 0.5]}'.
 Exit codes: 0 done, 2 bad usage, 4 data or task unreadable, 5 no such checkpoint.
 """
+
+import contextlib
+import json
 
 from absl import flags
 
@@ -31,6 +35,7 @@ LAYER = flags.DEFINE_integer('layer', None, 'The layer whose scores are drawn; d
 NEURONS = flags.DEFINE_integer('neurons', None, 'Also write an HTML page of the neurons of this layer.', lower_bound=0)
 TASKS = flags.DEFINE_list('tasks', [], 'Tasks or groups of lm-evaluation-harness.')
 TASK_PATH = flags.DEFINE_string('task_path', None, 'A directory of additional task files; they may run code.')
+METADATA = flags.DEFINE_string('metadata', '{}', 'JSON for tasks that build their data, such as {"length": [512, 2048]}.')
 LIMIT = flags.DEFINE_integer('limit', None, 'Documents per task; default all.', lower_bound=1)
 FEWSHOT = flags.DEFINE_integer('fewshot', None, 'Examples in the context; default as the task asks for.', lower_bound=0)
 JSON = flags.DEFINE_string('json', None, 'Also write the report to this file.')
@@ -45,6 +50,9 @@ def main() -> None:
         raise errors.ConfigError('--loss_only: --plots and --neurons draw the statistics that it leaves out')
     if FIT.value and (LOSS_ONLY.value or SPLIT.value == 'none'):
         raise errors.ConfigError('--fit_predictor: its recall is a statistic, which --loss_only and --split=none leave out')
+    metadata = parsed_metadata()
+    if metadata and not TASKS.value:
+        raise errors.ConfigError('--metadata: only --tasks read it')
     # Imported late, so that usage errors come before jax starts.
     from spark.evaluation import evaluate, neurons, plots, tables
 
@@ -58,10 +66,10 @@ def main() -> None:
             raise errors.ConfigError(f'--{name}={flag.value}: want a layer from 0 to {n_layers - 1}')
     if TASKS.value:
         try:
-            from spark.evaluation import tasks
+            from spark.evaluation import needles, tasks
         except ImportError as e:
             raise errors.ConfigError(f"--tasks needs lm-eval: pip install 'spark-transformer[eval]' ({e})") from None
-        manager = tasks.load(TASKS.value, TASK_PATH.value)
+        loaded = tasks.load(TASKS.value, TASK_PATH.value, metadata, needles.tasks(model.tokenizer, model.cfg.data))
     ks = [layer.ffn.k for layer in model.cfg.model.per_layer]
     report = {'workdir': str(workdir), 'step': model.step, 'k': ks[0] if len(set(ks)) == 1 else ks}
     if SPLIT.value != 'none':
@@ -76,10 +84,18 @@ def main() -> None:
         if NEURONS.value is not None:
             print(neurons.write(model, SPLIT.value, NEURONS.value, out / f'neurons_{NEURONS.value}.html', figures[0]))
     if TASKS.value:
-        report['tasks'], table = tasks.run(model, TASKS.value, manager, limit=LIMIT.value, num_fewshot=FEWSHOT.value)
+        report['tasks'], table = tasks.run(model, loaded, limit=LIMIT.value, num_fewshot=FEWSHOT.value)
         print(table)
     if JSON.value:
         write_json(JSON.value, report)
+
+
+def parsed_metadata() -> dict:
+    """The object of --metadata."""
+    with contextlib.suppress(ValueError):
+        if isinstance(found := json.loads(METADATA.value), dict):
+            return found
+    raise errors.ConfigError(f'--metadata={METADATA.value}: want a JSON object, such as {{"length": [512, 2048]}}')
 
 
 if __name__ == '__main__':

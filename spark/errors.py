@@ -82,6 +82,12 @@ class Preempted(SparkError):
     exit_code = 75
 
 
+class Stopped(SparkError):
+    """Training is where train.stop_at ends it, with its state saved: what was asked for, but not a trained model."""
+
+    exit_code = 0
+
+
 def run(
     main: Callable[..., None], check: Callable[[list[str]], None] | None = None, required: Sequence[flags.FlagHolder] = (),
     arguments: Sequence[str] = (),

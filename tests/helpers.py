@@ -1,8 +1,10 @@
 """Small configs and models that the tests share."""
 
+import contextlib
 import functools
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -92,3 +94,24 @@ def random_rows(cfg, batch=2, length=24, seed=0):
     tokens = np.random.default_rng(seed).integers(0, cfg.model.vocab_size, (batch, length)).astype(np.int32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
     return jnp.asarray(tokens), jnp.asarray(positions), jnp.ones_like(tokens)
+
+
+@contextlib.contextmanager
+def browser(page, directory):
+    """A page in headless Chromium: a selenium driver, with a profile in a directory."""
+    selenium = pytest.importorskip('selenium.webdriver')
+    chromium, driver = shutil.which('chromium'), shutil.which('chromedriver')
+    if not (chromium and driver):
+        pytest.skip('wants chromium and chromedriver')
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    switches = 'headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update'
+    for switch in [*switches.split(), 'disable-sync', f'user-data-dir={directory}/profile']:
+        options.add_argument(f'--{switch}')
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
+    chrome = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
+    try:
+        chrome.get(page.as_uri())
+        yield chrome
+    finally:
+        chrome.quit()

@@ -237,11 +237,26 @@ def test_evaluate_a_run(place, forks):
         pytest.param(['--workdir={}/whole', '--split=none', '--tasks=hellaswag'], 4, 'hellaswag: its data cannot be read',
                      marks=pytest.mark.slow),
         (['--workdir={}/whole', '--split=none', '--tasks=helaswag'], 2, 'did you mean hellaswag?'),
+        (['--workdir={}/whole', '--metadata=length=5', '--tasks=a'], 2, '--metadata=length=5: want a JSON object, such as {"'),
+        (['--workdir={}/whole', '--metadata={{"length": 64}}'], 2, '--metadata: only --tasks read it'),
     ],
 )
 def test_what_evaluate_cannot_do(place, forks, args, code, message):
     tmp, _ = place
     one_line(forks.script('evaluate.py', *[a.format(tmp) for a in args]), code, message)
+
+
+@pytest.mark.slow
+def test_needles_of_any_length(place, forks):
+    tmp, _ = place
+    args = f'--workdir={tmp}/whole', '--split=none', '--tasks=needle_single,needle_tracking', f'--json={tmp}/needles.json'
+    done = forks.script('evaluate.py', *args, '--metadata={"length": [256, 400], "depth": [0, 1], "documents": 1}')
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp / 'needles.json').read_text())['tasks']
+    for name in ('needle_single', 'needle_tracking'):
+        cells = [(cell['length'], cell['depth']) for cell in found[name]['by_length_and_depth']]
+        assert cells == [(256, 0), (256, 1), (400, 0), (400, 1)] and f'| {name}: acc | depth 0 | depth 1 |' in done.stdout
+    one_line(forks.script('evaluate.py', *args, '--metadata={"lenght": 9}'), 2, "--metadata: 'lenght'; did you mean length?")
 
 
 def test_a_sweep_is_stopped_resumed_and_tells_what_failed(place, forks):
@@ -275,6 +290,13 @@ def test_a_sweep_is_stopped_resumed_and_tells_what_failed(place, forks):
     assert (out / 'runs' / first / 'summary.json').stat().st_mtime_ns == written
     one_line(forks.script(*args, '--config.train.steps=30'), 2, 'belongs to a sweep with train.steps = 24, now 30')
     one_line(forks.script(*args, '--axis=model.ffn.kk=1'), 2, '--axis=model.ffn.kk=1: no such field; did you mean k?')
+    for more, message in [
+        ('--search=sobol', '--search=sobol: want sobol:POINTS'), ('--eta=2', '--eta: only --rungs read it'),
+        ('--rungs=24', '--rungs=24: want growing steps, between 0 and train.steps = 24'),
+        ('--rungs=5', f'--out={out} belongs to a sweep with rungs = None, now 5'),
+        ('--search=random:4', f'--out={out} belongs to a sweep with search = None, now random with seed 0'),
+    ]:  # fmt: skip
+        one_line(forks.script(*args, more), 2, message)
 
 
 def test_generate(place, forks):

@@ -19,7 +19,8 @@ RESUMABLE = (
     *('data.batch_size', 'train.accumulate'),  # the place in the data is a number of rows
     *('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.activity', 'train.stall_seconds', 'train.cache'),
     *('train.save_every', 'train.save_every_minutes', 'train.keep', 'train.keep_every', 'train.keep_every_minutes'),
-    *('train.profile_step', 'train.profile_steps', 'train.final_eval', 'train.trackers', 'train.evals'),
+    *('train.profile_step', 'train.profile_steps', 'train.final_eval', 'train.stop_at'),
+    *('train.trackers', 'train.evals'),
     *('train.max_skips', 'train.spike'),  # a run that diverged may need other values to continue
 )
 # How long to train, and the learning rate by step: these may also differ with --extend, and in a branch. The optimizer's state
@@ -259,6 +260,7 @@ class TrainConfig(Section):
     keep: int = Field(2, gt=0)  # number of newest checkpoints to keep
     keep_every: int = Field(0, ge=0)  # also keep the checkpoints at multiples of this step; 0: none
     keep_every_minutes: float = Field(0.0, ge=0)  # also keep a checkpoint for each such time; 0: none
+    stop_at: int = Field(0, ge=0)  # end at this step, evaluated and saved, to go on later: sweeps compare runs there; 0: never
     max_skips: int = Field(0, ge=0)  # updates with a loss or gradient that is not finite, skipped in a row; one more ends the run
     spike: float = Field(0.0, ge=0)  # also skip an update whose gradient norm exceeds the running mean by this factor; 0: never
     # The watchdog ends a run that makes no progress for this long, and prints all stacks. Compiling, evaluating, saving and

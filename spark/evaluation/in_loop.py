@@ -62,12 +62,12 @@ def of_tasks(entry: EvalConfig, trainer: Trainer, tokenizer: Tokenizer, data: No
     if jax.process_count() > 1:
         raise ConfigError('tasks: want a job of one process, or scripts/evaluate.py --tasks of its run')
     try:
-        from spark.evaluation import tasks
+        from spark.evaluation import needles, tasks
     except ImportError as e:
         raise ConfigError(f"tasks: needs lm-eval: pip install 'spark-transformer[eval]' ({e})") from None
     names = entry.tasks.split(',')
-    manager = tasks.load(names, entry.task_path or None)
     small, stops = _of_microbatches(trainer), []
+    loaded = tasks.load(names, entry.task_path or None, ours=needles.tasks(tokenizer, small.cfg.data))
 
     def tick():
         if stops[-1]():
@@ -80,7 +80,7 @@ def of_tasks(entry: EvalConfig, trainer: Trainer, tokenizer: Tokenizer, data: No
         stops.append(stop)
         adapter.use(params)
         try:
-            found, _ = tasks.run(adapter, names, manager, limit=entry.limit or None, bootstrap_iters=0)
+            found, _ = tasks.run(adapter, loaded, limit=entry.limit or None, bootstrap_iters=0)
         except _Stopped:
             return None
         finally:

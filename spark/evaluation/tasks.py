@@ -15,12 +15,21 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 from spark.config import nearest
-from spark.errors import ConfigError, DataError
+from spark.errors import ConfigError, DataError, SparkError
+from spark.evaluation import needles
 from spark.evaluation.evaluate import Model
 from spark.inference import decoder, layout, sampling, text
 from spark.progress import tqdm
 from spark.training.loss import cross_entropy
 
+# Options of generation that are not built here, each with the value at which it does nothing; None: any, without beams.
+NEUTRAL = {
+    'num_beams': 1, 'num_beam_groups': 1, 'num_return_sequences': 1, 'n': 1, 'best_of': 1, 'typical_p': 1,
+    'repetition_penalty': 1, 'no_repeat_ngram_size': 0,
+    'min_length': 0, 'min_new_tokens': 0, 'presence_penalty': 0, 'frequency_penalty': 0,
+    'length_penalty': None, 'early_stopping': None, 'use_cache': None,
+}  # fmt: skip
+KNOWN = ('until', 'max_gen_toks', 'max_new_tokens', 'max_tokens', 'do_sample', 'temperature', 'top_k', 'top_p', 'min_p', *NEUTRAL)
 SHORTEST = 32  # lengths are padded to this or a larger power of two, so that few shapes are compiled
 
 
@@ -91,10 +100,10 @@ class HarnessModel(TemplateLM):
         texts = [''] * len(requests)
         bar = tqdm(total=len(requests), desc='generating', disable=disable_tqdm)
         while order:
-            _, n, temperature = options[order[0]]
+            _, n, drawn = options[order[0]]
             L = _bucket(len(prompts[order[0]]))
             rows = self._rows(L + n)
-            chosen = [i for i in order[:rows] if options[i][1:] == (n, temperature)]
+            chosen = [i for i in order[:rows] if options[i][1:] == (n, drawn)]
             order = order[len(chosen) :]
             batch = np.full((rows, L), self.prefix_token_id, np.int32)
             lengths = np.ones(rows, np.int32)
@@ -105,7 +114,7 @@ class HarnessModel(TemplateLM):
             self._tick()
             with model.trainer.context():
                 new = decoder.generate(*self._served, jnp.asarray(batch), jax.random.key(model.cfg.seed),
-                                       n=n, sampling=sampling.Sampling(temperature), lengths_B=jnp.asarray(lengths))  # fmt: skip
+                                       n=n, sampling=drawn, lengths_B=jnp.asarray(lengths))  # fmt: skip
             for i, ids in zip(chosen, new.tolist(), strict=False):
                 ids = ids[: ids.index(self.eot_token_id)] if self.eot_token_id in ids else ids
                 texts[i], _ = text.cut(model.tokenizer.decode(ids), options[i][0])
@@ -152,35 +161,52 @@ class HarnessModel(TemplateLM):
         return scores
 
 
-def load(names: Sequence[str], path: str | None = None) -> TaskManager:
-    """The harness's task manager, once the data of these tasks can be read; `path` holds more task files, which may run code.
+def load(
+    names: Sequence[str], path: str | None = None, metadata: dict | None = None, ours: dict[str, dict] | None = None
+) -> tuple[TaskManager, list]:
+    """(the harness's task manager, what to ask it for), once the data of these tasks can be read.
 
-    Raises a ConfigError if there is no such task or directory, and a DataError if a task or its data cannot be read.
+    `path` holds more task files, which may run code; `metadata` is what tasks that build their own data are told; `ours` are
+    configs of tasks by name, such as those of `needles.tasks`. Raises a ConfigError if there is no such task or directory, and a
+    DataError if a task or its data cannot be read.
     """
     for library in ('lm_eval', 'datasets', 'huggingface_hub'):  # they log every retry of a download
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    path = path and os.path.expanduser(path)
+    path, metadata, ours = path and os.path.expanduser(path), metadata or {}, ours or {}
     if path is not None and not os.path.isdir(path):
         raise ConfigError(f'--task_path={path}: no such directory')
+    if set(names) <= ours.keys():
+        needles.check(metadata)  # no other task reads it
     try:
-        manager = TaskManager(include_path=path)
+        manager = TaskManager(include_path=path, metadata=metadata)
     except Exception as e:
         raise DataError(f'--task_path={path}: {type(e).__name__}: {e}') from e
     for name in names:
-        if name not in manager.all_tasks:
-            raise ConfigError(f'--tasks: no task {name!r}{nearest(name, manager.all_tasks)}')
+        if name not in (known := [*ours, *manager.all_tasks]):
+            raise ConfigError(f'--tasks: no task {name!r}{nearest(name, known)}')
         try:
-            manager.load(name)
+            manager.load(ours.get(name, name))
+        except SparkError:
+            raise
         except Exception as e:  # the libraries for data sets raise exceptions of many kinds
             raise DataError(f'--tasks={name}: its data cannot be read or downloaded: {type(e).__name__}: {e}') from e
-    return manager
+    return manager, [ours.get(name, name) for name in names]
 
 
-def run(model: Model | HarnessModel, names: Sequence[str], manager: TaskManager, **options) -> tuple[dict, str]:
-    """{task: {metric: value}}, and the harness's table of them; `options` go to `simple_evaluate`, such as num_fewshot."""
+def run(model: Model | HarnessModel, loaded: tuple[TaskManager, list], **options) -> tuple[dict, str]:
+    """{task: {metric: value}} of what `load` returns, and tables; `options` go to `simple_evaluate`, such as num_fewshot.
+
+    A task whose documents have a length and a depth has its metrics for each of them in 'by_length_and_depth', too.
+    """
+    manager, asked = loaded
     adapter = model if isinstance(model, HarnessModel) else HarnessModel(model)
-    results = simple_evaluate(adapter, tasks=list(names), task_manager=manager, log_samples=False, **options)
-    return results['results'], make_table(results)
+    found = simple_evaluate(adapter, tasks=asked, task_manager=manager, **options)
+    results, tables = found['results'], [make_table(found)]
+    for name, samples in found['samples'].items():
+        if cells := needles.by_cell(samples):
+            results[name]['by_length_and_depth'] = cells
+            tables.append(needles.table(name, cells))
+    return results, '\n\n'.join(tables)
 
 
 def _score(trainer, params, batch):
@@ -196,12 +222,22 @@ def _bucket(length):
 
 
 def _generation_options(options):
-    """(stop strings, tokens, temperature) of a request."""
-    options = dict(options)
-    until = options.pop('until', None) or []
-    n = options.pop('max_gen_toks', options.pop('max_new_tokens', 256))
-    temperature = float(options.pop('temperature', 0.0) or 0.0)
-    temperature = temperature if options.pop('do_sample', temperature > 0) else 0.0
-    if options:
-        raise ConfigError(f'generation option {next(iter(options))!r}: want until, max_gen_toks, temperature or do_sample')
-    return tuple([until] if isinstance(until, str) else until), int(n), temperature
+    """(stop strings, tokens, Sampling) of a request, as the harness and transformers understand its options."""
+    options = {name: value for name, value in options.items() if value is not None}
+    until = options.pop('until', ())
+    tokens = [options.pop(name) for name in ('max_gen_toks', 'max_new_tokens', 'max_tokens') if name in options]
+    temperature = options.pop('temperature', None)
+    samples = options.pop('do_sample', bool(temperature))
+    temperature = float(1.0 if temperature is None else temperature) if samples else 0.0
+    if samples and temperature <= 0:
+        raise ConfigError(f'generation option temperature = {temperature:g} with do_sample: want one above 0, or no do_sample')
+    filters = {name: options.pop(name) for name in ('top_k', 'top_p', 'min_p') if name in options}
+    filters |= {'top_k': max(filters.get('top_k', 0), 0)}  # vLLM's −1
+    for name, value in options.items():
+        if name not in NEUTRAL:
+            want = 'until, max_gen_toks, do_sample, temperature, top_k, top_p or min_p'
+            raise ConfigError(f'generation option {name!r}{nearest(name, KNOWN)}: want {want}')
+        if value != NEUTRAL[name] and NEUTRAL[name] is not None:
+            raise ConfigError(f'generation option {name} = {value!r}: want {NEUTRAL[name]}, which is to do without')
+    drawn = sampling.Sampling(temperature, **filters) if samples else sampling.GREEDY  # which no filter changes
+    return tuple([until] if isinstance(until, str) else until), int(tokens[0]) if tokens else 256, drawn

@@ -19,14 +19,15 @@ from spark.training.trackers import metric_files
 
 
 def train_command(
-    train: list[str], config_path: str, overrides: dict, base: config.ExperimentConfig, run: Run, out: Path
+    train: list[str], config_path: str, overrides: dict, base: config.ExperimentConfig, run: Run, out: Path, stop_at: int = 0
 ) -> list[str]:
-    """The words of the shell command that trains a run; `train` are those before the flags.
+    """The words of the shell command that trains a run, to a step if there is `stop_at`; `train` are those before the flags.
 
     `overrides` are the {field: value} of the command line that turned the file at `config_path` (PATH[:VARIANT]) into `base`.
     """
     before, after = config.fields(base), config.fields(run.cfg)
     changed = overrides | {field: value for field, value in after.items() if value != before[field]}
+    changed |= {'train.stop_at': stop_at} if stop_at else {}
     flags = [f'--config.{field}={value}' for field, value in changed.items()]
     return [*train, f'--config={config_path}', f'--workdir={out / "runs" / run.name}', *flags]
 
@@ -34,6 +35,20 @@ def train_command(
 def is_finished(out: Path, run: Run) -> bool:
     """Has the run written its summary?"""
     return (out / 'runs' / run.name / 'summary.json').exists()
+
+
+def failure(out: Path, name: str) -> str | None:
+    """How the command of a run failed; None if it did not, or was only stopped. Raises a ConfigError if its record is damaged."""
+    record = out / 'logs' / f'{name}.json'
+    if not record.exists():
+        return None
+    try:
+        end = json.loads(record.read_text())
+        code, message = end['exit_code'], end['message']
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        why = f'not the record of how a run ended ({type(e).__name__}: {e}): delete it, to go on'
+        raise ConfigError(f'{record}: {why}') from None
+    return None if code in (0, Preempted.exit_code) else f'failed, exit code {code}: {message}'
 
 
 def execute(command: list[str], out: Path, name: str, tick: Callable[[], None] = lambda: None) -> int:
@@ -46,6 +61,7 @@ def execute(command: list[str], out: Path, name: str, tick: Callable[[], None] =
     """
     log = out / 'logs' / f'{name}.log'
     with _appended(log) as output:
+        log.with_suffix('.json').unlink(missing_ok=True)  # of an earlier try
         start = output.tell()
         # In a session of its own, so that Ctrl-C does not reach it twice.
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -82,11 +98,15 @@ def _appended(log):
             write_bytes(log, output.read())
 
 
-def run_locally(runs: list[Run], commands: dict[str, list[str]], out: Path) -> None:
-    """Trains unfinished runs, by {run name: command}, one by one. Raises Preempted after a signal, with the run's state saved."""
-    steps = {run.name: run.cfg.train.steps for run in runs}
+def run_locally(runs: list[Run], commands: dict[str, list[str]], out: Path, stop_at: int = 0) -> None:
+    """Trains unfinished runs, by {run name: command}, one by one, to a step if the commands have `stop_at`.
+
+    Raises Preempted after a signal, with the run's state saved.
+    """
+    steps = {run.name: stop_at or run.cfg.train.steps for run in runs}
     done = sum(steps[run.name] for run in runs if is_finished(out, run))
-    with tqdm(total=sum(steps.values()), initial=done, desc='sweep', unit='step') as bar:
+    title = f'sweep to step {stop_at}' if stop_at else 'sweep'
+    with tqdm(total=sum(steps.values()), initial=done, desc=title, unit='step') as bar:
         for i, run in enumerate(runs):
             if is_finished(out, run):
                 continue
@@ -129,6 +149,7 @@ def submit(runs: list[Run], commands: dict[str, list[str]], out: Path, parameter
                 if not earlier.done():
                     print(f'{run.name}: job {earlier.job_id} has not ended')
                     continue
+            (out / 'logs' / f'{run.name}.json').unlink(missing_ok=True)  # of an earlier try
             job = executor.submit(execute, commands[run.name], out, run.name)
             job_file.write_text(f'{job.job_id}\n')
             jobs[run.name] = job.job_id

@@ -1,4 +1,4 @@
-"""A grid of training runs: its axes, its points, and the directory that it belongs to.
+"""A grid or a search of training runs: its axes, its points, and the directory that it belongs to.
 
     OUT/sweep.json      the base config and the axes
     OUT/runs/NAME/      one run directory each, as scripts/train.py leaves it
@@ -9,6 +9,7 @@ import csv
 import functools
 import itertools
 import json
+import math
 import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from spark import config, flops
 from spark.data.tokenizer import tokenizer_for
 from spark.errors import ConfigError
 from spark.runtime import Path, entries, in_bucket, write_json
+from spark.sweeps.search import Range, Search, points
 
 # No choice of these changes the parameter count, so runs that differ only in them are compared at equal parameters.
 _NAMES = ('kind', 'k', 'k_schedule', 'r', 'gate', 'topk', 'groups', 'ddof', 'shrink', 'recall', 'huber', 'cap_first')
@@ -33,21 +35,35 @@ class Run(NamedTuple):
     adjustments: str = ''
 
 
-def parse_axes(axes: Iterable[str]) -> dict[str, list]:
-    """{field: values} of strings 'FIELD=v1,v2,…'; values may be quoted as in CSV, the parts of a tuple are joined by '+'."""
+def parse_axes(axes: Iterable[str]) -> dict[str, list | Range]:
+    """{field: values} of strings 'FIELD=v1,v2,…'; values may be quoted as in CSV, the parts of a tuple are joined by '+'.
+
+    Numbers may also be a range, 'FIELD=low:high' or 'FIELD=log:low:high'.
+    """
     parsed = {}
     for axis in axes:
         field, equals, text = axis.partition('=')
         if not equals or not text:
             raise ConfigError(f'--axis={axis}: want FIELD=value,value,…')
         kind = config.field_type(field, f'--axis={axis}')
-        values = [_parse_value(axis, kind, value.strip()) for value in next(csv.reader([text]))]
         if field in parsed:
             raise ConfigError(f'--axis={axis}: {field} is an axis already')
+        if kind in (int, float) and ':' in text:
+            parsed[field] = _parse_range(axis, kind, text)
+            continue
+        values = [_parse_value(axis, kind, value.strip()) for value in next(csv.reader([text]))]
         parsed[field] = list(dict.fromkeys(values))
     if not parsed:
         raise ConfigError('--axis is missing: want at least one FIELD=value,value,…')
     return parsed
+
+
+def _parse_range(axis, kind, text):
+    *log, low, high = text.split(':')
+    low, high = (_parse_value(axis, kind, end.strip()) for end in (low, high))
+    if log not in ([], ['log']) or not (low if log else -math.inf) < high < math.inf or low >= high or (log and low <= 0):
+        raise ConfigError(f'--axis={axis}: want LOW:HIGH, or log:LOW:HIGH with LOW above 0')
+    return Range(low, high, bool(log))
 
 
 def _parse_value(axis, kind, text):
@@ -61,14 +77,18 @@ def _parse_value(axis, kind, text):
         raise ConfigError(f'--axis={axis}: {text!r}: {message}') from None
 
 
-def expand(base: config.ExperimentConfig, axes: dict[str, list]) -> list[Run]:
-    """The runs of the product of `axes` over a base config; points that become equal once adjusted (see `_adjust`) are one run.
+def expand(base: config.ExperimentConfig, axes: dict[str, list | Range], search: Search | None = None) -> list[Run]:
+    """The runs of the product of `axes` over a base config, or of a search's points in it.
 
+    Points that become equal once adjusted (see `_adjust`) are one run.
     The parameter counts of points that differ only in LOOKUP_FIELDS must be within 1 %.
     """
     runs, counts = {}, {}
     short = short_names(axes)
-    for point in itertools.product(*axes.values()):
+    if not search and (field := next((f for f, values in axes.items() if isinstance(values, Range)), None)):
+        want = 'want FIELD=value,value,…, or a search, such as --search=sobol:16'
+        raise ConfigError(f'--axis={field}={axes[field]}: a grid has no ranges: {want}')
+    for point in points(axes, search) if search else itertools.product(*axes.values()):
         cfg, adjustments = _adjust(base, dict(zip(axes, point, strict=True)))
         values = config.fields(cfg)
         name = '_'.join(f'{short[field]}-{_file_name(values[field])}' for field in axes)
@@ -115,6 +135,12 @@ def _adjust(base, chosen):
     return config.validate(raw), ', '.join(notes)
 
 
+def occurring(axes: dict[str, list | Range], runs: list[Run]) -> dict[str, list]:
+    """The values of each axis: those of a list, or those of the runs in a range."""
+    of = [config.fields(run.cfg) for run in runs]
+    return {f: sorted({v[f] for v in of}) if isinstance(values, Range) else values for f, values in axes.items()}
+
+
 def short_names(fields: Collection[str]) -> dict[str, str]:
     """{field: the shortest end of its dotted name that no other field has}."""
     names = {}
@@ -129,14 +155,19 @@ def _file_name(value):
     return re.sub(r'[^A-Za-z0-9.+-]+', '_', text).strip('._') or '_'
 
 
-def prepare_directory(out: Path, base: config.ExperimentConfig, axes: dict[str, list], runs: list[Run]) -> None:
-    """Creates the directory of a sweep, or checks that an existing one is of the same sweep: axes may only get more values."""
-    path = out / 'sweep.json'
+def prepare_directory(
+    out: Path, base: config.ExperimentConfig, axes: dict[str, list | Range], runs: list[Run], how: dict | None = None
+) -> None:
+    """Creates the directory of a sweep, or checks that an existing one is of the same sweep.
+
+    Axes of a grid may only get more values. `how` says what else must stay as it is, by name.
+    """
+    path, how = out / 'sweep.json', how or {}
     if path.exists():
         try:
             recorded = json.loads(path.read_text())
             recorded_base = config.ExperimentConfig.model_validate_json(json.dumps(config.upgraded(recorded['config'])))
-            recorded_axes = set(recorded['axes'])
+            recorded_axes, recorded_how = set(recorded['axes']), recorded.get('how', {})
         except (OSError, ValueError, KeyError, TypeError) as e:
             reason = ' '.join(str(getattr(e, 'strerror', None) or e).split())
             raise ConfigError(
@@ -147,9 +178,13 @@ def prepare_directory(out: Path, base: config.ExperimentConfig, axes: dict[str, 
             raise ConfigError(f'--out={out} belongs to a sweep over {", ".join(sorted(recorded_axes))}: choose another directory')
         if different := config.differences(recorded_base, base, ignore=axes):
             raise ConfigError(f'--out={out} belongs to a sweep with {different}: choose another directory')
+        for name in {**recorded_how, **how}:
+            if how.get(name) != recorded_how.get(name):
+                was = f'{name} = {recorded_how.get(name)}, now {how.get(name)}'
+                raise ConfigError(f'--out={out} belongs to a sweep with {was}: choose another directory')
     for run in runs:
         recorded = out / 'runs' / run.name / 'config.json'
-        if recorded.exists() and (different := config.differences(config.load(recorded), run.cfg)):
+        if recorded.exists() and (different := config.differences(config.load(recorded), run.cfg, ['train.stop_at'])):
             raise ConfigError(f'{recorded.parent} belongs to a run with {different}: choose another --out')
     try:
         if not in_bucket(out):
@@ -157,6 +192,6 @@ def prepare_directory(out: Path, base: config.ExperimentConfig, axes: dict[str, 
         if not path.exists():
             if others := sorted(p.name for p in entries(out) if p.name not in ('logs', '.lock')):
                 raise ConfigError(f'--out={out} holds {others[0]!r} but no sweep.json: choose another directory')
-        write_json(path, {'config': json.loads(base.model_dump_json()), 'axes': axes})
+        write_json(path, {'config': json.loads(base.model_dump_json()), 'axes': occurring(axes, runs), 'how': how})
     except OSError as e:
         raise ConfigError(f'--out={out}: {e.strerror or e}') from None

@@ -7,6 +7,8 @@ import numpy as np
 from spark.evaluation.plots import COLORS, figure, save
 from spark.runtime import Path
 
+MANY = 16  # more points, lines or ticks than that are not labelled one by one
+
 
 def draw(points: list[dict], front: list[dict], labels: dict[str, str], out: Path) -> list[Path]:
     """Writes loss_flops.png, with the Pareto front, and loss_NAME.png for each of `labels`, {NAME: axis}; returns their paths."""
@@ -21,13 +23,14 @@ def _loss_flops(points, front, labels, path):
     fig, ax = figure(8, 5.5)
     cost, loss = ([p[name][0] for p in front] for name in ('mflops', 'test_loss'))
     ax.step(cost, loss, where='post', color='0.6', lw=1.5, zorder=1, label='Pareto front')
-    color_by = next(iter(labels), None)
+    many = len(points) > MANY
+    color_by = None if many else next(iter(labels), None)
     values = list(dict.fromkeys(p['axes'][labels[color_by]] for p in points)) if color_by else [None]
     for value, color in zip(values, itertools.cycle(COLORS), strict=False):
         group = [p for p in points if color_by is None or p['axes'][labels[color_by]] == value]
         name = f'{color_by} = {value}' if color_by else None
         _errorbar(ax, [p['mflops'][0] for p in group], group, color=color, fmt='o', label=name)
-    for p in points:
+    for p in () if many else points:
         text = ', '.join(f'{name} {p["axes"][field]}' for name, field in labels.items() if name != color_by)
         ax.annotate(text, (p['mflops'][0], p['test_loss'][0]), xytext=(6, 4), textcoords='offset points', fontsize=8, color='0.3')
     _log_x(ax)
@@ -38,7 +41,8 @@ def _loss_flops(points, front, labels, path):
 def _loss_axis(points, label, labels, path):
     fig, ax = figure(7, 5)
     field = labels[label]
-    others = {name: f for name, f in labels.items() if name != label}
+    many = len({tuple(p['axes'][f] for f in labels.values() if f != field) for p in points}) > MANY
+    others = {name: f for name, f in labels.items() if name != label and not many}  # more lines than that tell nothing
     ticks = list(dict.fromkeys(p['axes'][field] for p in points))
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in ticks)
     ticks = sorted(ticks) if numeric else ticks
@@ -50,11 +54,12 @@ def _loss_axis(points, label, labels, path):
         group.sort(key=lambda p: x_of[p['axes'][field]])
         name = ', '.join(f'{n} = {v}' for n, v in zip(others, key, strict=True))
         x = [x_of[p['axes'][field]] for p in group]
-        _errorbar(ax, x, group, color=color, fmt='o-' if numeric else 'o', label=name or None)
+        _errorbar(ax, x, group, color=color, fmt='o-' if numeric and not many else 'o', label=name or None)
     if numeric and min(ticks) > 0 and max(ticks) >= 8 * min(ticks):
         _log_x(ax)
-    ax.set_xticks([x_of[v] for v in ticks], [str(v) for v in ticks])
-    ax.minorticks_off()
+    if len(ticks) <= MANY or not numeric:
+        ax.set_xticks([x_of[v] for v in ticks], [str(v) for v in ticks])
+        ax.minorticks_off()
     ax.set_xlabel(field)
     return _finish(fig, ax, f'Test loss against {label}', points, path)
 
@@ -68,10 +73,11 @@ def _errorbar(ax, x, points, **style):
 
 
 def _log_x(ax):
-    """A logarithmic axis with plain numbers."""
+    """A logarithmic axis with plain numbers, over more than a decade at its powers only."""
     ax.set_xscale('log')
+    low, high = ax.get_xlim()
     ax.xaxis.set_major_formatter('{x:.4g}')
-    ax.xaxis.set_minor_formatter('{x:.4g}')
+    ax.xaxis.set_minor_formatter('{x:.4g}' if high < 20 * low else '')
 
 
 def _finish(fig, ax, title, points, path):

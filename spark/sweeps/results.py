@@ -1,9 +1,11 @@
 """The results of a sweep: a row per run, means over seeds, tables and plots."""
 
+import base64
 import contextlib
 import csv
 import io
 import json
+import pathlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,9 +13,9 @@ import numpy as np
 
 from spark import config, flops
 from spark.data.tokenizer import tokenizer_for
-from spark.errors import ConfigError, Preempted
+from spark.errors import ConfigError
 from spark.nn.runs import at_step
-from spark.runtime import Path, write_text
+from spark.runtime import Path, absolute, write_text
 from spark.sweeps import execute, grid, plots
 
 
@@ -26,17 +28,22 @@ class Row(NamedTuple):
     result: dict
 
 
-def collect(out: Path, axes: dict[str, list], runs: Iterable[grid.Run] = ()) -> list[Row]:
-    """A row for each of `runs` and each run directory in OUT, in the order of the axes' values; those off the axes come last."""
+def collect(
+    out: Path, axes: dict[str, list], runs: Iterable[grid.Run] = (), stopped: dict[str, str] | None = None
+) -> list[Row]:
+    """A row for each of `runs` and each run directory in OUT, in the order of the axes' values; those off the axes come last.
+
+    `stopped` says by name why a run that is not finished does not go on.
+    """
     cfgs = {run.name: run.cfg for run in runs}
     cfgs |= {p.parent.name: config.load(p) for p in out.glob('runs/*/config.json')}
-    rows = [_row(out, name, cfg, axes) for name, cfg in cfgs.items()]
+    rows = [_row(out, name, cfg, axes, (stopped or {}).get(name)) for name, cfg in cfgs.items()]
     rank = lambda value, values: values.index(value) if value in values else len(values)
     return sorted(rows, key=lambda row: ([rank(row.axes[field], axes[field]) for field in axes], row.run))
 
 
 def write(out: Path, rows: list[Row], axes: dict[str, list]) -> list[Path]:
-    """Writes results.csv, results.md and the plots; returns their paths."""
+    """Writes results.csv, results.md, the plots and results.html; returns their paths."""
     paths = [out / 'results.csv', out / 'results.md']
     columns = list(dict.fromkeys(name for row in rows for name in row.result))
     table = io.StringIO(newline='')
@@ -49,7 +56,25 @@ def write(out: Path, rows: list[Row], axes: dict[str, list]) -> list[Path]:
     if points:
         labels = {name: field for field, name in grid.short_names(axes).items() if field != 'seed'}
         paths += plots.draw(points, pareto(points), labels, out)
-    return paths
+    return [*paths, page(out, rows, axes, paths[2:])]
+
+
+def page(out: Path, rows: list[Row], axes: dict[str, list], pictures: list[Path]) -> Path:
+    """Writes results.html, which needs no other file: the rows, to filter and sort, and the pictures, PNG; returns its path."""
+    text = lambda value: '+'.join(value) if isinstance(value, tuple) else str(value) if isinstance(value, bool) else value
+    cells = [{'run': row.run, **row.axes, 'status': row.status, **row.result} for row in rows]
+    names = {name: name for row in cells for name in row} | grid.short_names(axes)
+    data = {
+        'title': absolute(out).name,
+        'columns': [[name, short] for name, short in names.items()],
+        'rows': [[text(row.get(name)) for name in names] for row in cells],
+        'pictures': [f'data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}' for path in pictures],
+    }
+    template = pathlib.Path(__file__).with_name('results.html').read_text('utf-8')
+    # Escaped so that no text can end the script element.
+    data = json.dumps(data, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c')
+    write_text(out / 'results.html', template.replace('"DATA"', data))
+    return out / 'results.html'
 
 
 def average(rows: list[Row], axes: dict[str, list]) -> list[dict]:
@@ -121,18 +146,14 @@ def _mean_and_std(values):
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float('nan')
 
 
-def _row(out, name, cfg, axes):
+def _row(out, name, cfg, axes, stopped):
     values = {field: config.fields(cfg)[field] for field in axes}
-    summary, exit_record = out / 'runs' / name / 'summary.json', out / 'logs' / f'{name}.json'
+    summary = out / 'runs' / name / 'summary.json'
     if summary.exists():
         with _read(summary, 'the summary of a run'):
             return Row(name, values, 'done', _result(cfg, json.loads(summary.read_text())))
-    if exit_record.exists():
-        with _read(exit_record, 'the record of how a run ended'):
-            end = json.loads(exit_record.read_text())
-            code, message = end['exit_code'], end['message']
-        if code not in (0, Preempted.exit_code):
-            return Row(name, values, f'failed, exit code {code}: {message}', {})
+    if end := execute.failure(out, name) or stopped:
+        return Row(name, values, end, {})
     step, _ = execute.latest_metrics(summary.parent)
     return Row(name, values, f'unfinished, at step {step}' if step or summary.parent.exists() else 'not started', {})
 

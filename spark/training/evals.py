@@ -37,9 +37,10 @@ class Evaluations:
             Evaluation(entry.label, entry.every, _of_entry(entry, trainer, tokenizer, data)) for entry, data in feed.evals
         ]
 
-    def due(self, step: int) -> list[Evaluation]:
-        """What is evaluated at a step that is not the last one."""
-        return [e for e in (self._usual, *self.entries) if e.every and step % e.every == 0]
+    def due(self, step: int, at_stop: bool = False) -> list[Evaluation]:
+        """What is evaluated at a step that is not the last one; at train.stop_at the validation split in any case."""
+        is_due = lambda e: (e.every and step % e.every == 0) or (at_stop and e is self._usual)
+        return [e for e in (self._usual, *self.entries) if is_due(e)]
 
 
 def _losses(trainer, data, limit, eval_step=None):

@@ -18,7 +18,7 @@ from spark.checkpoints.period import Period
 from spark.checkpoints.reading import agreed, by_first_process, together
 from spark.data import documents, rows
 from spark.data.tokenizer import tokenizer_for
-from spark.errors import ConfigError, DataError, Preempted, translated_xla_errors
+from spark.errors import ConfigError, DataError, Preempted, Stopped, translated_xla_errors
 from spark.progress import tqdm
 from spark.runtime import revision, stop_requests
 from spark.storage import insistently
@@ -48,7 +48,8 @@ def train(
       extend: may the steps and the learning rate (`config.SCHEDULE`) differ from those that the run in `workdir` had?
       holder: keeps other jobs off `workdir` until it is closed; by default until this function returns.
 
-    Raises a SparkError with the exit code of what went wrong; Preempted after SIGTERM, with the state saved.
+    Raises a SparkError with the exit code of what went wrong; with the state saved, Preempted after SIGTERM
+    and Stopped at train.stop_at.
     """
     # XLA's errors are translated before anything is closed, since closing may wait for processes that have died.
     with contextlib.ExitStack() as stack, translated_xla_errors():
@@ -111,11 +112,12 @@ class Run:
         self.log = Log(self.trainer, self.writer, self.bar, self.step, self.clock, self._params_before)
 
     def loop(self) -> None:
-        """Trains to the last step. Raises Preempted, with the state saved, if asked to stop."""
+        """Trains to the last step. Raises Preempted, with the state saved, if asked to stop, and Stopped at train.stop_at."""
         cfg = self.cfg.train
+        self.end = end = min(cfg.stop_at or cfg.steps, cfg.steps)
         if not self.evaluated:  # the run was stopped during this evaluation
             self.evaluate()
-        while self.step < cfg.steps and not self.stop_requested():
+        while self.step < end and not self.stop_requested():
             self.checkpoints.check()
             self.profiler.before(self.step + 1)
             batch, on_devices = self.next_batch()
@@ -124,9 +126,9 @@ class Run:
                 self.step += 1
                 self.log.flush()  # the step before, while this one runs
             last = self.step == cfg.steps
-            save = last or (cfg.save_every > 0 and self.step % cfg.save_every == 0)
+            save = self.step == end or (cfg.save_every > 0 and self.step % cfg.save_every == 0)
             save_now = self.period.due(self.step) or save  # when a period ends must not show in the metrics
-            self.evaluated = last or not self.evaluations.due(self.step)
+            self.evaluated = last or not self._due()
             self.log.push(self.step, sums, batch, save or self.step % cfg.log_every == 0)
             self.bar.update()
             self.profiler.after(self.step, self.state)
@@ -152,12 +154,15 @@ class Run:
     def evaluate(self) -> None:
         """Evaluates what is due at this step; `evaluated` stays False if interrupted."""
         with self.log.paused('evaluate'):
-            for evaluation in self.evaluations.due(self.step):
+            for evaluation in self._due():
                 report = self._evaluate(evaluation)
                 if report is None:
                     return
                 self.bar.write(f'step {self.step}: {evaluation.label} {said(report)}')
         self.evaluated = True
+
+    def _due(self):
+        return self.evaluations.due(self.step, self.step == self.end)
 
     def save(self) -> None:
         """Starts to save the state and the number of rows seen."""
@@ -217,7 +222,7 @@ class Run:
     def _close_writer(self, kind, error, trace):
         del error, trace
         if self.writer:
-            self.writer.close('finished' if kind is None else 'stopped' if issubclass(kind, Preempted) else 'failed')
+            self.writer.close('finished' if kind is None else 'stopped' if issubclass(kind, Preempted | Stopped) else 'failed')
 
     def _first(self, act):
         """What is done with the run directory, by the first process; all have its result, or its error."""
@@ -284,9 +289,10 @@ class Run:
 
     def _preempted(self):
         self.checkpoints.finish(self.save)
-        return Preempted(
-            f'stopped at step {self.step} of {self.cfg.train.steps}, saved in {self.workdir}; run the same command to go on'
-        )
+        cfg, where = self.cfg.train, f'at step {self.step} of {self.cfg.train.steps}, saved in {self.workdir}'
+        if 0 < cfg.stop_at <= self.step < cfg.steps and self.evaluated:
+            return Stopped(f'{where}, by train.stop_at = {cfg.stop_at}; a higher one, or 0, goes on')
+        return Preempted(f'stopped {where}; run the same command to go on')
 
     def _devices(self):
         return f'{self.trainer.mesh.size} × {jax.devices()[0].device_kind}'

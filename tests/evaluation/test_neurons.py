@@ -1,7 +1,5 @@
 """The page of a layer's neurons: what it says is what the model does, and a real browser shows it."""
 
-import shutil
-
 import jax
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from spark.data.rows import EvalBatches
 from spark.data.tokenizer import ByteTokenizer, load
 from spark.evaluation import evaluate, neurons
 from spark.nn.layers import RMSNorm
-from tests.helpers import model_and_params, small
+from tests.helpers import browser, model_and_params, small
 
 LAYER = 2
 EVIL = '</script><b id="evil">bold</b> & "quoted" \\ 漢字\n'
@@ -76,26 +74,12 @@ def test_pieces_make_up_the_text(tokenizer):
 @pytest.fixture(scope='module')
 def page(model, tmp_path_factory):
     """The page in headless Chromium: a selenium driver."""
-    selenium = pytest.importorskip('selenium.webdriver')
-    browser, driver = shutil.which('chromium'), shutil.which('chromedriver')
-    if not (browser and driver):
-        pytest.skip('wants chromium and chromedriver')
     directory = tmp_path_factory.mktemp('page')
     picture = directory / 'activity.png'
     picture.write_bytes(b'\x89PNG\r\n\x1a\n')
     path = neurons.write(model, 'test', LAYER, directory / 'neurons.html', picture)
-    options = selenium.ChromeOptions()
-    options.binary_location = browser
-    switches = 'headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update'
-    for switch in [*switches.split(), 'disable-sync', f'user-data-dir={directory}/profile']:
-        options.add_argument(f'--{switch}')
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-    chrome = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
-    try:
-        chrome.get(path.as_uri())
+    with browser(path, directory) as chrome:
         yield chrome
-    finally:
-        chrome.quit()
 
 
 def rows(page):

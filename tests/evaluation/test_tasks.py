@@ -15,6 +15,7 @@ from lm_eval.api.instance import Instance
 
 from spark.errors import ConfigError, DataError
 from spark.evaluation import evaluate, tasks
+from spark.inference.sampling import Sampling
 from tests.helpers import small
 
 TEXT = 'spark sparse 漢字 top key spark spark ' * 9  # several rows of 32 bytes
@@ -96,8 +97,34 @@ def test_generation_stops_where_it_is_told(model, adapter, log_probabilities):
     for short, long in zip(adapter.generate_until(ask(until=[stop], max_gen_toks=8)), whole, strict=True):
         assert short == long.split(stop)[0]
     assert adapter.generate_until(ask(until=stop, max_gen_toks=8, do_sample=False)) == [t.split(stop)[0] for t in whole]
-    with pytest.raises(ConfigError, match="generation option 'top_p'"):
-        adapter.generate_until(ask(until=[], top_p=0.9))
+    harmless = {'num_beams': 1, 'top_p': 0.9, 'top_k': 50, 'length_penalty': 2.0, 'use_cache': True, 'repetition_penalty': 1.0}
+    assert adapter.generate_until(ask(until=None, max_new_tokens=8, **harmless)) == whole
+    drawn = adapter.generate_until(ask(max_gen_toks=8, do_sample=True))
+    assert drawn == adapter.generate_until(ask(max_gen_toks=8, do_sample=True, temperature=1.0)) != whole
+    assert adapter.generate_until(ask(max_gen_toks=8, do_sample=True, temperature=1.0, top_k=1)) == whole
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ({}, ((), 256, Sampling())),
+        ({'until': 'x', 'max_gen_toks': 5, 'temperature': 0.0}, (('x',), 5, Sampling())),
+        ({'do_sample': False, 'temperature': 0.7, 'top_p': 1.0}, ((), 256, Sampling())),
+        ({'temperature': 0.7}, ((), 256, Sampling(0.7))),
+        ({'do_sample': True, 'num_beams': 1}, ((), 256, Sampling(1.0))),
+        ({'do_sample': True, 'temperature': 0.2, 'top_p': 0.95, 'top_k': -1}, ((), 256, Sampling(0.2, top_p=0.95))),
+        ({'do_sample': True, 'temperature': 0.0}, r'generation option temperature = 0 with do_sample: want one above 0'),
+        ({'num_beams': 4}, r'generation option num_beams = 4: want 1, which is to do without'),
+        ({'repetition_penalty': 1.2}, r'generation option repetition_penalty = 1\.2: want 1, which is to do without'),
+        ({'temprature': 1.0}, r"generation option 'temprature'; did you mean temperature\?: want until, max_gen_toks"),
+    ],
+)  # fmt: skip
+def test_options_of_generation(options, expected):
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            tasks._generation_options(options)
+    else:
+        assert tasks._generation_options(options) == expected
 
 
 @pytest.fixture(scope='module')
@@ -140,8 +167,7 @@ def none_of_the_harness(monkeypatch):
 
 def test_the_harness_runs_our_tasks(model, adapter, task_path, none_of_the_harness):
     names = ['spark_choice', 'spark_perplexity', 'spark_generation']
-    manager = tasks.load(names, task_path)
-    results, table = tasks.run(model, names, manager, limit=4)
+    results, table = tasks.run(model, tasks.load(names, task_path), limit=4)
     # Documents 0 to 3: is the likelier of the two choices the answer?
     pairs = [(f'spark {i}', f' {choice}') for i in range(4) for choice in ('sparse', 'zq!')]
     values = adapter.loglikelihood(requests('loglikelihood', *pairs))

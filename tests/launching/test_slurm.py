@@ -136,11 +136,15 @@ def test_a_job_whose_gpus_lie_idle_ends_at_once(place):
     assert 'starting again' not in log.read_text()
 
 
-def test_a_sweep(place):
+def test_a_sweep_goes_from_rung_to_rung(place):
     out, config = place / 'sweep', write_config(place, **{'train.eval_every': 0, 'sample.tokens': 0})
-    words = script('sweep.py', f'--config={config}', '--axis=seed=0,1', f'--out={out}', '--launcher=slurm', '--slurm=time=10')
+    words = script('sweep.py', f'--config={config}', '--axis=optimizer.lr=1e-6,1e-2', f'--out={out}', '--rungs=4', '--eta=2',
+                   '--launcher=slurm', '--slurm=time=10')  # fmt: skip
     sweep = lambda: subprocess.run(words, env=environment(place), check=True, capture_output=True, text=True).stdout
-    assert '2 jobs submitted' in sweep()
+    assert '2 jobs submitted; when they have ended, run the same command again to go on from step 4' in sweep()
     cluster.wait(lambda: not cluster.said('squeue', '-h'), 'the jobs do not end', 200)
+    assert '1 jobs submitted; when they have ended, run the same command again to collect the results' in sweep()
+    cluster.wait(lambda: not cluster.said('squeue', '-h'), 'the job does not end', 200)
     assert '0 jobs submitted' in sweep()
-    assert (out / 'results.csv').read_text().count(',done,') == 2
+    _, stopped, done = (out / 'results.csv').read_text().splitlines()
+    assert stopped.startswith('lr-1e-06,1e-06,"stopped at step 4: validation loss ') and done.startswith('lr-0.01,0.01,done,')

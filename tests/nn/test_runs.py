@@ -107,7 +107,7 @@ def test_a_wrong_word_is_told_in_one_line(layers, message):
         (GROUPS | {'model.ffn.k_schedule': 'all:3', 'model.ffn.topk': 'grouped'}, "model.ffn.k_schedule = 'all:3': want ''"),
         (GROUPS | {'model.ffn.k_schedule': '3:3'}, "model.ffn.k_schedule = '3:3': want a START of at least groups = 4"),
         (GROUPS | {'model.layers': '1:ffn.k=3'}, "model.layers = '1:ffn.k=3': in layer 1 ffn.k = 3: want at least groups = 4"),
-        ({'model.ffn.k_schedule': 'all:3', 'train.evals': ('a statistics=1',)}, "train.evals = ('a statistics=1',): want no stat"),
+        ({'model.ffn.k_schedule': 'all:3', 'train.evals': ('a statistics=1',)}, "train.evals = ('a statistics=1',): want no"),
         ({'model.attention.k_schedule': 'all:3 linear:4'}, "model.attention.k_schedule = 'all:3 linear:4': want 'all:STEPS'"),
         ({'model.layers': 'ffn.r=32'}, "model.layers = 'ffn.r=32': want ffn.r of at most d_model − 1 = 31"),
     ],

@@ -1,11 +1,14 @@
 """From run directories to rows, from rows to means, tables and plots."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from spark import config
 from spark.errors import ConfigError
-from spark.sweeps import results
+from spark.evaluation.plots import save
+from spark.sweeps import plots, results
 from spark.sweeps.grid import prepare_directory
 from tests.helpers import grid
 
@@ -32,7 +35,7 @@ def test_seeds_are_averaged_and_the_front_is_what_nothing_beats(tmp_path):
     both = results.average([*rows[:2], row(8, 0, result=result(2.0, 2.0)), row(8, 1, result=result(2.4, 2.0))], axes)
     np.testing.assert_allclose([p['within'] for p in both], 0.1 / 2**0.5)  # ±0.05 about levels 2.5 and 2.8
     paths = results.write(tmp_path, rows, axes)
-    assert [p.name for p in paths] == ['results.csv', 'results.md', 'loss_flops.png', 'loss_k.png']
+    assert [p.name for p in paths] == ['results.csv', 'results.md', 'loss_flops.png', 'loss_k.png', 'results.html']
     assert all(p.exists() for p in paths)
     text = (tmp_path / 'results.md').read_text()
     assert '| 4 | 2 | 1,000 | 3.1000 ± 0.1414 |' in text and '2.00× | 0.5000 | Pareto |' in text  # 3.0 − 2.5 of seed 0 alone
@@ -42,7 +45,28 @@ def test_seeds_are_averaged_and_the_front_is_what_nothing_beats(tmp_path):
     lines = (tmp_path / 'results.csv').read_text().splitlines()
     assert len(lines) == 7 and lines[0].startswith('run,model.ffn.k,seed,status,test_loss,mflops')
     nothing = results.write(tmp_path, rows[3:4], axes)
-    assert [p.name for p in nothing] == ['results.csv', 'results.md']
+    assert [p.name for p in nothing] == ['results.csv', 'results.md', 'results.html']
+
+
+def test_plots_of_a_search_have_points_and_no_lines(tmp_path, monkeypatch):
+    """A grid's lines join points that differ in one axis only, and are named; in a search there are none."""
+    drawn = []
+    monkeypatch.setattr(plots, 'save', lambda fig, path: drawn.append(fig) or save(fig, path))
+    points = [(round(1e-4 * 1.3**i, 6), 2 + 7 * i % 19) for i in range(20)]
+    axes = {'optimizer.lr': sorted(p[0] for p in points), 'model.ffn.k': sorted({p[1] for p in points})}
+    row = lambda lr, k: results.Row(f'lr-{lr}_k-{k}', {'optimizer.lr': lr, 'model.ffn.k': k}, 'done', result(3 + lr, 1 + k))
+    rows = [row(*point) for point in points]
+    results.write(tmp_path, rows, axes)
+    assert len(drawn) == 3
+    for fig in drawn:
+        (ax,) = fig.axes
+        fig.draw_without_rendering()
+        low, high = ax.get_xlim()
+        labels = [t for t in ax.get_xticklabels(which='both') if t.get_text() and low <= t.get_position()[0] <= high]
+        boxes = sorted((t.get_window_extent().x0, t.get_window_extent().x1) for t in labels)
+        assert not ax.texts and all(left[1] < right[0] for left, right in itertools.pairwise(boxes))
+        assert ax.get_legend() is None or [t.get_text() for t in ax.get_legend().get_texts()] == ['Pareto front']
+        assert any(line.get_linestyle() == 'None' and len(line.get_xdata()) == 20 for line in ax.lines)
 
 
 def test_config_of_a_run_is_what_its_row_says(tmp_path):

@@ -30,7 +30,8 @@ KS = [96, 96, 96, 81, 67, 52, 37, 23, 8, 8]
 def run(tmp_path_factory):
     """(the directory of a run with a schedule and different kinds, its overrides, its final state)."""
     directory = tmp_path_factory.mktemp('k')
-    overrides = corpus(directory) | SCHEDULE | KINDS | {'train.save_every': 5, 'train.keep': 5, 'train.evals': ('held every=5 batches=1',)}
+    often = {'train.save_every': 5, 'train.keep': 5, 'train.evals': ('held every=5 batches=1',)}
+    overrides = corpus(directory) | SCHEDULE | KINDS | often
     _, trainer, state = train(small(**overrides), directory / 'run')
     assert trainer.eval_step._cache_size() == 1  # for every k
     return directory, overrides, jax.device_get(state)
@@ -52,7 +53,7 @@ def test_evaluations_take_the_k_of_the_step(run):
 
 
 def test_a_run_teaches_with_the_k_of_its_end(run, tmp_path):
-    overrides = {name: x for name, x in run[1].items() if name.startswith('data.')} | {'train.steps': 2}
+    overrides = {name: x for name, x in run[1].items() if name.startswith('data.')} | {'train.steps': 3}
     cfg = small(**overrides, **{'train.teacher': str(run[0] / 'run')})
     model = distillation.model_of(tokenizer_for(cfg)[1], 1)
     assert [layer.ffn.k for layer in model.per_layer] == [0, 8, 4, 12] and not scheduled(model)
