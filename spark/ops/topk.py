@@ -91,15 +91,16 @@ def statistical_keep(x: X, k: K, *, axis: int = -1, where: Where = None, ddof: i
 
 
 def exact_topk(x: X, k: int, *, axis: int = -1, where: Where = None, shrink: bool = True) -> X:
-    """The k largest valid entries less θ, the largest of the others, by a partial sort (`lax.top_k`); without `shrink`, themselves.
+    """The k largest valid entries less θ, the largest of the others, by a partial sort (`lax.top_k`).
 
-    Exactly k stay, the first ones of those that tie; with `shrink`, what ties with θ becomes 0. Gradients flow through θ.
+    Without `shrink` they stay as they are. Of entries that tie the first ones stay, so that there are k; with `shrink`, what ties
+    with θ becomes 0. Gradients flow through θ.
     """
     return _keep_largest(x, k, axis, where, shrink, jax.lax.top_k)
 
 
 def approx_topk(x: X, k: int, *, axis: int = -1, where: Where = None, shrink: bool = True, recall: float = 0.95) -> X:
-    """As `exact_topk`, but the entries are those of `lax.approx_max_k`: on TPU they hold at least `recall` of the largest, on average.
+    """As `exact_topk` of the entries that `lax.approx_max_k` returns: on TPU they hold about `recall` of the k largest, or more.
 
     The entries that it misses become 0, also where they are larger than what stays. Off TPU it is a sort, whatever the recall.
     """
@@ -138,7 +139,12 @@ def _keep_largest(x, k, axis, where, shrink, largest):
     where = None if where is None else jnp.moveaxis(jnp.broadcast_to(where, jnp.moveaxis(x, -1, axis).shape), axis, -1)
     values, index = largest(x if where is None else jnp.where(where, x, -jnp.inf), k + 1)  # from the largest on
     kept = jnp.put_along_axis(jnp.zeros(x.shape, bool), index[..., :k], True, axis=-1, inplace=False)
-    theta = jnp.where(jnp.isneginf(values[..., k:]), 0, values[..., k:]) if shrink else 0  # a row of k entries stays whole
+    theta = values[..., k:]
+    if where is not None:
+        whole = jnp.sum(where, axis=-1, keepdims=True) <= k
+        found = jnp.where(jnp.isneginf(values), jnp.inf, values)  # an approximate one may find fewer than there are
+        kept, theta = kept | whole, jnp.where(whole, 0, jnp.min(found, axis=-1, keepdims=True))
+    theta = theta if shrink else 0
     return jnp.moveaxis(_masked(jnp.where(kept, x - theta, 0), where), -1, axis)
 
 

@@ -214,9 +214,13 @@ def test_an_approximate_topk_keeps_the_entries_that_it_found_and_no_others(maske
     np.put_along_axis(kept, found[:, :k], True, axis=-1)
     exact = np.asarray(exact_topk(x, k, where=where, shrink=False)) != 0
     assert (exact & kept).sum() < 0.9 * exact.sum() and (kept.sum(-1) == k).all()  # some of the k largest share a bin
-    f = lambda x, shrink: approx_topk(x, k, where=where, shrink=shrink)
+    f = lambda x, shrink, where=where: approx_topk(x, k, where=where, shrink=shrink)
     np.testing.assert_array_equal(f(x, False), np.where(kept, x, 0))
     np.testing.assert_allclose(f(x, True), np.where(kept, x - values[:, k:], 0), atol=1e-6)
+    for bins in (7, 20):  # four entries each: a row of at most k stays whole, and of 80 only 20 are found
+        where = np.arange(256) % 64 < bins
+        short = np.asarray(approx_topk(x, k, where=where))
+        assert np.isfinite(short).all() and ((short != 0).sum(-1) == (28 if bins == 7 else 19)).all()
     slope = lambda shrink: jax.grad(lambda x: jnp.sum(f(x, shrink)))(jnp.asarray(x))
     np.testing.assert_array_equal(slope(False), kept)
     theta = np.zeros(x.shape)
