@@ -48,7 +48,7 @@ def fitted(trainer: Trainer, params: dict, batches: Iterable, share: float = 1.0
     at_once = max(min(SUMS // (P * size), n_groups), 1)
     firsts = range(0, n_groups, at_once)
     print(
-        f'Fitting predictors: {len(firsts)} × up to {n_batches} batches, {P * at_once * size / 1e9:.1f} GB of sums a device; '
+        f'Fitting predictors: {len(firsts)} × up to {n_batches} batches, {P * at_once * size / 1e9:.2g} GB of sums a device; '
         f'then {2 * cfg.n_layers} eigendecompositions of {cfg.d_model} × {cfg.d_model}',
         flush=True,
     )
