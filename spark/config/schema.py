@@ -43,8 +43,8 @@ class FFNConfig(Section):
     topk: Literal['statistical', 'exact', 'approx', 'grouped'] = 'statistical'  # the operator that selects the k
     groups: int = Field(1, gt=0)  # of statistical and grouped: each of so many parts of the neurons keeps k / groups by itself
     ddof: int = Field(-1, ge=-1, le=1)  # of statistical: the variance is a sum of squares over n − ddof; −1: the kind's
-    shrink: bool = True  # what is kept is a score less the threshold (of exact and approx: the k-th largest), or the score
-    recall: float = Field(0.95, gt=0, lt=1)  # of approx on TPU
+    shrink: bool = True  # what is kept is a score less the threshold (of a sort: the largest that is not kept), or the score
+    recall: float = Field(0.95, gt=0, lt=1)  # of approx on TPU: the share of the k largest that it finds; elsewhere it sorts
     huber: float = Field(0.0, ge=0)  # width of the smoothed threshold (Theorem 3.2); 0: a plain soft threshold
     # masked: every neuron is computed. sparse: active ones only, forward and backward, by CPU kernels. pallas: every neuron, by
     # kernels for TPUs and GPUs that nobody has timed; a CPU interprets them. auto: the faster of masked and sparse.
@@ -98,8 +98,6 @@ class FFNConfig(Section):
         yield self.d_ff % n == 0, 'groups', f'a divisor of d_ff = {self.d_ff}'
         yield n == 1 or self.k >= n, 'k', f'at least groups = {n}'
         yield not grouped or self.k % n == 0, 'k', f"a multiple of groups = {n} for topk 'grouped'"
-        zero = self.topk != 'statistical' and self.shrink and self.k == n
-        yield not zero, 'k', f'at least {2 * n}: {self.topk} top-k with shrink makes the k-th largest score 0'
         yield self.any_k or not self.k_schedule, 'k_schedule', "'': only a statistical top-k takes another k at each step"
         parsed = by_layer.schedule(self.k_schedule, self.d_ff) if self.k_schedule else None
         want = "'START:STEPS' or 'START:STEPS linear:STEPS' (or cosine), where START is a number or all"

@@ -53,7 +53,7 @@ def test_evaluations_take_the_k_of_the_step(run):
 
 
 def test_a_run_teaches_with_the_k_of_its_end(run, tmp_path):
-    overrides = {name: x for name, x in run[1].items() if name.startswith('data.')} | {'train.steps': 3}
+    overrides = {name: x for name, x in run[1].items() if name.startswith(('data.', 'model.vocab'))} | {'train.steps': 3}
     cfg = small(**overrides, **{'train.teacher': str(run[0] / 'run')})
     model = distillation.model_of(tokenizer_for(cfg)[1], 1)
     assert [layer.ffn.k for layer in model.per_layer] == [0, 8, 4, 12] and not scheduled(model)
