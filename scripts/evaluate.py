@@ -4,9 +4,10 @@
         [--length=TOKENS] [--fit_predictor] [--k_measured=SHARE] [--neurons=LAYER] [--tasks=hellaswag,arc_easy,…]
 
 Prints tables. --length=N takes rows of N tokens, also longer ones than in training: see loss and attended keys by position.
---fit_predictor adds what the best linear predictor of the same rank reaches. --k_measured=0.08 evaluates at the k at which 8 % of
-the neurons are active, and says which k that is. --plots and --neurons write figures and an HTML page of neurons to
-DIR/evaluation/. --tasks runs tasks of lm-evaluation-harness, and nothing else with --split=none.
+--fit_predictor adds what a linear predictor of the same rank and a constant ranking of neurons reach, fitted to the contributions
+by least squares. --k_measured=0.08 evaluates at the k at which nearly 8 % of the neurons are active, and says which k that is.
+--plots and --neurons write figures and an HTML page of neurons to DIR/evaluation/. --tasks runs tasks of lm-evaluation-harness,
+and nothing else with --split=none.
 Exit codes: 0 done, 2 bad usage, 4 data or task unreadable, 5 no such checkpoint.
 """
 
@@ -49,9 +50,6 @@ def main() -> None:
     from spark.evaluation import evaluate, neurons, plots, tables
 
     model = evaluate.load(workdir, STEP.value, SOURCE.value, BATCH.value, LENGTH.value, EMA.value)
-    if SHARE.value is not None:
-        model = evaluate.with_k(model, SHARE.value)
-        print(f'{SHARE.value:.2%} of the neurons are active at model.ffn.k = {model.cfg.model.ffn.k}')
     n_layers = model.cfg.model.n_layers
     for name, flag in [('layer', LAYER), ('neurons', NEURONS)]:
         if flag.value is not None and flag.value >= n_layers:
@@ -62,7 +60,12 @@ def main() -> None:
         except ImportError as e:
             raise errors.ConfigError(f"--tasks needs lm-eval: pip install 'spark-transformer[eval]' ({e})") from None
         manager = tasks.load(TASKS.value, TASK_PATH.value)
-    report = {'workdir': str(workdir), 'step': model.step, 'k': model.cfg.model.ffn.k}
+    measured = {}
+    if SHARE.value is not None:
+        model, active = evaluate.with_k(model, SHARE.value)
+        measured = {'k_measured': {'wanted': SHARE.value, 'active': active}}
+        print(f'{active:.2%} of the neurons are active at model.ffn.k = {model.cfg.model.ffn.k}; --k_measured={SHARE.value:.2%}')
+    report = {'workdir': str(workdir), 'step': model.step, 'k': model.cfg.model.ffn.k, **measured}
     if SPLIT.value != 'none':
         found, sums = evaluate.evaluate(model, SPLIT.value, CONTEXT.value, not LOSS_ONLY.value, FIT.value)
         print(tables.tables(found))

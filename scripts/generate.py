@@ -74,7 +74,8 @@ def main() -> None:
     )
     names = {'active': 'neurons active', 'attended': 'keys attended', 'overflow': 'overflows of the capacity'}
     activity = [f'{report[name]:,.1f} {text}' for name, text in names.items() if report.get(name)]
-    print(', '.join(activity) + ' per token and layer')
+    if activity:
+        print(', '.join(activity) + ' per token and layer')
     if JSON.value:
         write_json(JSON.value, report)
 

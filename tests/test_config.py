@@ -25,7 +25,6 @@ WRONG = [
     ({'model.ffn.kind': 'topk'}, "model.ffn.r = 16: want 0: kind 'topk' has no predictor"),
     ({'model.ffn.topk': 'exact', 'model.ffn.huber': 0.1}, 'model.ffn.huber = 0.1: want 0'),
     ({'model.ffn.shrink': False, 'model.ffn.huber': 0.1}, 'model.ffn.huber = 0.1: want 0'),
-    ({'model.ffn.topk': 'exact', 'model.ffn.k': 1}, 'model.ffn.k = 1: want at least 2: exact top-k with shrink makes the k-th'),
     ({'model.ffn.topk': 'exact', 'model.ffn.recall': 0.5}, 'model.ffn.recall = 0.5: want 0.95, the default'),
     ({'model.ffn.kind': 'relu', 'model.ffn.k': 0, 'model.ffn.r': 0, 'model.ffn.shrink': False}, 'model.ffn.shrink = False: want'),
     ({'model.attention.n_kv_heads': 3}, 'model.attention.n_kv_heads = 3: want a divisor of n_heads = 4'),

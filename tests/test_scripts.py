@@ -224,6 +224,20 @@ def test_evaluate_a_run(place, forks):
     assert again.returncode == 0, again.stderr  # the directory is still the run's
 
 
+def test_evaluate_tells_the_share_that_it_found(place, forks):
+    tmp, _ = place
+    args = 'evaluate.py', f'--workdir={tmp}/whole', '--k_measured=0.2', f'--json={tmp}/k.json'
+    done = forks.script(*args, '--split=validation')
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp / 'k.json').read_text())
+    wanted, active = report['k_measured']['wanted'], report['k_measured']['active']
+    assert wanted == 0.2 != active == pytest.approx(0.2, abs=0.02)
+    assert f'{active:.2%} of the neurons are active at model.ffn.k = {report["k"]}' in done.stdout
+    wrong = forks.script(*args, '--plots', '--layer=2')
+    one_line(wrong, 2, '--layer=2: want a layer from 0 to 1')
+    assert 'of the neurons are active' not in wrong.stdout
+
+
 @pytest.mark.parametrize(
     ('args', 'code', 'message'),
     [

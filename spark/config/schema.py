@@ -67,8 +67,8 @@ class FFNConfig(_Section):
     k: int = Field(0, ge=0)  # neurons kept per token, approximately; 0 for kinds without top-k
     r: int = Field(0, ge=0)  # predictor rank: a token's first r dimensions score the neurons; 0 for kinds without a predictor
     topk: Literal['statistical', 'exact', 'approx'] = 'statistical'  # the operator that selects the k
-    shrink: bool = True  # what is kept is a score less the threshold (of exact and approx: the k-th largest), or the score
-    recall: float = Field(0.95, gt=0, lt=1)  # of approx on TPU
+    shrink: bool = True  # what is kept is a score less the threshold (of exact and approx: the k + 1-th largest), or the score
+    recall: float = Field(0.95, gt=0, lt=1)  # of approx on TPU: the share of the k largest that it finds; elsewhere it sorts
     huber: float = Field(0.0, ge=0)  # width of the smoothed threshold (Theorem 3.2); 0: a plain soft threshold
     # masked: every neuron is computed. sparse: active ones only, forward and backward, by CPU kernels. pallas: every neuron, by
     # kernels for TPUs and GPUs that nobody has timed; a CPU interprets them. auto: the faster of masked and sparse.
@@ -94,8 +94,6 @@ class FFNConfig(_Section):
         yield has.topk or self.topk == 'statistical', 'topk', f"'statistical', the default: {kind} has no top-k"
         yield has.topk or self.shrink, 'shrink', f'True, the default: {kind} has no top-k'
         yield self.topk == 'approx' or self.recall == 0.95, 'recall', "0.95, the default: only topk 'approx' has a recall"
-        zero = self.topk != 'statistical' and self.shrink and self.k == 1
-        yield not zero, 'k', f'at least 2: {self.topk} top-k with shrink makes the k-th largest score 0'
 
 
 class AttentionConfig(_Section):

@@ -12,15 +12,15 @@ from spark.progress import tqdm
 from spark.training.step import Trainer
 
 
-def k_measured(trainer: Trainer, params: dict, batch: dict, share: float) -> int:
-    """The k whose measured activity, the mean over the layers and tokens of a host batch, is nearest to `share` of the neurons.
+def k_measured(trainer: Trainer, params: dict, batch: dict, share: float) -> tuple[int, float]:
+    """(The k whose measured activity, the mean over a host batch's layers and tokens, is nearest to `share`; that activity).
 
     A statistical top-k keeps k of Gaussian scores only, and another number of others. It is found by bisection: activity grows
     with k, and one compiled program takes any k. Call it inside of `trainer.context()`.
     """
     cfg = trainer.cfg.model.ffn
     if not cfg.traits.topk or cfg.topk != 'statistical':
-        raise ConfigError(f"model.ffn.topk = {cfg.topk!r}, kind {cfg.kind!r}: want a statistical top-k, others need no measuring")
+        raise ConfigError(f"model.ffn.topk = {cfg.topk!r}, kind {cfg.kind!r}: want a statistical top-k; others keep k itself")
     if not 1 / cfg.d_ff <= share <= 1:
         raise ConfigError(f'a share of {share} of the neurons: want 1 / d_ff = {1 / cfg.d_ff:.2g} … 1')
     model, batch = observable(trainer.model), trainer.put(batch)
@@ -47,4 +47,4 @@ def k_measured(trainer: Trainer, params: dict, batch: dict, share: float) -> int
             middle = (low + high) // 2
             low, high = (middle, high) if found(middle) < share else (low, middle)
             bar.update()
-    return min(low, high, key=lambda k: abs(found(k) - share))
+    return min(((k, found(k)) for k in (low, high)), key=lambda pair: abs(pair[1] - share))

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -68,17 +68,18 @@ def evaluate(
 
     `without_ends` leaves out the end of each document, as evaluation harnesses do. FLOPs are at a context, default data.seq_len.
     Without `statistics` the report has losses only, and costs a forward pass. `fit` compares the predictors with those of
-    `predictor.fitted`, fitted to other text.
+    `predictor.fitted`, fitted to other text: another split, or every other row, of which the report then is not.
     """
     cfg, trainer, params = model.cfg, model.trainer, model.params
+    dataset, fitted = rows.EvalBatches(cfg.data, split, trainer.local_rows), {}
     if fit:
-        params = with_fitted(model, split)
-    dataset = rows.EvalBatches(cfg.data, split, trainer.local_rows)
+        params, dataset, fitted = with_fitted(model, split)
     with trainer.context(), contextlib.closing(iter(dataset)) as batches:
         bar = tqdm(batches, desc=split, total=len(dataset), unit='batch', leave=False)
         sums = accumulate(trainer, params, model.tokenizer.eos, bar, statistics)
-    report = {'step': model.step, 'split': split, 'tokens': int(sums['tokens']), 'documents': int(sums['ends'])}
+    report = {'step': model.step, 'split': split, 'tokens': int(sums['tokens']), 'documents': int(sums['ends']), **fitted}
     report |= {'bytes': int(sums['bytes']), **losses(sums['nll'], sums['tokens'], sums['bytes'])}
+    report['position_in'] = 'row' if cfg.model.attention.documents == 'joined' else 'document'
     report['by_position'] = sparsity.positions(sums)
     report['without_ends'] = losses(sums['nll'] - sums['nll_ends'], sums['tokens'] - sums['ends'], sums['bytes'])
     if not statistics:
@@ -90,24 +91,48 @@ def evaluate(
     return report | {'layers': layers, 'flops': flops_report(cfg.model, context or cfg.data.seq_len, layers)}, sums
 
 
-def with_fitted(model: Model, split: str) -> dict:
-    """The parameters with predictors that are fitted to another held-out split than this one, if there are two."""
-    ffn = model.cfg.model.ffn
+class EveryOtherRow:
+    """The batches of `rows.EvalBatches` with padding in place of the rows of even or of odd number, which stay where `odd`."""
+
+    def __init__(self, batches: rows.EvalBatches, odd: bool, local_rows: np.ndarray, batch_size: int):
+        self._batches, self._odd, self._rows, self._size = batches, odd, local_rows, batch_size
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict]:
+        with contextlib.closing(iter(self._batches)) as batches:
+            for i, batch in enumerate(batches):
+                stays = (i * self._size + self._rows) % 2 == self._odd
+                yield {name: np.where(stays[:, None], x, 0) for name, x in batch.items()}
+
+
+def with_fitted(model: Model, split: str) -> tuple[dict, rows.EvalBatches | EveryOtherRow, dict]:
+    """(Parameters with fitted predictors, the text to evaluate, what the report says of the fit).
+
+    The fit takes the other held-out split; where that is the same text, it takes every other row, and the rest is evaluated.
+    """
+    ffn, data, trainer = model.cfg.model.ffn, model.cfg.data, model.trainer
     if not ffn.traits.predictor:
         raise ConfigError(f'model.ffn.kind = {ffn.kind!r}: want a kind with a predictor, to compare it with a fitted one')
-    other, trainer = 'test' if split == 'validation' else 'validation', model.trainer
-    dataset = rows.EvalBatches(model.cfg.data, other, trainer.local_rows)
-    with trainer.context(), contextlib.closing(iter(dataset)) as batches:
-        return predictor.fitted(trainer, model.params, tqdm(batches, desc='fitting predictors', unit='batch', leave=False))
+    other, opened = 'test' if split == 'validation' else 'validation', {}
+    own, text = (rows.EvalBatches(data, name, trainer.local_rows, opened) for name in (split, other))
+    same = {(part.store.digest, part.name) for part in own.splits} & {(part.store.digest, part.name) for part in text.splits}
+    if same:
+        own, text = (EveryOtherRow(own, odd, trainer.local_rows, data.batch_size) for odd in (False, True))
+    with trainer.context():
+        params, tokens = predictor.fitted(trainer, model.params, text, 0.5 if same else 1)
+    fit = {'fit_tokens': tokens, 'fit_tokens_wanted': predictor.wanted(trainer)}
+    return params, own, fit | {'fit_text': f'every other row of {split}, which is not evaluated' if same else other}
 
 
-def with_k(model: Model, share: float, split: str = 'validation') -> Model:
-    """The model with the k at which it measures this share of active neurons, on the first batch of a split."""
+def with_k(model: Model, share: float, split: str = 'validation') -> tuple[Model, float]:
+    """(The model with the k at which this share of its neurons is active, on the first batch of a split; what is measured)."""
     trainer, ffn = model.trainer, model.cfg.model.ffn
     with trainer.context(), contextlib.closing(iter(rows.EvalBatches(model.cfg.data, split, trainer.local_rows))) as batches:
-        k = calibrate.k_measured(trainer, model.params, next(batches), share)
+        k, found = calibrate.k_measured(trainer, model.params, next(batches), share)
     cfg = model.cfg.model_copy(update={'model': model.cfg.model.model_copy(update={'ffn': ffn.model_copy(update={'k': k})})})
-    return model._replace(cfg=cfg, trainer=Trainer(cfg, list(trainer.mesh.devices.flat)))
+    return model._replace(cfg=cfg, trainer=Trainer(cfg, list(trainer.mesh.devices.flat))), found
 
 
 def accumulate(trainer: Trainer, params: dict, eos: int, batches: Iterable, statistics: bool = True) -> dict | None:
@@ -132,7 +157,7 @@ def step_for(
 
     `params` are those to expect if others than the model's own.
     """
-    model, pieces = trainer.model, trainer.cfg.train.loss_pieces
+    model, cfg, pieces = trainer.model, trainer.cfg.model, trainer.cfg.train.loss_pieces
 
     def totals(params, batch):
         if statistics:
@@ -143,8 +168,8 @@ def step_for(
         real_BxL = batch['segments'] > 0
         end_BxL = real_BxL & (batch['targets'] == eos)
         sums |= {'nll': jnp.sum(nll_BxL * real_BxL), 'nll_ends': jnp.sum(nll_BxL * end_BxL)}
-        sums |= {'nll_by_position': sparsity.by_position(nll_BxL, batch)}
-        sums |= {'positions': sparsity.by_position(jnp.ones_like(batch['tokens']), batch)}
+        sums |= {'nll_by_position': sparsity.by_position(cfg, nll_BxL, batch)}
+        sums |= {'positions': sparsity.by_position(cfg, jnp.ones_like(batch['tokens']), batch)}
         return sums | {'tokens': jnp.sum(real_BxL), 'ends': jnp.sum(end_BxL), 'bytes': jnp.sum(batch['bytes'])}
 
     replicated = NamedSharding(trainer.mesh, PartitionSpec())

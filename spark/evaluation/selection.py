@@ -1,13 +1,16 @@
 """What top-k selects, against what it is for: the entries that contribute most to the output of a lookup.
 
 With the top-k taken out, entry j of a table adds σ1(s_j)·σ2(s2_j)·v_j to the output, and the length of that is its contribution.
-A selection is good if it holds the k entries of largest contribution (recall), or most of the sum of all contributions. Entries
-drawn by chance would hold as large a share of the k as of the table.
+A selection is good if it holds the k entries of largest contribution (recall), or most of the sum of all contributions. It is
+compared with others of as many entries, token by token: the largest contributions, which no selection can surpass, and those of
+fitted predictors. Entries drawn by chance would hold as large a share of the k as of the table.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from spark import ops
 from spark.config import FFNConfig
@@ -19,6 +22,7 @@ from spark.nn import ffn as nn_ffn
 from spark.nn.attention import Attention
 from spark.nn.block import Hidden, Integers
 from spark.nn.ffn import FFN
+from spark.nn.layers import shards
 
 WINDOWS = (2, 4, 8, 16, 32, 64)  # consecutive tokens whose active neurons are united
 FITTED = 'fitted'  # where what `predictor.solve` returns for a layer stands among the parameters of its FFN
@@ -30,14 +34,14 @@ def of_ffn(module: FFN, x_BxLxD: Hidden, segments_BxL: Integers) -> dict[str, Fl
     fitted = module.get_variable('params', FITTED) if module.has_variable('params', FITTED) else None
     tables = (*tables_of(module), fitted)
 
-    def count(x_BxLxD, segments_BxL, *leaves):
+    def count(x_BxNxWxD, segments_BxNxW, *leaves):
         K, norms_F, fitted = jax.tree.unflatten(jax.tree.structure(tables), leaves)
-        x_NxWxD, segments_NxW = windows(x_BxLxD), windows(segments_BxL)
+        x_NxWxD, segments_NxW = (x.reshape(-1, *x.shape[2:]) for x in (x_BxNxWxD, segments_BxNxW))
 
         def strip(rows, own):
             x, segments = rows(x_NxWxD), rows(segments_NxW) * own[:, None]
             s, real = predicted(cfg, K, x), segments > 0
-            sample = lambda x: x[:, :: strips.STRIDE].reshape(-1, *x.shape[2:])
+            sample = lambda x: (y := strips.sampled(x, 1)).reshape(-1, *y.shape[2:])
             x_TxD, s_TxF, real_T = sample(x), sample(s), sample(real)
             sums = dict(zip(('ffn_scores', 'ffn_ks'), gaussianity(s_TxF, True, real_T), strict=True))
             if cfg.traits.sparse:
@@ -47,17 +51,16 @@ def of_ffn(module: FFN, x_BxLxD: Hidden, segments_BxL: Integers) -> dict[str, Fl
                 sums['union'] = unions(active, segments)
             if cfg.traits.topk:
                 c = contributions(cfg, K, norms_F, x_TxD, s_TxF)
-                found = [real_T, *skill(sample(active), c, cfg.k)]
-                if fitted is not None:
-                    guess = fitted['constant'] + (x_TxD.astype(jnp.float32) @ fitted['down']) @ fitted['up']
-                    found += skill(guess >= least_of_largest(guess, cfg.k), c, cfg.k)[:2]
+                guesses = fitted and (guess(fitted, x_TxD), jnp.broadcast_to(fitted['mean'], c.shape))
+                found = [real_T, *skill(sample(active), c, cfg.k, guesses or ())]
                 sums['selection'] = jnp.stack([jnp.sum(jnp.where(real_T, x, 0), dtype=jnp.float32) for x in found])
             return sums
 
         return by_strips(strip, len(x_NxWxD), x_NxWxD.shape[1] * cfg.d_ff)
 
     leaves = jax.tree.leaves(tables)
-    return over_devices(count, (x_BxLxD, segments_BxL, *leaves), (tokens, tokens, *[()] * len(leaves)))
+    n = shards('length')
+    return over_devices(count, (windows(x_BxLxD, n), windows(segments_BxL, n), *leaves), (tokens, tokens, *[()] * len(leaves)))
 
 
 def tables_of(module: FFN) -> tuple[dict[str, Array], Float[Array, ' F']]:
@@ -82,11 +85,19 @@ def contributions(
     return jnp.abs(a.astype(jnp.float32)) * norms_F
 
 
-def windows(x_BxL: Array) -> Array:
-    """The tokens of rows (B, L, …) as (N, W, …), in windows of as many as WINDOWS need, filled up with zeros."""
+def guess(fitted: dict[str, Array], x: Float[Array, 'T D']) -> Float[Array, 'T F']:
+    """The contributions that the predictor of `predictor.solve` expects."""
+    return fitted['constant'] + (x.astype(jnp.float32) @ fitted['down']) @ fitted['up']
+
+
+def windows(x_BxL: Array, shards: int) -> Array:
+    """The tokens of rows (B, L, …) as (B, N, W, …), in windows of as many as WINDOWS need, filled up with zeros.
+
+    They begin at the start of a row, however its length is sharded, and N is a multiple of the shards.
+    """
     W = min(WINDOWS[-1], 1 << (x_BxL.shape[1] - 1).bit_length())
-    x_BxL = jnp.pad(x_BxL, [(0, 0), (0, -x_BxL.shape[1] % W), *[(0, 0)] * (x_BxL.ndim - 2)])
-    return x_BxL.reshape(-1, W, *x_BxL.shape[2:])
+    x_BxL = strips.filled_up(x_BxL, 1, W * shards)
+    return x_BxL.reshape(len(x_BxL), -1, W, *x_BxL.shape[2:])
 
 
 def unions(active_NxWxF: Bool[Array, 'N W F'], segments_NxW: Integers) -> Float[Array, '2 windows']:
@@ -104,32 +115,40 @@ def unions(active_NxWxF: Bool[Array, 'N W F'], segments_NxW: Integers) -> Float[
     return jnp.stack(sums, axis=1)
 
 
-def skill(kept: Bool[Array, '*rows n'], c: Float[Array, '*rows n'], k: int) -> list[Float[Array, '*rows']]:
-    """(The share of the k largest contributions c that the kept entries hold, the share of Σ c that they hold, that of the k)."""
-    k = min(k, c.shape[-1])
-    largest = jax.lax.top_k(c, k)[0]
+def skill(
+    kept: Bool[Array, '*rows n'], c: Float[Array, '*rows n'], k: int, guesses: Sequence[Float[Array, '*rows n']] = ()
+) -> list[Float[Array, '*rows']]:
+    """What a selection holds of the contributions c, by row.
+
+    (The share of the k largest c that it holds; its share of Σ c; that of as many largest c as it has entries). Then follow the
+    first two of as many entries by each of the `guesses`, the largest.
+    """
+    k, n = min(k, c.shape[-1]), jnp.sum(kept, axis=-1, keepdims=True)
     total = jnp.maximum(jnp.sum(c, axis=-1), jnp.finfo(c.dtype).tiny)
-    hits = jnp.sum(kept & (c >= largest[..., -1:]), axis=-1) / k
-    return [jnp.minimum(hits, 1), jnp.sum(jnp.where(kept, c, 0), axis=-1) / total, jnp.sum(largest, axis=-1) / total]
+    ordered = jnp.sort(c, axis=-1, descending=True)
+    share = lambda on: jnp.sum(jnp.where(on, c, 0), axis=-1) / total
+    recall = lambda on: jnp.minimum(jnp.sum(on & (c >= ordered[..., k - 1 : k]), axis=-1) / k, 1)
+    best = jnp.sum(jnp.where(jnp.arange(c.shape[-1]) < n, ordered, 0), axis=-1) / total
+    chosen = [largest(guess, n) for guess in guesses]
+    return [recall(kept), share(kept), best, *(f(on) for on in chosen for f in (recall, share))]
 
 
-def least_of_largest(x: Float[Array, '*rows n'], k: int) -> Float[Array, '*rows 1']:
-    """The k-th largest entry of each row."""
-    return jax.lax.top_k(x, k)[0][..., -1:]
+def largest(x: Float[Array, '*rows m'], n: Int[Array, '*rows 1']) -> Bool[Array, '*rows m']:
+    """The n largest entries of each row, with a number n (…, 1) for each."""
+    ordered = jnp.sort(x, axis=-1, descending=True)
+    return (n > 0) & (x >= jnp.take_along_axis(ordered, jnp.maximum(n - 1, 0), axis=-1))
 
 
 def of_attention(
     module: Attention, q: Queries, k: Keys, v: Keys, starts_BxL: Integers, place_BxL: Integers, long_BxL: Bool[Array, 'B L']
 ) -> dict[str, Float[Array, '...']]:
-    """The sums over `long` queries of one layer: 'attention_scores', 'attention_ks', and with a top-k 'attention_selection'.
+    """The sums over `long` queries of one layer: 'attention_scores', '_ks', '_seen', and with a top-k 'attention_selection'.
 
     A query sees the keys from its start to its own place.
     """
     cfg = module.cfg
 
     def count(q, k, v, starts, place, long):
-        q = q[:, :, :, :: strips.STRIDE]
-        starts, place, long = (x[:, :: strips.STRIDE] for x in (starts, place, long))
         norms = jnp.linalg.norm(v.astype(jnp.float32), axis=-1)[:, :, None, None]
 
         def strip(rows, own):
@@ -140,6 +159,8 @@ def of_attention(
             first = slice(cfg.r or None)
             s = dots(first)
             sums = dict(zip(('attention_scores', 'attention_ks'), gaussianity(s, visible, counted), strict=True))
+            seen = jnp.broadcast_to(jnp.sum(visible, axis=-1), counted.shape)
+            sums['attention_seen'] = tally(seen, counted, k.shape[2])
             if cfg.traits.topk:
                 w = ops.ACTIVATIONS[cfg.traits.activation](jnp.where(visible, ops.softcap(s, cfg.logit_cap), -jnp.inf))
                 _, keep = nn_attention.weights(cfg, s, visible)
@@ -152,4 +173,6 @@ def of_attention(
 
     by_query, by_key, by_token = ('batch', 'kv_heads', None, 'length'), ('batch', 'kv_heads'), ('batch', 'length')
     axes = by_query, by_key, by_key, by_token, by_token, by_token
-    return over_devices(count, (q, k, v, starts_BxL, place_BxL, long_BxL), axes)
+    sample = lambda x, axis: strips.sampled(x, axis, shards('length'))
+    tokens = (sample(x, 1) for x in (starts_BxL, place_BxL, long_BxL))
+    return over_devices(count, (sample(q, 3), k, v, *tokens), axes)

@@ -16,7 +16,7 @@ from scipy.special import ndtr
 
 from spark.config import ModelConfig
 from spark.evaluation import selection
-from spark.evaluation.strips import DISTANCES, EDGES, normal_distance, over_devices, tally
+from spark.evaluation.strips import DISTANCES, EDGES, chance_distance, normal_distances, over_devices, tally
 from spark.nn.attention import Attention, Packed
 from spark.nn.ffn import FFN
 from spark.nn.layers import METRICS, sow
@@ -32,15 +32,16 @@ def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, d
       'active' (F + 1): tokens by their number of active neurons; 'fired' (F): tokens for which each neuron was active;
       'union' (2, windows): for 2, 4, … consecutive tokens, Σ of the share of neurons that any activates, and their number;
       'selection': the number of sampled tokens, and Σ over them of `selection.skill` of active neurons, and of fitted predictors;
-      'attended' (PIECES, L + 1): queries of all heads by their position in the document, L / PIECES a piece, and attended keys;
-      'by_position' (L): attended keys, mean over heads, by position in the document;
+      'attended' (PIECES, L + 1): queries of all heads by their `places`, L / PIECES a piece, and attended keys;
+      'by_position' (L): attended keys, mean over heads, by their `places`;
       'long' (3): over the queries that see more than k keys: their number, Σ attended keys, Σ min(attended, k) / k;
       'attention_selection': as 'selection', over sampled long queries and their keys;
       'ffn_scores', 'attention_scores' (bins): histograms of standardised scores of sampled tokens, and sampled long queries;
-      'ffn_ks', 'attention_ks' (DISTANCES + 1): the same by the distance of their own scores to the normal.
+      'ffn_ks', 'attention_ks' (DISTANCES + 1): the same by the distance of their own scores to the normal;
+      'attention_seen' (L + 1): sampled long queries by the number of keys that they see.
     """
     positions_BxL, segments_BxL = batch['positions'], batch['segments']
-    real_BxL = segments_BxL > 0
+    places_BxL, real_BxL = places(model.cfg, batch), segments_BxL > 0
 
     def interceptor(method, args, kwargs, context):
         out, module = method(*args, **kwargs), context.module
@@ -48,7 +49,7 @@ def observe(model: Transformer, params: dict, batch: dict) -> tuple[jax.Array, d
         if isinstance(module, FFN) and context.method_name == '__call__':
             found = selection.of_ffn(module, *args, segments_BxL)
         elif isinstance(module, Attention) and context.method_name == 'look_up':
-            found = _of_attention(module, *args, positions_BxL, real_BxL)
+            found = _of_attention(module, *args, places_BxL, real_BxL)
         for name, sums in found.items():
             sow(module, f'sum_{name}', sums)
         return out
@@ -65,11 +66,12 @@ def report(cfg: ModelConfig, sums: dict) -> list[dict]:
 
     `active_*` are shares of d_ff, `attended_*` keys per query and head: mean, 5th, 50th and 95th percentile and maximum.
     `calibration` is the mean of min(n, k) / k of n active neurons. `recall` is the share of the k neurons of largest contribution
-    that are active, `contribution_kept` the share of all contributions that they make, `contribution_best` that of the k largest
-    (see `selection`); `recall_fitted` and `contribution_kept_fitted` are of the best linear predictor of the same rank, if there
-    is one in the parameters (see `predictor`). `union` is the share of neurons that any of 2, 4, … consecutive tokens activates,
-    `union_rows` the same for tokens drawn at random from all text. `ks_*` is the distance of a token's scores to the normal
-    distribution, `ks_chance` that of as many normal numbers, `ks_pooled` the distance of all standardised scores taken together.
+    that are active, `contribution_kept` the share of all contributions that active ones make, `contribution_best` that of as many
+    largest (see `selection`). If the parameters have fitted predictors, `…_fitted` is of as many neurons that a linear one of the
+    same rank chooses, `…_constant` of as many by one ranking for all tokens (see `predictor`). `union` is the share of
+    neurons that any of 2, 4, … consecutive tokens activates, `union_rows` that of tokens drawn at random. `ks_*` is the distance
+    of a token's scores to the normal distribution, `ks_chance` that of as many normal numbers, `ks_pooled` the distance of all
+    standardised scores taken together.
     `dead` counts neurons that were never active; `gini` is 0 if all are active equally often. Names with `attention_`, and
     `attended_long`, are of the queries that see more than k keys.
     """
@@ -82,6 +84,7 @@ def report(cfg: ModelConfig, sums: dict) -> list[dict]:
             layer['attended_long'] = float(attended / count)
         if sums['attention_ks'][i].any():
             layer |= _gaussian('attention_ks', sums['attention_ks'][i], sums['attention_scores'][i])
+            layer['attention_ks_chance'] = chance_distance(sums['attention_seen'][i])
         if count and a.traits.topk:
             layer['attention_calibration'] = float(calibration / count)
             names = ('attention_recall', 'attention_contribution_kept', 'attention_contribution_best')
@@ -99,25 +102,32 @@ def _ffn(f, sums, i):
         found |= {f'active_{name}': value / f.d_ff for name, value in spread(tokens).items()}
         if f.traits.topk:
             found['calibration'] = float(tokens @ np.minimum(np.arange(f.d_ff + 1) / f.k, 1) / tokens.sum())
-            names = ('recall', 'contribution_kept', 'contribution_best', 'recall_fitted', 'contribution_kept_fitted')
-            found |= _means(names, sums['selection'])
+            names = [f'{name}{of}' for of in ('', '_fitted', '_constant') for name in ('recall', 'contribution_kept')]
+            found |= _means([*names[:2], 'contribution_best', *names[2:]], sums['selection'])
         share, count = sums['union']
         found['union'] = {str(n): float(x / m) for n, x, m in zip(selection.WINDOWS, share, count, strict=True) if m}
         found['union_rows'] = {str(n): union_of_rows(fired, tokens.sum(), n) for n in selection.WINDOWS}
         found |= {'dead': int(np.sum(fired == 0)), 'gini': gini(fired)}
     if sums['ffn_ks'].any():
-        found |= _gaussian('ks', sums['ffn_ks'], sums['ffn_scores']) | {'ks_chance': normal_distance(f.d_ff)}
+        found |= _gaussian('ks', sums['ffn_ks'], sums['ffn_scores']) | {'ks_chance': float(normal_distances((f.d_ff,))[0])}
     return found
 
 
-def by_position(values_BxL: jax.Array, batch: dict) -> jax.Array:
-    """(L) sums of the values of tokens without padding, by position in the document."""
-    add = lambda x, positions: jnp.zeros(values_BxL.shape[1], x.dtype).at[positions].add(x)
-    return over_devices(add, (values_BxL * (batch['segments'] > 0), batch['positions']), (('batch', 'length'),) * 2)
+def places(cfg: ModelConfig, batch: dict) -> jax.Array:
+    """(B, L) how many tokens come before each in what attention sees: in the row, or in its document where those are apart."""
+    positions_BxL = batch['positions']
+    joined = cfg.attention.documents == 'joined'
+    return jnp.broadcast_to(jnp.arange(positions_BxL.shape[1]), positions_BxL.shape) if joined else jnp.asarray(positions_BxL)
+
+
+def by_position(cfg: ModelConfig, values_BxL: jax.Array, batch: dict) -> jax.Array:
+    """(L) sums of the values of tokens without padding, by `places`."""
+    add = lambda x, places: jnp.zeros(values_BxL.shape[1], x.dtype).at[places].add(x)
+    return over_devices(add, (values_BxL * (batch['segments'] > 0), places(cfg, batch)), (('batch', 'length'),) * 2)
 
 
 def positions(sums: dict) -> list[dict]:
-    """Loss and attended keys by position: how many tokens of a token's document come before it in the row.
+    """Loss and attended keys by position, which is what `places` says.
 
     One dict for each of PIECES equal parts of a row that has tokens: the positions 'from' … 'to' − 1, 'tokens', 'loss', and with
     statistics 'attended_mean', '_p5', '_median', '_p95' and '_max' of each layer, over the queries of all heads.
@@ -173,7 +183,7 @@ def spread(counts: np.ndarray) -> dict[str, float]:
     return {'mean': float(counts @ n / counts.sum()), **quantiles, 'max': float(np.max(n[counts > 0]))}
 
 
-def _of_attention(module, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible, positions_BxL, real_BxL):
+def _of_attention(module, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible, places_BxL, real_BxL):
     """The sums of a layer's attention. A query sees the keys from its start to its own place."""
     cfg, (B, N, G, L, _) = module.cfg, q_BxNxGxLxd.shape
     attended = module.get_variable(METRICS, 'attended').reshape(B, N, G, L)
@@ -183,16 +193,16 @@ def _of_attention(module, q_BxNxGxLxd, k_BxNxSxd, v_BxNxSxd, visible, positions_
     long = jnp.broadcast_to(long_BxL[:, None, None], attended.shape)
     totals = [long, long * attended, long * jnp.minimum(attended / max(cfg.k, 1), 1)]
 
-    def at_position(attended, positions, real):
+    def at_position(attended, places, real):
         sum_BxL = jnp.sum(attended, axis=(1, 2)) * real / (N * G)  # over the heads of one device
-        return jnp.zeros(L, jnp.float32).at[positions].add(sum_BxL)
+        return jnp.zeros(L, jnp.float32).at[places].add(sum_BxL)
 
-    def by_piece(attended, positions, real):
-        piece, real = (jnp.broadcast_to(x[:, None, None], attended.shape) for x in (positions * PIECES // L, real))
+    def by_piece(attended, places, real):
+        piece, real = (jnp.broadcast_to(x[:, None, None], attended.shape) for x in (places * PIECES // L, real))
         return tally(piece * (L + 1) + attended, real, PIECES * (L + 1) - 1).reshape(PIECES, L + 1)
 
     by_query, by_token = ('batch', 'kv_heads', None, 'length'), ('batch', 'length')
-    counted, axes = (attended, positions_BxL, real_BxL), (by_query, by_token, by_token)
+    counted, axes = (attended, places_BxL, real_BxL), (by_query, by_token, by_token)
     return {
         'long': jnp.stack([jnp.sum(x, dtype=jnp.float32) for x in totals]),
         'attended': over_devices(by_piece, counted, axes),

@@ -16,7 +16,7 @@ from spark.nn.layers import mesh_axes, shards
 EDGES = np.linspace(-8, 8, 1025)  # bins of standardised scores; scores outside count in the outer bins
 DISTANCES = 1000  # bins of Kolmogorov–Smirnov distances, from 0 to 1
 STRIP = 1 << 22  # scores that a device holds at a time
-STRIDE = 8  # what needs a sort is measured of the tokens at every eighth place of a row
+STRIDE = 8  # what needs a sort is measured of every eighth token of a row
 
 Scores = Float[Array, '*rows n']
 Valid = bool | Bool[Array | np.ndarray, '...']  # broadcasts against the scores
@@ -54,6 +54,21 @@ def by_strips(count: Callable, n: int, width: int) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32), total)
 
 
+def sampled(x: Array, axis: int, shards: int = 1) -> Array:
+    """Every STRIDE-th entry along an axis, the middle one of each STRIDE: at place 0 of rows, each token would see itself alone.
+
+    The result is filled up with zeros to a multiple of `shards`.
+    """
+    start = min(STRIDE // 2, x.shape[axis] - 1)
+    x = jax.lax.slice_in_dim(x, start, None, STRIDE, axis)
+    return filled_up(x, axis, shards)
+
+
+def filled_up(x: Array, axis: int, multiple: int) -> Array:
+    """x with zeros at the end of an axis, so that its size is a multiple."""
+    return jnp.pad(x, [(0, -n % multiple if i == axis % x.ndim else 0) for i, n in enumerate(x.shape)])
+
+
 def gaussianity(s: Scores, where: Valid, rows: Valid) -> tuple[Int[Array, ' bins'], Int[Array, ' distances']]:
     """(A histogram over EDGES of the scores, standardised by row; rows by the distance of their own scores to the normal).
 
@@ -82,7 +97,22 @@ def tally(counts: Num[Array, '...'], where: Valid, most: int) -> Int[Array, ' {m
 
 
 @functools.cache
-def normal_distance(n: int, draws: int = 200) -> float:
-    """The mean distance of n normal numbers, standardised, to the normal distribution: what chance alone gives."""
-    _, distances = jax.jit(gaussianity)(jax.random.normal(jax.random.key(0), (draws, n)), True, True)
-    return float(distances @ jnp.arange(DISTANCES + 1) / draws / DISTANCES)
+def normal_distances(ns: tuple[int, ...], draws: int = 200) -> np.ndarray:
+    """The mean distances of n normal numbers, standardised, to the normal distribution, for each n: what chance alone gives."""
+
+    def distance(n):
+        x = jax.random.normal(jax.random.key(0), (draws, max(ns)))
+        _, distances = gaussianity(x, jnp.arange(max(ns)) < n, True)
+        return distances @ jnp.arange(DISTANCES + 1) / (draws * DISTANCES)
+
+    return np.asarray(jax.jit(lambda ns: jax.lax.map(distance, ns))(jnp.asarray(ns)))
+
+
+def chance_distance(counts: np.ndarray) -> float:
+    """The mean of `normal_distances` over rows, of which counts[n] have n numbers."""
+    n = np.flatnonzero(counts)
+    most = max(int(n[-1]), 2)
+    grid = tuple(sorted({min(1 << i, most) for i in range(1, most.bit_length() + 1)}))
+    # Nearly a power of n, so that it is interpolated by logarithms.
+    distances = np.exp(np.interp(np.log(n), np.log(grid), np.log(normal_distances(grid))))
+    return float(counts[n] @ distances / counts[n].sum())

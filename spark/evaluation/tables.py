@@ -3,7 +3,8 @@
 _FFN = [
     ('active_mean', 'active mean', '.1%'), ('active_p95', 'p95', '.1%'), ('active_max', 'max', '.1%'),
     ('calibration', 'calibration', '.3f'), ('recall', 'recall', '.3f'), ('recall_fitted', 'fitted', '.3f'),
-    ('contribution_kept', 'kept', '.3f'), ('contribution_kept_fitted', 'fitted', '.3f'), ('contribution_best', 'best', '.3f'),
+    ('recall_constant', 'constant', '.3f'), ('contribution_kept', 'kept', '.3f'), ('contribution_kept_fitted', 'fitted', '.3f'),
+    ('contribution_kept_constant', 'constant', '.3f'), ('contribution_best', 'best', '.3f'),
     ('ks_median', 'KS median', '.3f'), ('ks_p95', 'p95', '.3f'), ('ks_chance', 'chance', '.3f'),
     ('dead', 'dead', 'd'), ('gini', 'Gini', '.2f'),
 ]  # fmt: skip
@@ -12,12 +13,13 @@ _ATTENTION = [
     ('attention_calibration', 'calibration', '.3f'), ('attention_recall', 'recall', '.3f'),
     ('attention_contribution_kept', 'kept', '.3f'), ('attention_contribution_best', 'best', '.3f'),
     ('attention_ks_median', 'KS median', '.3f'), ('attention_ks_p95', 'p95', '.3f'),
+    ('attention_ks_chance', 'chance', '.3f'),
 ]  # fmt: skip
 
 
 def tables(report: dict) -> str:
     """The loss of the whole split and by position; and, if the report has them, the lookups of each layer and FLOPs by part."""
-    lines = [*_losses(report), '', *_positions(report['by_position'])]
+    lines = [*_losses(report), *_fit(report), '', *_positions(report['by_position'], report['position_in'])]
     if 'layers' in report:
         layers = report['layers']
         lines += ['', *_layers('FFN', layers, _FFN), '', *_layers('attention', layers, _ATTENTION)]
@@ -39,10 +41,19 @@ def _losses(report):
     return lines
 
 
-def _positions(pieces):
+def _fit(report):
+    """What predictors were fitted to, and whether that is enough."""
+    if 'fit_tokens' not in report:
+        return []
+    few = report['fit_tokens'] < report['fit_tokens_wanted']
+    warning = f': fewer than the {report["fit_tokens_wanted"]:,} wanted, so a fit to more text may reach more' if few else ''
+    return ['', f'Predictors were fitted to {report["fit_tokens"]:,} tokens of {report["fit_text"]}{warning}.']
+
+
+def _positions(pieces, where):
     attended = 'attended_mean' in pieces[0] if pieces else False
     names = ['mean', 'p95', 'max'] if attended else []
-    heads = ['position', 'tokens', 'loss', *(f'keys {name}, layer by layer' for name in names)]
+    heads = [f'position in the {where}', 'tokens', 'loss', *(f'keys {name}, layer by layer' for name in names)]
     lines = ['| ' + ' | '.join(heads) + ' |', '|' + '---|' * len(heads)]
     for piece in pieces:
         cells = [f'{piece["from"]} … {piece["to"] - 1}', f'{piece["tokens"]:,}', f'{piece["loss"]:.4f}']

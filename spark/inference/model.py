@@ -89,8 +89,8 @@ def hidden(
     `first_B` is the position of each row's first token; all before it is padding. The cache must have room for L positions.
 
     Counts: 'attended' (n_layers, B, L) keys, mean over the heads; 'active' (n_layers, B, L) neurons of sparse kinds; with a
-    predictor 'records_read' (n_layers,), neurons that any token activates; 'overflow' (n_layers,) tokens and queries with more
-    active entries than the capacity.
+    predictor 'records_read' (n_layers,), the records of neurons that the kernels read, one that is read twice counted twice;
+    'overflow' (n_layers,) tokens and queries with more active entries than the capacity.
     """
     L, E = tokens_BxL.shape[1], weights['embedding']
     x_BxLxD = E.values[tokens_BxL].astype(jnp.float32)
@@ -150,7 +150,7 @@ class _Layer:
             weights, keep = nn_attention.weights(a, s, jnp.tile(mask, (1, G, 1))[:, None])
             keep = jnp.broadcast_to(keep, s.shape)
             if a.traits.gated:
-                y, overflow = _second_half(self.serving, 'attention', q[..., r:], weights, keep, Matrix(records))
+                y, overflow, _ = _second_half(self.serving, 'attention', q[..., r:], weights, keep, Matrix(records))
             else:
                 y, overflow = weights.astype(records.dtype) @ records[..., d - r :], jnp.zeros((), jnp.int32)
             y, attended = y.reshape(q_BxNxGxLxd.shape), jnp.sum(keep, axis=-1).reshape(B, N, G, L)
@@ -194,39 +194,50 @@ def ffn(serving: Serving, w: dict, x_TxD: Float[Array, 'T D']) -> tuple[Float[Ar
         y, active, read = cpu.ffn(x_TxD, K1.values, table.values, f.k, f.huber, K1.scales, table.scales)
         return y, {'active': active, 'records_read': read}
     a, active = nn_ffn.activations(f, product(serving, x_TxD[:, : f.r], K1).astype(serving.compute))
-    y, overflow = _second_half(serving, 'ffn', x_TxD[:, f.r :], a, active, table)
-    counts = {'active': jnp.sum(active, axis=-1), 'records_read': jnp.sum(jnp.any(active, axis=0)), 'overflow': overflow}
+    y, overflow, read = _second_half(serving, 'ffn', x_TxD[:, f.r :], a, active, table)
+    counts = {'active': jnp.sum(active, axis=-1), 'records_read': read, 'overflow': overflow}
     return y[:, : x_TxD.shape[1]].astype(serving.compute), counts
 
 
 def _second_half(serving, half, q2, a, active, table):
-    """(y, overflow ()) of a lookup in plain JAX or Pallas, from all records if the room for active ones is over half of all."""
-    cfg, by = getattr(serving.cfg, half), computed_by(serving, half)
-    sigma2, room = ops.ACTIVATIONS[cfg.traits.gate], math.ceil(cfg.k * serving.capacity)
-    queries, n = a.shape[-2:]
-    if by == 'masked' or 2 * queries * room > n:
-        return gather.masked(q2, a, table.values, sigma2, table.scales), jnp.zeros((), jnp.int32)
+    """(y, overflow (), records read from each table (…)) of a lookup in plain JAX or Pallas."""
+    cfg, by, (queries, n) = getattr(serving.cfg, half), computed_by(serving, half), a.shape[-2:]
+    sigma2, room = ops.ACTIVATIONS[cfg.traits.gate], _room(serving, half, queries, n)
+    if not room:
+        y, read = gather.masked(q2, a, table.values, sigma2, table.scales), jnp.full(a.shape[:-2], n)
+        return y, jnp.zeros((), jnp.int32), read
     pallas = {'tpu': rows_tpu, 'gpu': rows_gpu}.get(by)  # other platforms than its own interpret it
-    read = pallas and functools.partial(pallas.read_rows, interpret=serving.platform != by)
-    return gather.look_up(q2, a, active, table.values, sigma2, room, serving.overflow, table.scales, read)
+    kernel = pallas and functools.partial(pallas.read_rows, interpret=serving.platform != by)
+    y, overflow = gather.look_up(q2, a, active, table.values, sigma2, room, serving.overflow, table.scales, kernel)
+    own = jnp.minimum(jnp.sum(active, axis=-1), room) if pallas else jnp.full(a.shape[:-1], room)
+    again = jnp.where(overflow > 0, n, 0) if serving.overflow == 'masked' else 0
+    return y, overflow, jnp.sum(own, axis=-1) + again
+
+
+def _room(serving, half, queries, n):
+    """How many of a table's n records each query has room for; 0 if all are read, since the rooms are over half of them."""
+    room = math.ceil(getattr(serving.cfg, half).k * serving.capacity)
+    return 0 if computed_by(serving, half) == 'masked' or 2 * queries * room > n else room
 
 
 def bytes_per_step(serving: Serving, weights: dict, cache: Cache, means: dict, head: bool = True) -> float:
     """Bytes that a step of decoding has to read.
 
-    All weights, but of Spark's records only those of active neurons; of the cache, all keys and the records of attended keys.
-    Masked lookups read everything. A record that several tokens of a batch activate is read once: such steps count the union of
-    their tokens' active neurons. `means` has the mean of each of a step's counts.
+    All weights, but of Spark's records only those that were read: kernels for CPUs read a record once for up to 64 tokens that
+    activate it, plain JAX reads each query's whole room. Of the cache, all keys, and the records of attended keys, or of each
+    query's room. Masked lookups read everything. `means` has the mean of each of a step's counts.
     """
     nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
-    reads_all = {half: computed_by(serving, half) == 'masked' for half in ('attention', 'ffn')}
+    a, F = serving.cfg.attention, serving.cfg.ffn.d_ff
     total = nbytes(weights['embedding']) if head else 0
-    active = 1 if reads_all['ffn'] or 'records_read' not in means else means['records_read'] / serving.cfg.ffn.d_ff
     for w, table in zip(weights['layers'], cache.layers, strict=True):
         records = nbytes(w.get('records', ()))
-        total += nbytes(w) - records * (1 - active)
+        total += nbytes(w) - records + records * means.get('records_read', F) / F
         S = table['keys'].shape[2]
-        filled = jnp.minimum(S, cache.length) / S
-        attended = filled if reads_all['attention'] or not serving.cfg.attention.k else means['attended'] / S
-        total += nbytes(table['keys']) * filled + nbytes(table['records']) * jnp.minimum(attended, filled)
+        filled, queries = jnp.minimum(S, cache.length), a.n_heads // a.n_kv_heads
+        if computed_by(serving, 'attention') == 'cpu':
+            read = means['attended'] if a.k else S
+        else:
+            read = queries * _room(serving, 'attention', queries, S) or S
+        total += (nbytes(table['keys']) * filled + nbytes(table['records']) * jnp.minimum(read, filled)) / S
     return float(total)

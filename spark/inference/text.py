@@ -20,7 +20,8 @@ def continue_prompts(
     """Continues prompts side by side, each until EOS, a stop string or n tokens; prefill takes `chunk` tokens per step.
 
     `emit` receives the first prompt and its continuation piece by piece, as soon as no later token can change the piece; without
-    it there are progress bars. Returns, for JSON, 'texts', speeds, and the mean activity of the lookups per token and layer.
+    it there are progress bars. Returns, for JSON, 'texts', speeds, and the mean activity of the lookups per token and layer in
+    the steps of decoding; a single token takes none.
     """
     serving, tokenizer = served.serving, served.tokenizer
     ids = [ids.tolist() for ids in tokenizer.start(prompts)]
@@ -40,9 +41,11 @@ def continue_prompts(
     if emit:
         emit(texts[0][len(emitted) :])
     prompt_tokens, new_tokens, n_steps = sum(map(len, ids)), sum(map(len, rows)), len(counts)
-    counts = jax.device_get(counts or [stream.counts])  # those of the prompts, if EOS came at once
-    activity = {name: float(np.mean([np.mean(c[name]) for c in counts])) for name in counts[0]}
-    read = bytes_per_step(serving, served.weights, stream.cache, activity)
+    # The step after a token is dispatched before the token is known, so there is one where EOS came at once, too. The n-th token
+    # has none; what `counts` has for it is of the step before, or of the prompts.
+    counts = jax.device_get((counts or [stream.counts])[: n - 1])
+    activity = {name: float(np.mean([np.mean(c[name]) for c in counts])) for name in counts[0]} if counts else {}
+    read = bytes_per_step(serving, served.weights, stream.cache, activity) if counts else 0.0
     return {
         'step': served.step, 'dtype': serving.dtype, 'kernels': serving.kernels,
         'attention_kernels': computed_by(serving, 'attention'), 'ffn_kernels': computed_by(serving, 'ffn'),

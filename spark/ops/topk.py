@@ -3,8 +3,8 @@
     θ(x, k) = mean(x) + std(x) · Q(1 − k/n)          Q: quantile of the standard normal
     StatTopK_k(x) = max(x − θ, 0)                    argmin_{z ≥ 0} θ·‖z‖₁ + ½‖x − z‖²
 
-An operator is a choice of θ, by statistics or as the k-th largest entry, and of what it makes of the entries that reach θ: with
-`shrink` they become x − θ, a soft threshold, without it they stay x, a hard one. The three operators share one signature,
+An operator is a choice of θ, by statistics or as the largest entry below the k largest, and of what it makes of the entries above
+θ: with `shrink` they become x − θ, a soft threshold, without it they stay x, a hard one. The three operators share one signature,
 `f(x, k, *, axis, where, shrink, …)`, and agree in the limits: with k ≥ n valid entries they return x itself, an entry outside
 `where` becomes 0, and k < 1 is a ValueError. `where` is a boolean mask of the valid entries, None for all; it broadcasts against
 x over the axes before `axis`.
@@ -91,17 +91,18 @@ def statistical_keep(x: X, k: K, *, axis: int = -1, where: Where = None, ddof: i
 
 
 def exact_topk(x: X, k: int, *, axis: int = -1, where: Where = None, shrink: bool = True) -> X:
-    """max(x − θ, 0) for θ = the k-th largest valid entry, by a partial sort (`lax.top_k`); the k-th itself becomes 0.
+    """The k largest valid entries less θ, the largest of the others, by a partial sort (`lax.top_k`).
 
-    Without `shrink`, the k largest valid entries, and those that tie with the k-th, stay as they are. Gradients flow through θ.
+    Without `shrink` they stay as they are. Of entries that tie the first ones stay, so that there are k; with `shrink`, what ties
+    with θ becomes 0. Gradients flow through θ.
     """
     return _keep_largest(x, k, axis, where, shrink, jax.lax.top_k)
 
 
 def approx_topk(x: X, k: int, *, axis: int = -1, where: Where = None, shrink: bool = True, recall: float = 0.95) -> X:
-    """As `exact_topk`, by `lax.approx_max_k`: on TPU θ is the least of k entries that hold about `recall` of the k largest.
+    """As `exact_topk` of the entries that `lax.approx_max_k` returns: on TPU they hold about `recall` of the k largest, or more.
 
-    So on TPU more than k entries reach θ. Elsewhere it is a sort, whatever the recall.
+    The entries that it misses become 0, also where they are larger than what stays. Off TPU it is a sort, whatever the recall.
     """
     return _keep_largest(x, k, axis, where, shrink, functools.partial(jax.lax.approx_max_k, recall_target=recall))
 
@@ -132,15 +133,19 @@ def _mean_and_std_jvp(axis, ddof, pivot, primals, tangents):
 
 def _keep_largest(x, k, axis, where, shrink, largest):
     _check_k(k)
-    n = x.shape[axis]
-    if k >= n:
+    if k >= x.shape[axis]:
         return _masked(x, where)
-    ranked = x if where is None else jnp.where(where, x, -jnp.inf)
-    kth = jnp.min(largest(jnp.moveaxis(ranked, axis, -1), k)[0], axis=-1, keepdims=True)
-    theta = jnp.moveaxis(kth, -1, axis)
+    x = jnp.moveaxis(jnp.asarray(x), axis, -1)
+    where = None if where is None else jnp.moveaxis(jnp.broadcast_to(where, jnp.moveaxis(x, -1, axis).shape), axis, -1)
+    values, index = largest(x if where is None else jnp.where(where, x, -jnp.inf), k + 1)  # from the largest on
+    kept = jnp.put_along_axis(jnp.zeros(x.shape, bool), index[..., :k], True, axis=-1, inplace=False)
+    theta = values[..., k:]
     if where is not None:
-        theta = jnp.where(jnp.sum(where, axis=axis, keepdims=True) > k, theta, -jnp.inf)
-    return _threshold(x, theta, where, shrink, whole_rows=where is not None)
+        whole = jnp.sum(where, axis=-1, keepdims=True) <= k
+        found = jnp.where(jnp.isneginf(values), jnp.inf, values)  # an approximate one may find fewer than there are
+        kept, theta = kept | whole, jnp.where(whole, 0, jnp.min(found, axis=-1, keepdims=True))
+    theta = theta if shrink else 0
+    return jnp.moveaxis(_masked(jnp.where(kept, x - theta, 0), where), -1, axis)
 
 
 def _threshold(x, theta, where, shrink, huber=0.0, whole_rows=False):

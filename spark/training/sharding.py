@@ -28,6 +28,7 @@ LOGICAL_AXES = {
     'kv_heads': 'model',
     'head_dim': None,
 }
+FACTORED = {'v_row': -1, 'v_col': -2}  # which axis of a parameter, in the order of their sizes, moments of these names lack
 
 
 def make_mesh(cfg: ExperimentConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -72,18 +73,23 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
 def like_params(mesh: Mesh, boxed: Any, tree: Any) -> Any:
     """NamedShardings for a tree of shapes: what lies at the path of a parameter (`boxed` as above) is split as that is.
 
-    What lacks one of the parameter's axes, as Adafactor's moments do, is split along the others. All else is replicated.
+    What lacks one of the parameter's axes, as Adafactor's moments do, is split along the others. It is replicated where its shape
+    leaves open which axis that is; all else is replicated, too.
     """
     logical = dict(jax.tree_util.tree_leaves_with_path(nn.get_partition_spec(boxed)))
     shapes = {path: x.shape for path, x in jax.tree_util.tree_leaves_with_path(meta.unbox(boxed))}
 
     def one(path, x):
-        parameter = next((path[i:] for i in range(len(path)) if path[i:] in shapes), None)
-        shape = shapes.get(parameter, ())
-        axes = [*logical.get(parameter, ()), *[None] * len(shape)][: len(shape)]
+        start = next((i for i in range(len(path)) if path[i:] in shapes), len(path))
+        shape = shapes.get(path[start:], ())
+        axes = [*logical.get(path[start:], ()), *[None] * len(shape)][: len(shape)]
+        # optax: v_row is a mean over the largest axis, v_col over the one before it in np.argsort.
+        lacks = FACTORED.get(getattr(path[start - 1], 'name', None)) if start else None
+        removed = range(len(shape)) if lacks is None or len(shape) < 2 else [int(np.argsort(shape)[lacks])]
         without = lambda values, i: (*values[:i], *values[i + 1 :])
-        ways = [(shape, axes), *((without(shape, i), without(axes, i)) for i in range(len(shape)))]
-        return NamedSharding(mesh, spec(next((axes for shape, axes in ways if shape == x.shape), ())))
+        lacking = {spec(without(axes, i)) for i in removed if without(shape, i) == x.shape}
+        ways = {spec(axes)} if shape == x.shape else lacking
+        return NamedSharding(mesh, ways.pop() if len(ways) == 1 else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

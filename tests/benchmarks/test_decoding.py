@@ -48,7 +48,20 @@ def test_a_half_that_is_masked_reads_all_records(monkeypatch):
     monkeypatch.setitem(FFN_KINDS, 'spark', Kind('relu', gate='identity', predictor=True, zeros=True))
     spark = decoding.Decoder(small('spark', **{'model.n_layers': 2, 'model.ffn.k': 0}).model)
     spark.begin(16, 40)
-    read = lambda active, attended: bytes_per_step(
-        spark.serving, spark.weights, spark.cache, {'records_read': active, 'attended': attended}
-    )
-    assert spark.serving.kernels != 'masked' and read(1, 4) == read(96, 4) and read(1, 2) < read(1, 4)
+    spark.step()
+    assert spark.serving.kernels != 'masked' and (spark.counts['records_read'] == 96).all()
+    read = lambda attended: bytes_per_step(spark.serving, spark.weights, spark.cache, spark.activity() | {'attended': attended})
+    assert read(2) < read(4)
+    nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    assert read(4) > nbytes(spark.weights) - spark.weights['final_norm'].nbytes
+
+
+def test_attention_in_plain_jax_reads_each_query_its_room():
+    """Not the attended keys alone: two queries with room for 6 share a table, of whose 40 slots 17 are filled."""
+    spark = decoding.Decoder(small('spark', **{'model.n_layers': 2}).model)
+    spark.begin(16, 40)
+    spark.step()
+    means = {'attended': 4.0, 'records_read': 0.0}
+    read = lambda kernels: bytes_per_step(spark.serving._replace(kernels=kernels), spark.weights, spark.cache, means)
+    slot = sum(layer['records'].nbytes / 40 for layer in spark.cache.layers)
+    assert [(read(kernels) - read('cpu')) / slot for kernels in ('gather', 'masked')] == pytest.approx([12 - 4, 17 - 4])

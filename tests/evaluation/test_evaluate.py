@@ -150,8 +150,59 @@ def test_a_fitted_predictor_is_compared_on_other_text(run, evaluated):
     found, _ = evaluate.evaluate(model, 'test', fit=True)
     for layer, plain in zip(found['layers'], report['layers'], strict=True):
         assert layer['recall'] == pytest.approx(plain['recall'], rel=1e-3)
-        assert 8 / 96 < layer['recall_fitted'] < 1 and 8 / 96 < layer['contribution_kept_fitted'] <= layer['contribution_best']
+        assert layer['active_mean'] < layer['recall_constant'] < layer['recall_fitted'] <= layer['calibration']
+        kept = [layer[f'contribution_{which}'] for which in ('kept_constant', 'kept_fitted', 'best')]
+        assert layer['active_mean'] < kept[0] < kept[1] < kept[2]
     assert '| fitted |' in tables.tables(found) and '| fitted |' not in tables.tables(report)
+    validation, _ = evaluate.evaluate(model, 'validation', statistics=False)
+    assert (found['fit_tokens'], found['fit_text'], found['tokens']) == (validation['tokens'], 'validation', report['tokens'])
+    few = f'fitted to {validation["tokens"]:,} tokens of validation: fewer than the 3,200 wanted'
+    assert few in tables.tables(found) and 'fewer than' not in tables.tables(found | {'fit_tokens': 3200})
+
+
+def test_a_predictor_is_never_fitted_to_the_text_that_it_is_measured_on(run, tmp_path, monkeypatch):
+    """Text that has one split serves both: every other row for each, and no row twice."""
+    words = np.random.default_rng(1).choice(['spark', 'sparse', 'top', 'key'], 600)
+    (tmp_path / 'other.txt').write_text(' '.join(words))
+    model = evaluate.load(run[0], source=f'text:{tmp_path}/other.txt')
+    rows_seen, fitted = [], evaluate.predictor.fitted
+
+    def spy(trainer, params, batches, *rest):
+        real = lambda batches: [tuple(x[on]) for b in batches for x, on in zip(b['tokens'], b['segments'] > 0, strict=True)]
+        rows_seen.extend(row for row in real(batches) if row)
+        return fitted(trainer, params, batches, *rest)
+
+    monkeypatch.setattr(evaluate.predictor, 'fitted', spy)
+    whole, _ = evaluate.evaluate(model, 'test', statistics=False)
+    found, _ = evaluate.evaluate(model, 'test', fit=True)
+    assert found['fit_tokens'] == sum(map(len, rows_seen)) > 0 and found['fit_tokens'] + found['tokens'] == whole['tokens']
+    rest, _ = evaluate.evaluate(model, 'test', statistics=False, fit=True)
+    _, own, _ = evaluate.with_fitted(model, 'test')
+    measured = [tuple(row[on]) for b in own for row, on in zip(b['tokens'], b['segments'] > 0, strict=True) if on.any()]
+    assert not set(measured) & set(rows_seen) and found['loss'] == pytest.approx(rest['loss'], rel=1e-6)
+    assert 'every other row of test, which is not evaluated' in tables.tables(found)
+    (tmp_path / 'other.txt').write_text('a single row')
+    with pytest.raises(ConfigError, match='no row is left to fit to; want more text, or a smaller --length'):
+        evaluate.evaluate(evaluate.load(run[0], source=f'text:{tmp_path}/other.txt', length=64), 'test', fit=True)
+
+
+def test_layers_may_be_fitted_a_few_at_a_time(run, monkeypatch, capsys):
+    """On eight devices and with sums of one group of layers in memory, the predictors are those of a single pass."""
+    model, found = evaluate.load(run[0]), {}
+    for sums in (1 << 30, 1):
+        monkeypatch.setattr(evaluate.predictor, 'SUMS', sums)
+        params, _, fit = evaluate.with_fitted(model, 'test')
+        layers = [params['params']['groups'][f'ffn_{i}']['fitted'] for i in range(2)]
+        found[sums] = [(x['mean'], x['constant'], x['down'] @ x['up']) for x in layers]
+        assert fit['fit_tokens'] > 0 and found[sums][0][2].shape == (2, 32, 96)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found[1], found[1 << 30])
+    out = capsys.readouterr().out
+    assert 'Fitting predictors: 1 × up to ' in out and 'Fitting predictors: 2 × up to ' in out
+    step, sums = evaluate.predictor.adder(model.trainer), jax.eval_shape(lambda: evaluate.predictor.zeros(model.trainer, 1))
+    with model.trainer.context():
+        compiled = step.lower(model.params, model.trainer.abstract_batch(), np.int32(0), sums).compile()
+    size = sum(x.size * 4 for x in jax.tree.leaves(sums))
+    assert compiled.memory_analysis().alias_size_in_bytes >= size  # the sums are updated in place
 
 
 def test_a_dense_model_has_no_predictor_to_compare(trained):
@@ -161,8 +212,9 @@ def test_a_dense_model_has_no_predictor_to_compare(trained):
 
 def test_k_is_found_at_which_a_share_of_the_neurons_is_active(run, trained):
     model = evaluate.load(run[0])
-    found = evaluate.with_k(model, 0.2)
+    found, active = evaluate.with_k(model, 0.2)
     report, _ = evaluate.evaluate(found, 'validation')
+    assert active == pytest.approx(0.2, abs=0.01) and active != 0.2
     assert report['active'] == pytest.approx(0.2, abs=0.01) and found.cfg.model.ffn.k > 8 == model.cfg.model.ffn.k
     with pytest.raises(ConfigError, match=r'a share of 0\.001 of the neurons: want'):
         evaluate.with_k(model, 0.001)

@@ -1,6 +1,7 @@
 """Every token of the serving layout is that of the training model's full forward pass, by every kind of kernel."""
 
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -92,17 +93,44 @@ def test_every_topk_of_a_spark_ffn(topk, shrink, huber, kernels):
     np.testing.assert_allclose(logits[11], expected[:, 11], atol=1e-3)
 
 
-@pytest.mark.parametrize('kernels', KERNELS)
-def test_a_record_that_several_tokens_activate_is_read_once(kernels):
+def lookup_of_a_layer(**fields):
+    """(FFN config, f(x) = (y, counts) of a Spark FFN with such a `Serving`, its weights, twelve tokens)."""
     cfg = small('spark', **{'model.n_layers': 2})
     w = from_params(Serving(cfg.model), model_and_params(cfg)[1])['layers'][0]
-    serving, x = Serving(cfg.model, kernels=kernels), jax.random.normal(jax.random.key(0), (12, 32))
-    counts = lambda x: jax.jit(lambda x: ffn(serving, w, x)[1])(x)
-    alone = [counts(row[None]) for row in x]
-    assert all(one['records_read'] == one['active'][0] > 0 for one in alone)
-    assert counts(x[:1].repeat(4, axis=0))['records_read'] == alone[0]['records_read']
-    _, active = activations(cfg.model.ffn, x[:, :16] @ w['K1'].values.T)
-    assert counts(x)['records_read'] == active.any(0).sum() < sum(one['records_read'] for one in alone)
+    serving, x = Serving(cfg.model, **fields), jax.random.normal(jax.random.key(0), (12, 32))
+    return cfg.model.ffn, lambda w, x: ffn(serving, w, x), w, x
+
+
+@BUILT
+def test_a_record_that_several_tokens_activate_is_read_once():
+    f, look_up, w, x = lookup_of_a_layer(kernels='cpu')
+    read = lambda x: jax.jit(lambda x: look_up(w, x)[1])(x)['records_read']
+    _, active = activations(f, x[:, :16] @ w['K1'].values.T)
+    assert [read(row[None]) for row in x] == active.sum(-1).tolist()
+    assert read(x[:1].repeat(4, axis=0)) == active[0].sum()
+    assert read(x) == active.any(0).sum() < active.sum()
+    assert read(x[:1].repeat(100, axis=0)) == 2 * active[0].sum()  # once for 64 tokens, once more for the rest
+
+
+@pytest.mark.parametrize('kernels', ['masked', 'gather'])
+@pytest.mark.parametrize('tokens', [1, 4, 5])
+def test_plain_jax_reads_each_token_its_room_or_everything(kernels, tokens):
+    """The records in the compiled program: rows of 48 numbers that are gathered, or a product with the whole table."""
+    f, look_up, w, x = lookup_of_a_layer(kernels=kernels, overflow='drop')
+    (_, counts), program = jax.jit(look_up)(w, x[:tokens]), str(jax.make_jaxpr(look_up)(w, x[:tokens]))
+    gathered = [math.prod(map(int, rows.split(','))) for rows in re.findall(r'f32\[([\d,]+),48\] = gather', program)]
+    assert gathered == ([tokens * 12] if kernels == 'gather' and tokens <= 4 else [])
+    assert counts['records_read'] == (gathered[0] if gathered else f.d_ff)
+
+
+def test_an_overflow_reads_everything_once_more():
+    reads = {}
+    for overflow in ('drop', 'masked'):
+        _, look_up, w, x = lookup_of_a_layer(kernels='gather', capacity=0.5, overflow=overflow)
+        _, counts = jax.jit(look_up)(w, x)
+        assert counts['overflow'] > 0
+        reads[overflow] = int(counts['records_read'])
+    assert reads == {'drop': 12 * 4, 'masked': 12 * 4 + 96}
 
 
 @pytest.mark.parametrize('kernels', KERNELS)

@@ -179,22 +179,62 @@ def test_shrink_is_the_distance_to_the_threshold(f, masked):
     if f is statistical_topk:
         theta = np.asarray(statistical_threshold(x, k, where=where))
     else:
-        theta = np.sort(np.where(where, x, -np.inf) if masked else x)[:, -k:][:, :1]
+        theta = np.sort(np.where(where, x, -np.inf) if masked else x)[:, -k - 1 :][:, :1]
     valid = np.broadcast_to(True if where is None else where, x.shape)
-    reach = (x >= theta) & valid
+    reach = (x > theta) & valid
     np.testing.assert_array_equal(hard, np.where(reach, x, 0))
     whole = np.isneginf(theta)
     assert whole.sum() == masked
     expected = np.where(reach, np.where(whole, x, x - np.where(whole, 0, theta)), 0)
     np.testing.assert_allclose(soft, expected, atol=1e-6)
-    of_theta = 0 if f is statistical_topk else ~whole[:, 0]  # the k-th largest less itself
-    assert ((hard != 0).sum(-1) == (soft != 0).sum(-1) + of_theta).all()
+    if f is not statistical_topk:
+        assert ((soft != 0).sum(-1) == np.where(whole[:, 0], valid.sum(-1), k)).all()
 
     slope = lambda shrink: jax.grad(lambda x: jnp.sum(f(x, k, where=where, shrink=shrink)))(x)
     np.testing.assert_array_equal(slope(False), reach)
-    if f is not statistical_topk:  # of the entries above θ, each takes 1 from the k-th largest
-        above = np.where(whole, reach, (x > theta) & valid)
-        np.testing.assert_allclose(slope(True), above - ~whole * (x == theta) * (k - 1.0))
+    if f is not statistical_topk:  # each of the k entries above θ takes 1 from it
+        np.testing.assert_allclose(slope(True), reach - ~whole * (x == theta) * float(k))
+
+
+def in_bins(x, k, recall_target):
+    """`lax.approx_max_k` as TPUs compute it, with fixed bins: the k largest among the largest entry of each bin."""
+    bins = 64
+    index = jnp.argmax(x.reshape(*x.shape[:-1], -1, bins), axis=-2) * bins + jnp.arange(bins)
+    values, which = jax.lax.top_k(jnp.take_along_axis(x, index, axis=-1), k)
+    return values, jnp.take_along_axis(index, which, axis=-1)
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_an_approximate_topk_keeps_the_entries_that_it_found_and_no_others(masked, monkeypatch):
+    monkeypatch.setattr(jax.lax, 'approx_max_k', in_bins)
+    x, k = gaussian(5, 256), 30
+    where = np.random.default_rng(1).random(x.shape) < 0.8 if masked else None
+    values, found = (np.asarray(v) for v in in_bins(jnp.where(where, x, -jnp.inf) if masked else jnp.asarray(x), k + 1, 0.5))
+    kept = np.zeros(x.shape, bool)
+    np.put_along_axis(kept, found[:, :k], True, axis=-1)
+    exact = np.asarray(exact_topk(x, k, where=where, shrink=False)) != 0
+    assert (exact & kept).sum() < 0.9 * exact.sum() and (kept.sum(-1) == k).all()  # some of the k largest share a bin
+    f = lambda x, shrink, where=where: approx_topk(x, k, where=where, shrink=shrink)
+    np.testing.assert_array_equal(f(x, False), np.where(kept, x, 0))
+    np.testing.assert_allclose(f(x, True), np.where(kept, x - values[:, k:], 0), atol=1e-6)
+    for bins in (7, 20):  # four entries each: a row of at most k stays whole, and of 80 only 20 are found
+        where = np.arange(256) % 64 < bins
+        short = np.asarray(approx_topk(x, k, where=where))
+        assert np.isfinite(short).all() and ((short != 0).sum(-1) == (28 if bins == 7 else 19)).all()
+    slope = lambda shrink: jax.grad(lambda x: jnp.sum(f(x, shrink)))(jnp.asarray(x))
+    np.testing.assert_array_equal(slope(False), kept)
+    theta = np.zeros(x.shape)
+    np.put_along_axis(theta, found[:, k:], k, axis=-1)
+    np.testing.assert_allclose(slope(True), kept - theta)
+
+
+@pytest.mark.parametrize('f', [exact_topk, approx_topk])
+def test_of_entries_that_tie_exactly_k_stay(f):
+    """As scores in bfloat16 often do."""
+    x = jnp.asarray([[1, 3, 3, 2, 3, 0]], jnp.bfloat16)
+    np.testing.assert_array_equal(f(x, 2, shrink=False), [[0, 3, 3, 0, 0, 0]])
+    np.testing.assert_array_equal(f(x, 3), [[0, 1, 1, 0, 1, 0]])
+    assert f(x, 2).dtype == jnp.bfloat16 and (f(x, 2) == 0).all()
 
 
 def test_a_hard_threshold_has_no_huber_form():

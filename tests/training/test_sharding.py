@@ -5,10 +5,14 @@ from unittest import mock
 
 import jax
 import numpy as np
+import optax
 import pytest
+from flax.core import meta
+from jax.sharding import Mesh, PartitionSpec
 
 from spark.errors import ConfigError
 from spark.training import sharding
+from spark.training.step import Trainer
 from tests.helpers import small
 
 
@@ -43,3 +47,33 @@ def test_tpu_slices_are():
 
 def test_cpus_have_no_slice_but_can_be_divided():
     assert mesh(jax.devices(), **{'mesh.slices': 2, 'mesh.fsdp': 4}).shape == (2, 4, 1, 1)
+
+
+def test_moments_are_split_as_the_axes_that_they_keep():
+    """A factored moment of a square matrix: its shape does not tell which axis it is a mean over, a gradient does."""
+    cfg = small(**{
+        'model.d_model': 128, 'model.ffn.d_ff': 128, 'model.n_layers': 2, 'optimizer.name': 'adafactor',
+        'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.model': 2,
+    })  # fmt: skip
+    trainer = Trainer(cfg, jax.devices())
+    leaves = jax.tree_util.tree_leaves_with_path(trainer.state_shardings.opt_state)
+    flat = {jax.tree_util.keystr(path): s.spec for path, s in leaves}
+    found = {name: next(s for path, s in flat.items() if f'.{name}' in path and "['V']" in path) for name in ('v_row', 'v_col')}
+
+    V, factored = np.zeros((1, 128, 128), np.float32), optax.scale_by_factored_rms()
+    of_neuron = np.broadcast_to(np.arange(128, dtype=np.float32)[:, None], V.shape)
+    _, state = factored.update({'V': of_neuron}, factored.init({'V': V}), {'V': V})
+    for name, spec in found.items():
+        keeps = 'ffn' if np.ptp(getattr(state, name)['V']) else 'embed'
+        assert spec == sharding.spec(('layers', keeps)), name
+
+
+def test_what_lacks_an_axis_that_its_shape_does_not_tell_is_replicated():
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 1, 2), sharding.MESH_AXES)
+    boxed = {'w': meta.Partitioned(jax.ShapeDtypeStruct((8, 8), np.float32), ('embed', 'ffn')),
+             'u': meta.Partitioned(jax.ShapeDtypeStruct((8, 4), np.float32), ('embed', 'ffn'))}  # fmt: skip
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
+    found = sharding.like_params(mesh, boxed, {'mean': {'w': shape(8), 'u': shape(4)}, 'w': shape(8, 8), 'other': shape(8)})
+    specs = jax.tree.map(lambda s: s.spec, found)
+    assert specs['mean'] == {'w': PartitionSpec(), 'u': PartitionSpec('model')}
+    assert specs['w'] == PartitionSpec(('fsdp', 'context'), 'model') and specs['other'] == PartitionSpec()
