@@ -25,7 +25,7 @@ def test_the_worked_diffs(tmp_path):
     halves = ['ffn', 'ffn', 'attention', 'attention']
     named = [f'{half}-{kind}' for half, kind in zip(halves, kinds, strict=True)]
     cases = [f'{test}[{name}-{kernels}]' for name in named for kernels in ('masked', 'gather', 'cpu')]
-    cases += [f'tests/nn/test_ffn.py::test_kind_is_its_equation[{kind}-statistical]' for kind in kinds[:2]]
+    cases += [f'tests/nn/test_ffn.py::test_kind_is_its_equation[{kind}-statistical-True]' for kind in kinds[:2]]
     cases += ['tests/nn/test_ffn.py::test_gradient_reaches_every_parameter']
     cases += [f'tests/test_flops.py::test_parameters_are_counted_and_matched[{kind}]' for kind in kinds[:2]]
     command = [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '-q', *cases]
