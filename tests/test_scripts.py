@@ -313,6 +313,30 @@ def test_a_sweep_is_stopped_resumed_and_tells_what_failed(place, forks):
         one_line(forks.script(*args, more), 2, message)
 
 
+@pytest.mark.slow
+def test_a_page_is_filled_with_the_results_of_its_own_commands(place, forks):
+    tmp, _ = place
+    page, kept = tmp / 'docs' / 'ablations.md', tmp / 'docs' / 'ablations' / 'rates'
+    page.parent.mkdir()
+    sweep = f'python scripts/sweep.py --config={tmp}/config.py {NO_SAMPLE} \\\n --config.train.steps=4 --axis=optimizer.lr=1e-2'
+    page.write_text(f'# Rates\n\n```bash\n{sweep} --out=runs/rates\n```\n\n<!-- rates -->\nold\n<!-- end of rates -->\nText.\n')
+    args = ['reproduce.py', '--only=ablations', f'--docs={tmp}/docs', f'--out={tmp}/reproduced']
+    done = run_script(tmp, *args)
+    assert done.returncode == 0, done.stderr
+    table = (tmp / 'reproduced' / 'rates' / 'results.md').read_text().strip()
+    assert f'<!-- rates -->\n{table}\n<!-- end of rates -->\nText.' in page.read_text() and '| 0.01 |' in table
+    assert {p.name for p in kept.iterdir()} == {'sweep.json', 'results.csv', 'results.md', 'loss_flops.png'}
+
+    shutil.rmtree(tmp / 'reproduced')
+    page.write_text(page.read_text().replace(table, 'lost'))
+    again = run_script(tmp, *args)
+    assert again.returncode == 0 and f'rates: as kept in {kept}' in again.stdout and not (tmp / 'reproduced').exists()
+    assert table in page.read_text()
+    one_line(run_script(tmp, *args, '--experiments=rate'), 2, '--experiments=rate: want some of rates')
+    page.write_text(page.read_text().replace('<!-- end', '<!-- the end'))
+    one_line(run_script(tmp, *args), 2, 'the page has no <!-- rates --> … <!-- end of rates -->')
+
+
 def test_generate(place, forks):
     """Side by side, streamed and from a file: the same greedy text; a stop cuts it; and the speed is told."""
     tmp, _ = place

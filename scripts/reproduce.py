@@ -1,0 +1,93 @@
+"""Makes the tables and plots of docs/ablations.md anew, by the sweeps that the page itself shows.
+
+    python scripts/reproduce.py --only=ablations [--experiments=NAME,…] [--out=runs]
+
+The page has commands `python scripts/sweep.py … --out=runs/NAME`. What each leaves is kept in docs/ablations/NAME/: sweep.json,
+its base config and axes; results.csv, a row per run; results.md and plots. A sweep whose config and axes are still those of
+sweep.json is not trained again, unless --experiments names it. The page's tables, between <!-- NAME --> and <!-- end of NAME -->,
+are written from results.md. The same command resumes a killed sweep. Exit codes: those of sweep.py.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from absl import flags
+
+from spark import errors
+from spark.runtime import write_text
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ONLY = flags.DEFINE_enum('only', 'ablations', ['ablations'], 'The page of docs/.')
+EXPERIMENTS = flags.DEFINE_list('experiments', [], 'Train these again, whatever is kept of them, and look at no others.')
+OUT = flags.DEFINE_string('out', 'runs', 'Where to train: OUT/NAME is the directory of a sweep.')
+DOCS = flags.DEFINE_string('docs', str(ROOT / 'docs'), 'The directory of the page.')
+
+SWEEP = re.compile(r'^python (scripts/sweep\.py (?:.*\\\n)*.*?) --out=runs/(\w+)$', re.M)
+
+
+def sweep(words: list[str], out: pathlib.Path, *more: str) -> None:
+    """Runs scripts/sweep.py from the root of the repository; ends as it does if it fails."""
+    here = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    output = subprocess.DEVNULL if more else None
+    command = [sys.executable, *words, f'--out={out}', *more]
+    if code := subprocess.run(command, cwd=ROOT, env=os.environ | {'PYTHONPATH': here}, stdout=output).returncode:
+        sys.exit(code)
+
+
+def is_recorded(words: list[str], kept: pathlib.Path) -> bool:
+    """Is the sweep of a command the one whose results are kept?"""
+    if not (kept / 'sweep.json').exists():
+        return False
+    with tempfile.TemporaryDirectory() as scratch:
+        sweep(words, pathlib.Path(scratch) / 'sweep', '--launcher=print')
+        recorded = [json.loads((path / 'sweep.json').read_text()) for path in (pathlib.Path(scratch) / 'sweep', kept)]
+        return recorded[0] == recorded[1]
+
+
+def keep(out: pathlib.Path, kept: pathlib.Path) -> None:
+    """Copies what a sweep left, in place of what was kept before; a ConfigError if a run is missing."""
+    table = (out / 'results.md').read_text()
+    if 'Not finished:' in table:
+        raise errors.ConfigError(f'{out}: runs failed: {out}/results.md says why; repeat the command when that is mended')
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for path in (out / 'sweep.json', out / 'results.csv', out / 'results.md', *out.glob('loss_*.png')):
+        shutil.copy(path, kept)
+
+
+def filled(page: str, name: str, table: str) -> str:
+    """The page with a table between its marks; a ConfigError if they are not there."""
+    marks = f'<!-- {name} -->', f'<!-- end of {name} -->'
+    before, begin, rest = page.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not (begin and end):
+        raise errors.ConfigError(f'the page has no {marks[0]} … {marks[1]}, between which the table of runs/{name} would stand')
+    return f'{before}{begin}\n{table.strip()}\n{end}{after}'
+
+
+def main() -> None:
+    path = pathlib.Path(DOCS.value) / f'{ONLY.value}.md'
+    found = {name: shlex.split(command.replace('\\\n', ' ')) for command, name in SWEEP.findall(path.read_text())}
+    if unknown := [name for name in EXPERIMENTS.value if name not in found]:
+        raise errors.ConfigError(f'--experiments={unknown[0]}: want some of {", ".join(found)}')
+    for name in EXPERIMENTS.value or found:
+        kept, out = path.with_suffix('') / name, pathlib.Path(OUT.value).absolute() / name
+        if name not in EXPERIMENTS.value and is_recorded(found[name], kept):
+            print(f'{name}: as kept in {kept}', flush=True)
+        else:
+            print(f'{name}: training in {out}', flush=True)
+            sweep(found[name], out)
+            keep(out, kept)
+        write_text(path, filled(path.read_text(), name, (kept / 'results.md').read_text()))
+    print(path)
+
+
+if __name__ == '__main__':
+    errors.run(main)
