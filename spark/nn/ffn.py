@@ -52,7 +52,7 @@ class FFN(nn.Module):
             K1, K2 = keys('K1', q1.shape[-1]), keys('K2', q2.shape[-1])
         else:
             q2, K1, K2 = x_TxD[..., :0], keys('K', q1.shape[-1]), jnp.zeros((0, F), self.dtype)
-        sigma1 = lambda s, s2=None: self.activate(s, s2, k)
+        sigma1 = lambda s, s2=None: self.activate(s, s2, k=k)
         if computes_active_only(self.cfg, self.dtype, self.platform, x_BxLxD.size // D, k):
             y_TxD, active = sparse_ffn.ffn(q1, q2, K1, K2, V_FxD, self.cfg.k, self.cfg.huber, kind.ddof)
             sow(self, 'active', active.astype(jnp.float32))
@@ -67,10 +67,10 @@ class FFN(nn.Module):
             y_TxD = ops.dense_lookup(q1, K1, V_FxD, sigma1)
         return y_TxD.reshape(x_BxLxD.shape)
 
-    def activate(self, s_TxF: Scores, s2_TxF: Scores | None = None, k: K = None) -> Scores:
+    def activate(self, s_TxF: Scores, s2_TxF: Scores | None = None, *, k: K = None) -> Scores:
         """σ1 of this layer's scores, and of the second ones if those are added; sows the number of active neurons."""
         s_TxF = nn.with_logical_constraint(s_TxF, ('batch', *(['length'] if s_TxF.ndim == 3 else []), 'ffn'))
-        a_TxF, active = activations(self.cfg, s_TxF, s2_TxF, k)
+        a_TxF, active = activations(self.cfg, s_TxF, s2_TxF, k=k)
         if active is not None:
             sow(self, 'active', jnp.sum(active, axis=-1, dtype=jnp.float32))
         return a_TxF
@@ -125,7 +125,7 @@ def fused(
 
 
 def activations(
-    cfg: FFNConfig, s: Scores, s2: Scores | None = None, k: K = None
+    cfg: FFNConfig, s: Scores, s2: Scores | None = None, *, k: K = None
 ) -> tuple[Scores, Bool[Array, '*tokens F'] | None]:  # fmt: skip
     """(σ1 of the scores, top-k included; which entries are active, None for a kind that has no zeros).
 
@@ -135,12 +135,12 @@ def activations(
     if not kind.topk:
         a = ops.ACTIVATIONS[kind.activation](s)
         return a, a != 0 if kind.zeros else None
-    kept = select(cfg, s, k)
+    kept = select(cfg, s, k=k)
     active = kept != 0
     return ops.ACTIVATIONS[kind.activation](kept) if s2 is None else activated(cfg, kept + s2, active), active
 
 
-def select(cfg: FFNConfig, s: Scores, k: K = None) -> Scores:
+def select(cfg: FFNConfig, s: Scores, *, k: K = None) -> Scores:
     """TopK of the scores."""
     k = cfg.k if k is None else k
     match cfg.topk:
