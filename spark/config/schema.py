@@ -29,6 +29,7 @@ SCHEDULE = (
     *('train.steps', 'optimizer.lr', 'optimizer.schedule', 'optimizer.final_lr', 'optimizer.warmup_steps'),
     *('optimizer.decay_steps', 'optimizer.decay_share', 'optimizer.decay_form'),
 )
+AT_MOST = 'fewer than 2²¹ steps of a fall, 2³¹ in all'
 
 
 class FFNConfig(Section):
@@ -99,10 +100,9 @@ class FFNConfig(Section):
         yield n == 1 or self.k >= n, 'k', f'at least groups = {n}'
         yield not grouped or self.k % n == 0, 'k', f"a multiple of groups = {n} for topk 'grouped'"
         yield self.any_k or not self.k_schedule, 'k_schedule', "'': only a statistical top-k takes another k at each step"
-        parsed = by_layer.schedule(self.k_schedule, self.d_ff) if self.k_schedule else None
-        want = "'START:STEPS' or 'START:STEPS linear:STEPS' (or cosine), where START is a number or all"
+        parsed = by_layer.schedule(self.k_schedule, self.k, self.d_ff) if self.k_schedule else None
+        want = f"'START:STEPS' or 'START:STEPS linear:STEPS' (or cosine), where START is {self.k} … {self.d_ff} or all; {AT_MOST}"
         yield parsed or not self.k_schedule, 'k_schedule', want
-        yield not parsed or parsed.start >= n, 'k_schedule', f'a START of at least groups = {n}'
 
 
 class AttentionConfig(Section):
@@ -159,8 +159,9 @@ class AttentionConfig(Section):
         yield not has.topk or self.k >= 1, 'k', f'at least 1 for {kind}'
         yield has.topk or self.k == 0, 'k', f'0: {kind} has no top-k'
         yield has.topk or not self.k_schedule, 'k_schedule', f"'': {kind} has no top-k"
-        parsed = not self.k_schedule or by_layer.schedule(self.k_schedule, by_layer.ALL_KEYS)
-        yield parsed, 'k_schedule', "'all:STEPS', 'KEYS:STEPS' or 'KEYS:STEPS linear:STEPS' (or cosine)"
+        parsed = not self.k_schedule or by_layer.schedule(self.k_schedule, self.k, by_layer.ALL_KEYS)
+        want = f"'all:STEPS', 'KEYS:STEPS' or 'KEYS:STEPS linear:STEPS' (or cosine) from at least k = {self.k} KEYS; {AT_MOST}"
+        yield parsed, 'k_schedule', want
         even = f'an even number in 2 … head_dim − 2 = {d - 2} for {kind} (rotary pairs)'
         yield not has.predictor or (0 < self.r < d and self.r % 2 == 0), 'r', even
         yield has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor'
@@ -327,6 +328,10 @@ class ExperimentConfig(Section):
         lookups = any(entry.statistics or entry.tasks for entry in evals.eval_entries(t.evals))
         want = 'no statistics or tasks: k follows a schedule; scripts/evaluate.py takes the k of a checkpoint'
         yield not (scheduled and lookups), 'train.evals', want
+        for half, most in (('ffn', self.model.ffn.d_ff), ('attention', by_layer.ALL_KEYS)):
+            lookup = getattr(self.model, half)
+            end = by_layer.schedule(lookup.k_schedule, lookup.k, most).end if lookup.k_schedule else 0
+            yield end <= t.steps, f'model.{half}.k_schedule', f'an end by train.steps = {t.steps}; it ends at step {end}'
         o = self.optimizer
         yield o.warmup_steps < t.steps, 'optimizer.warmup_steps', f'less than train.steps = {t.steps}'
         most = t.steps - o.warmup_steps
