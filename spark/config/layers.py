@@ -16,7 +16,7 @@ _SCHEDULE = re.compile(r'(all|\d+):(\d+)(?: (linear|cosine):(\d+))?')
 
 
 class Schedule(NamedTuple):
-    """k is `start` for so many `steps`, and reaches its value in `length` more: from `top`, by a line or half a cosine (`form`)."""
+    """k is `start` for so many `steps`; then it falls from `top` to its value in `length` more, by a line or half a cosine."""
 
     start: int
     top: int

@@ -1,5 +1,7 @@
 """The feed-forward half of a layer: a lookup in a table of neurons."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -142,18 +144,16 @@ def activations(
 
 def select(cfg: FFNConfig, s: Scores, *, k: K = None) -> Scores:
     """TopK of the scores."""
-    k = cfg.k if k is None else k
     match cfg.topk:
         case 'statistical':
             # Tokens are normalised and keys have random directions, so no mean is large against the standard deviation.
-            how = {'shrink': cfg.shrink, 'ddof': cfg.traits.ddof, 'huber': cfg.huber, 'pivot': False}
-            return ops.in_groups(lambda s, k: ops.statistical_topk(s, k, **how), s, k, cfg.groups)
+            how = {'ddof': cfg.traits.ddof, 'huber': cfg.huber, 'pivot': False}
+            topk = functools.partial(ops.statistical_topk, **how)
         case 'exact':
-            return ops.exact_topk(s, k, shrink=cfg.shrink)
+            topk = ops.exact_topk
         case 'approx':
-            return ops.approx_topk(s, k, shrink=cfg.shrink, recall=cfg.recall)
-        case 'grouped':
-            return ops.grouped_topk(s, k, cfg.groups, shrink=cfg.shrink)
+            topk = functools.partial(ops.approx_topk, recall=cfg.recall)
+    return ops.in_groups(functools.partial(topk, shrink=cfg.shrink), s, cfg.k if k is None else k, cfg.groups)
 
 
 def activated(cfg: FFNConfig, s: Scores, active: Bool[Array, '*tokens F']) -> Scores:

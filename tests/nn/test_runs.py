@@ -59,7 +59,7 @@ def run(model, variables, rows):
         ('3:ffn.d_ff=48', [8, 8, 8, 4]),  # the share stays
         ('3:ffn.d_ff=48 3:ffn.k=25%', [8, 8, 8, 12]),
         ('local:ffn.kind=gated', [0, 8, 0, 8]),
-        ('0:ffn.gate=none 1:ffn.gate=none 1:ffn.topk=grouped 1:ffn.groups=4', [11, 12, 8, 8]),  # of 128 neurons
+        ('0:ffn.gate=none 1:ffn.gate=none 1:ffn.topk=exact 1:ffn.groups=4', [11, 12, 8, 8]),  # of 128 neurons
     ],
 )
 def test_the_words_for_layers(layers, expected):
@@ -105,7 +105,6 @@ def test_a_wrong_word_is_told_in_one_line(layers, message):
     [
         ({'model.ffn.k_schedule': 'dense:3'}, "model.ffn.k_schedule = 'dense:3': want 'START:STEPS'"),
         ({'model.ffn.k_schedule': 'all:3', 'model.ffn.topk': 'exact'}, "model.ffn.k_schedule = 'all:3': want ''"),
-        (GROUPS | {'model.ffn.k_schedule': 'all:3', 'model.ffn.topk': 'grouped'}, "model.ffn.k_schedule = 'all:3': want ''"),
         *(
             ({'model.ffn.k_schedule': text}, f"model.ffn.k_schedule = '{text}': want 'START:STEPS'")
             for text in ('1000:3 linear:4', '3000000000:3 linear:4', '4:3 linear:4', 'all:3000000000', 'all:3 linear:3000000')

@@ -92,6 +92,8 @@ def test_layers_and_the_schedule_of_k_are_axes():
         grid('model.layers=3:ffn.d_ff=48,ffn.k=4')
     _, _, runs = grid('model.ffn.kind=spark,relu', base=small(**{'model.ffn.k_schedule': 'all:3'}))
     assert [r.cfg.model.ffn.k_schedule for r in runs] == ['all:3', '']
+
+
 def test_every_lever_of_a_lookup_is_an_axis_at_equal_parameters():
     base = small(**{'model.ffn.groups': 4})
     axes = ['model.ffn.kind=spark,topk,relu', 'model.ffn.gate=sigmoid,none']
@@ -101,10 +103,15 @@ def test_every_lever_of_a_lookup_is_an_axis_at_equal_parameters():
     ]  # fmt: skip
     assert len({flops.parameters(run.cfg.model) for run in runs}) == 1
     assert runs[-1].adjustments == "ffn.k 8 → 0, ffn.r 16 → 0, ffn.gate 'sigmoid' → '', ffn.groups 4 → 1"
-    _, _, runs = grid('model.ffn.topk=statistical,exact,grouped', 'model.ffn.ddof=-1,0', base=base)
+    _, _, runs = grid('model.ffn.topk=statistical,exact,approx', 'model.ffn.ddof=-1,0', base=base)
     assert [(f.topk, f.ddof, f.groups, f.k) for f in (run.cfg.model.ffn for run in runs)] == [
-        ('statistical', -1, 4, 8), ('statistical', 0, 4, 8), ('exact', -1, 1, 8), ('grouped', -1, 4, 8),
+        ('statistical', -1, 4, 8), ('statistical', 0, 4, 8), ('exact', -1, 4, 8), ('approx', -1, 4, 8),
     ]  # fmt: skip
+    _, _, runs = grid('model.ffn.topk=statistical,exact', 'model.ffn.groups=1,3', base=small(**{'model.ffn.k_schedule': 'all:3'}))
+    assert [(f.topk, f.groups, f.k, f.k_schedule) for f in (run.cfg.model.ffn for run in runs)] == [
+        ('statistical', 1, 8, 'all:3'), ('statistical', 3, 8, 'all:3'), ('exact', 1, 8, ''), ('exact', 3, 9, ''),
+    ]  # fmt: skip
+    assert runs[-1].adjustments == "ffn.k 8 → 9, ffn.k_schedule 'all:3' → ''"
     _, _, runs = grid('model.ffn.kind=spark_projected', 'model.ffn.r=8,16', base=small())
     assert [run.cfg.model.ffn.d_ff for run in runs] == [92, 88]
     attention = 'model.attention.kind=dense,topk,spark,spark_low_rank'
