@@ -76,6 +76,25 @@ def _changes(text, spans):
     return found
 
 
+def without_unread(raw: dict, model: pydantic.BaseModel) -> str:
+    """`layers` of a ModelConfig's fields less the words about what no kind of their layers reads; `raw` are values for `model`.
+
+    As they are where any of them is wrong, which validation tells.
+    """
+    try:
+        spans = [raw['pattern'][i % len(raw['pattern'])] for i in range(raw['n_layers'])]
+        own = _changes(raw['layers'], spans)
+
+        def is_read(word):
+            selected, half, field, _ = _WORD.fullmatch(word).groups()
+            of = ({name: x for name, x in own[i][half].items() if name in ('kind', 'topk')} for i in _selected(selected, spans))
+            return any(field not in getattr(model, half).model_copy(update=raw[half] | chosen).unread for chosen in of)
+
+        return ' '.join(filter(is_read, raw['layers'].split()))
+    except (ValueError, KeyError, ZeroDivisionError):
+        return raw['layers']
+
+
 def _selected(selected, spans):
     if selected is None or selected in ('local', 'global'):
         return [i for i, span in enumerate(spans) if selected in (None, span)]

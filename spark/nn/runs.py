@@ -23,7 +23,10 @@ PIECES = 1024  # k falls in at most so many stairs: a table of them is exact eve
 
 
 class Run(NamedTuple):
-    """Consecutive groups of layers that are one scan. Their parameters are stacked under `name`: 'groups', 'groups_1', …"""
+    """Consecutive groups of layers that are one scan. Their parameters are stacked under `name`.
+
+    That is 'groups', or, of several, 'groups_0', 'groups_1', …: a pattern with 'groups/' finds nothing then, rather than a part.
+    """
 
     name: str
     first: int  # layer
@@ -42,10 +45,11 @@ def runs(cfg: ModelConfig) -> tuple[Run, ...]:
     """The scans of a model, in the order of its layers."""
     P, found, first = len(cfg.pattern), [], 0
     groups = [cfg.per_layer[i : i + P] for i in range(0, cfg.n_layers, P)]
-    for _, members in itertools.groupby(groups, lambda group: [(_structure(x.ffn), _structure(x.attention)) for x in group]):
-        members = list(members)
+    alike = itertools.groupby(groups, lambda group: [(_structure(x.ffn), _structure(x.attention)) for x in group])
+    scans = [list(members) for _, members in alike]
+    for i, members in enumerate(scans):
         layers, varies = zip(*map(_place, zip(*members, strict=True)), strict=True)
-        found.append(Run(f'groups_{len(found)}' if found else 'groups', first, len(members), layers, varies))
+        found.append(Run(f'groups_{i}' if len(scans) > 1 else 'groups', first, len(members), layers, varies))
         first += len(members) * P
     return tuple(found)
 

@@ -196,12 +196,12 @@ def test_compiling_does_not_depend_on_depth_where_only_k_differs():
 def test_other_kinds_are_other_scans():
     cfg = small(**{'model.n_layers': 8, 'model.layers': '0:ffn.kind=gated 6-:attention.kind=dense'})
     found = [(r.name, r.first, r.length) for r in runs(cfg.model)]
-    assert found == [('groups', 0, 1), ('groups_1', 2, 2), ('groups_2', 6, 1)]
+    assert found == [('groups_0', 0, 1), ('groups_1', 2, 2), ('groups_2', 6, 1)]
     assert [(place(cfg.model, i)[0].name, *place(cfg.model, i)[1:]) for i in (0, 3, 5, 7)] == [
-        ('groups', 0, 0), ('groups_1', 0, 1), ('groups_1', 1, 1), ('groups_2', 0, 1),
+        ('groups_0', 0, 0), ('groups_1', 0, 1), ('groups_1', 1, 1), ('groups_2', 0, 1),
     ]  # fmt: skip
     _, params = model_and_params(cfg)
-    assert params['params']['groups']['ffn_0']['K1'].shape == (1, 32, 64)
+    assert params['params']['groups_0']['ffn_0']['K1'].shape == (1, 32, 64)
     assert params['params']['groups_1']['ffn_0']['K1'].shape == (2, 16, 96)
     assert flops.parameters(cfg.model) == sum(x.size for x in jax.tree.leaves(params))
     _, counts = run(Transformer(cfg.model), params, random_rows(cfg))
