@@ -38,7 +38,7 @@ class FFNConfig(Section):
     kind: Literal[*FFN_KINDS] = 'gated'
     d_ff: int = Field(gt=0)  # neurons; at equal parameters a kind with two matrices has 1.5 × the neurons of one with three
     k: int = Field(0, ge=0)  # neurons kept per token, approximately; 0 for kinds without top-k
-    k_schedule: str = ''  # by step: 'all:100' keeps d_ff for 100 steps, 'all:100 linear:300' (or cosine) then falls to k in 300
+    k_schedule: str = ''  # by step: 'all:100 linear:300' (or cosine) keeps d_ff for 100 steps, then d_ff / 2 falls to k in 300
     r: int = Field(0, ge=0)  # predictor rank: a token's first r dimensions score the neurons; 0 for kinds without a predictor
     gate: Literal['', 'identity', 'softplus', 'sigmoid', 'none'] = ''  # σ2; '': the kind's; none: there is no second score
     topk: Literal['statistical', 'exact', 'approx'] = 'statistical'  # the operator that selects the k
