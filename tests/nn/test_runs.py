@@ -78,6 +78,27 @@ def test_what_follows_from_a_kind():
     assert [(f.kind, f.d_ff, f.k) for f in of_layers(dense, 'ffn')][:2] == [('gated', 64, 0), ('spark', 96, 9)]
 
 
+def test_what_a_layers_kind_does_not_read_has_its_default_there():
+    levers = {'ffn.groups': 4, 'ffn.ddof': 0, 'ffn.gate': 'sigmoid', 'ffn.huber': 0.1, 'ffn.k_schedule': 'all:3'}
+    levers |= {'attention.ddof': 0, 'attention.cap_first': True, 'attention.gate': 'sigmoid', 'attention.k_schedule': '16:3'}
+    words = '0:ffn.kind=relu 0:attention.kind=dense 1:ffn.kind=spark_low_rank 1:attention.kind=spark_low_rank 2:ffn.r=10'
+    words += ' 2:ffn.kind=spark_projected 3:ffn.topk=exact 3:attention.kind=topk'
+    cfg = small(**{f'model.{name}': value for name, value in levers.items()}, **{'model.layers': words})
+    changed = lambda x: {name for name, field in type(x).model_fields.items() if getattr(x, name) != field.default}
+    named = lambda layer: {f'{half}.{name}' for half in ('ffn', 'attention') for name in changed(getattr(layer, half))}
+    read = [named(layer) & set(levers) for layer in cfg.model.per_layer]
+    attention, gates = {f'attention.{name}' for name in ('ddof', 'cap_first', 'k_schedule')}, {'ffn.gate', 'attention.gate'}
+    assert read == [
+        set(), set(levers) - gates, set(levers), attention | {'ffn.groups', 'ffn.gate'},
+    ]  # fmt: skip
+    assert [x.ffn.d_ff for x in cfg.model.per_layer] == [96, 96, 92, 96]  # 91 is no multiple of 4
+    twin = flops.dense_twin(cfg.model)
+    assert not twin.ffn.k_schedule and not twin.attention.k_schedule and not twin.attention.cap_first
+    assert abs(flops.parameters(twin) / flops.parameters(cfg.model) - 1) < 0.01
+    _, params = model_and_params(cfg)
+    assert flops.parameters(cfg.model) == sum(x.size for x in jax.tree.leaves(params))
+
+
 @pytest.mark.parametrize(
     ('layers', 'message'),
     [
