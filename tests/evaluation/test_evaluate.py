@@ -214,8 +214,9 @@ def test_layers_of_different_kinds_are_fitted_each_by_itself():
     for words in ('', '2-:ffn.kind=spark_low_rank 2-:ffn.d_ff=64'):
         cfg = small(**{'model.layers': words})
         trainer, own = Trainer(cfg, jax.devices()[:1]), model_and_params(cfg)[1]['params']
-        first = jax.tree.map(lambda x, y: x[: len(y)], alike['groups'], own['groups'])
-        params = {'params': own | {'embedding': alike['embedding'], 'groups': first}}
+        name = runs(cfg.model)[0].name
+        first = jax.tree.map(lambda x, y: x[: len(y)], alike['groups'], own[name])
+        params = {'params': own | {'embedding': alike['embedding'], name: first}}
         with trainer.context():
             fitted, tokens = predictor.fitted(trainer, params, [random_batch(cfg, 0)])
         found.append([fitted['params'][run.name]['ffn_1']['fitted'] for run in runs(cfg.model)])
