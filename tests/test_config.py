@@ -32,12 +32,10 @@ WRONG = [
     ({'model.ffn.kind': 'spark_low_rank', 'model.ffn.gate': 'sigmoid'}, "model.ffn.gate = 'sigmoid': want '', the default: "),
     ({'model.ffn.gate': 'tanh'}, "model.ffn.gate = 'tanh': want '', 'identity'"),
     ({'model.ffn.topk': 'exact', 'model.ffn.ddof': 0}, 'model.ffn.ddof = 0: want -1, the default'),
-    ({'model.ffn.topk': 'exact', 'model.ffn.groups': 2}, "model.ffn.groups = 2: want 1, the default: only topk 'statistical'"),
-    ({'model.ffn.topk': 'grouped'}, "model.ffn.groups = 1: want at least 2 for topk 'grouped'"),
+    ({'model.ffn.kind': 'gated', 'model.ffn.k': 0, 'model.ffn.r': 0, 'model.ffn.groups': 2}, 'model.ffn.groups = 2: want 1, the'),
     ({'model.ffn.groups': 5}, 'model.ffn.groups = 5: want a divisor of d_ff = 96'),
     ({'model.ffn.groups': 12}, 'model.ffn.k = 8: want at least groups = 12'),
-    ({'model.ffn.topk': 'grouped', 'model.ffn.groups': 3}, 'model.ffn.k = 8: want a multiple of groups = 3'),
-    ({'model.ffn.groups': 2, 'model.ffn.huber': 0.1}, 'model.ffn.huber = 0.1: want 0'),
+    ({'model.ffn.topk': 'exact', 'model.ffn.groups': 3}, "model.ffn.k = 8: want a multiple of groups = 3 for topk 'exact'"),
     ({'model.attention.gate': 'none'}, "model.attention.gate = 'none': want '', 'identity'"),
     ({'model.attention.kind': 'topk', 'model.attention.r': 0, 'model.attention.gate': 'sigmoid'}, 'model.attention.gate = '),
     ({'model.attention.kind': 'topk'}, "model.attention.r = 4: want 0: kind 'topk' has no predictor"),
@@ -130,6 +128,8 @@ def test_a_config_may_follow_its_flag():
         ({'train.accumulate': 2}, 8, 'data.batch_size = 8: want a multiple of 16'),
         ({'mesh.fsdp': 8, 'model.ffn.r': 12}, 8, 'model.ffn.r = 12: want a multiple of mesh.fsdp × context = 8'),
         ({'mesh.model': 4}, 8, 'model.attention.n_kv_heads = 2: want a multiple of mesh.model = 4'),
+        ({'mesh.model': 2, 'model.ffn.groups': 3}, 8, 'model.ffn.groups = 3: want 1, or a multiple of mesh.model = 2'),
+        ({'mesh.model': 2, 'model.layers': '1:ffn.groups=3'}, 8, "model.layers = '1:ffn.groups=3': want model.ffn.groups in all"),
         ({'mesh.context': 4, 'data.seq_len': 34}, 4, 'data.seq_len = 34: want a multiple of mesh.context = 4'),
         ({'mesh.context': 2, 'model.attention.impl': 'full'}, 2, "model.attention.impl = 'full': want 'auto'"),
         ({'mesh.context': 2, 'model.attention.block': 6}, 2, 'model.attention.block = 6: want a divisor of data.seq_len / '),
@@ -141,6 +141,11 @@ def test_what_does_not_divide_over_the_devices(overrides, devices, message):
     with pytest.raises(ConfigError) as e:
         check_devices(small(**overrides), devices)
     assert str(e.value).startswith(message), e.value
+
+
+def test_groups_divide_over_the_devices():
+    for changes in ({}, {'model.ffn.groups': 4}, {'model.layers': '1:ffn.groups=2'}):
+        assert check_devices(small(**changes, **{'mesh.model': 2}), 8)['model'] == 2
 
 
 def test_view_is_frozen_and_survives_its_file(tmp_path):

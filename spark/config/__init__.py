@@ -19,6 +19,7 @@ from spark.config.convert import (
 from spark.config.devices import check_devices
 from spark.config.evals import EvalConfig, eval_entries
 from spark.config.kinds import ATTENTION_KINDS, FFN_KINDS, Kind, adapted, called, matched_d_ff
+from spark.config.layers import without_unread
 from spark.config.optimizer import by_pattern
 from spark.config.schema import (
     RESUMABLE,
@@ -38,5 +39,5 @@ __all__ = [
     'ATTENTION_KINDS', 'FFN_KINDS', 'RESUMABLE', 'SCHEDULE', 'AttentionConfig', 'DataConfig', 'EvalConfig', 'ExperimentConfig',
     'FFNConfig', 'Kind', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'ServeConfig', 'TrainConfig', 'adapted', 'by_pattern',
     'called', 'check_devices', 'check_flags', 'differences', 'eval_entries', 'field_type', 'fields', 'from_file', 'given', 'load',
-    'matched_d_ff', 'nearest', 'template', 'upgraded', 'validate',
+    'matched_d_ff', 'nearest', 'template', 'upgraded', 'validate', 'without_unread',
 ]  # fmt: skip

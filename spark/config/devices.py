@@ -38,6 +38,10 @@ def check_devices(cfg: ExperimentConfig, n_devices: int) -> dict[str, int]:
             require(values[name] % parts == 0, name, want)
             of_layers = (fields(layer, 'model.').get(name, 0) for layer in cfg.model.per_layer)
             require(all(n % parts == 0 for n in of_layers), 'model.layers', f'{name} in all layers {want}')
+    whole = lambda f: f.groups == 1 or f.groups % mesh.model == 0  # a group that several devices share would be gathered
+    want = f'1, or a multiple of mesh.model = {mesh.model}'
+    require(whole(cfg.model.ffn), 'model.ffn.groups', want)
+    require(all(whole(layer.ffn) for layer in cfg.model.per_layer), 'model.layers', f'model.ffn.groups in all layers {want}')
     require(cfg.model.ffn.impl != 'pallas' or mesh.model == 1, 'mesh.model', "1 for model.ffn.impl = 'pallas'")
     if mesh.context > 1:
         want = "'auto', 'blockwise' or 'pallas': mesh.context splits the rows"

@@ -100,7 +100,7 @@ def adapted(section: pydantic.BaseModel, values: dict, d_model: int) -> dict:
     if 'd_ff' not in values and kind.parameters(d_model, before, raw['r']) != parameters:
         raw['d_ff'] = groups * round(matched_d_ff(parameters, kind, d_model, raw['r']) / groups)
     if kind.topk and 'k' not in values:
-        step = groups if raw['topk'] == 'grouped' else 1
+        step = 1 if raw['topk'] == 'statistical' else groups
         raw['k'] = step * round(section.k * raw['d_ff'] / before / step)
     return raw
 

@@ -16,22 +16,33 @@ _SCHEDULE = re.compile(r'(all|\d+):(\d+)(?: (linear|cosine):(\d+))?')
 
 
 class Schedule(NamedTuple):
-    """k is `start` for so many `steps`, and reaches its value in `length` more, along a line or half a cosine (`form`)."""
+    """k is `start` for so many `steps`; then it falls from `top` to its value in `length` more, by a line or half a cosine."""
 
     start: int
+    top: int
     steps: int
     form: str = 'linear'
     length: int = 1
 
+    @property
+    def end(self) -> int:
+        """The first update with k itself."""
+        return self.steps + self.length
 
-def schedule(text: str, most: int) -> Schedule | None:
-    """The Schedule of 'START:STEPS [FORM:STEPS]', where 'all' starts from `most`; None if it is something else."""
+
+def schedule(text: str, k: int, most: int) -> Schedule | None:
+    """The Schedule of 'START:STEPS [FORM:STEPS]' that ends at k, where 'all' is `most`; None if it is something else.
+
+    A fall from `most` jumps to half of it first. There the threshold is the mean of the scores, while close below `most` it lies
+    standard deviations under it, and a soft one would add these to every score.
+    """
     if not (m := _SCHEDULE.fullmatch(text)):
         return None
     start = most if m[1] == 'all' else int(m[1])
-    found = Schedule(start, int(m[2]), *([m[3], int(m[4])] if m[3] else []))
-    falls_from_all_keys = start == ALL_KEYS and found.length > 1
-    return found if start >= 1 and 1 <= found.length < 2**21 and not falls_from_all_keys else None
+    found = Schedule(start, max(most // 2, k) if start == most else start, int(m[2]), *([m[3], int(m[4])] if m[3] else []))
+    falls_from_all_keys = start == ALL_KEYS > k and found.length > 1
+    fits = k <= start <= most and 1 <= found.length < 2**21 and found.end < 2**31
+    return found if fits and not falls_from_all_keys else None
 
 
 @functools.lru_cache
@@ -65,6 +76,25 @@ def _changes(text, spans):
     return found
 
 
+def without_unread(raw: dict, model: pydantic.BaseModel) -> str:
+    """`layers` of a ModelConfig's fields less the words about what no kind of their layers reads; `raw` are values for `model`.
+
+    As they are where any of them is wrong, which validation tells.
+    """
+    try:
+        spans = [raw['pattern'][i % len(raw['pattern'])] for i in range(raw['n_layers'])]
+        own = _changes(raw['layers'], spans)
+
+        def is_read(word):
+            selected, half, field, _ = _WORD.fullmatch(word).groups()
+            of = ({name: x for name, x in own[i][half].items() if name in ('kind', 'topk')} for i in _selected(selected, spans))
+            return any(field not in getattr(model, half).model_copy(update=raw[half] | chosen).unread for chosen in of)
+
+        return ' '.join(filter(is_read, raw['layers'].split()))
+    except (ValueError, KeyError, ZeroDivisionError):
+        return raw['layers']
+
+
 def _selected(selected, spans):
     if selected is None or selected in ('local', 'global'):
         return [i for i, span in enumerate(spans) if selected in (None, span)]
@@ -83,7 +113,11 @@ def _changed(label, section, texts, d_model):
         raise ValueError(f'{label}.{unknown[0]}: want one of {", ".join(own)}')
     values = {name: _value(f'{label}.{name}', fields[name].annotation, text) for name, text in texts.items() if name != 'k'}
     raw = adapted(section, values, d_model) | values
-    raw |= {'k': _k(label, texts['k'], raw.get('d_ff', ALL_KEYS))} if 'k' in texts else {}
+    most = raw.get('d_ff', ALL_KEYS)
+    raw |= {'k': _k(label, texts['k'], most)} if 'k' in texts else {}
+    start, colon, rest = raw['k_schedule'].partition(':')
+    if start.isdecimal():  # of all layers: one that keeps more does not begin with less
+        raw['k_schedule'] = f'{max(min(int(start), most), raw["k"])}{colon}{rest}'
     try:
         return type(section).model_validate(raw)
     except pydantic.ValidationError as e:

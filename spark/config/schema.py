@@ -29,6 +29,7 @@ SCHEDULE = (
     *('train.steps', 'optimizer.lr', 'optimizer.schedule', 'optimizer.final_lr', 'optimizer.warmup_steps'),
     *('optimizer.decay_steps', 'optimizer.decay_share', 'optimizer.decay_form'),
 )
+AT_MOST = 'fewer than 2²¹ steps of a fall, 2³¹ in all'
 
 
 class FFNConfig(Section):
@@ -37,11 +38,11 @@ class FFNConfig(Section):
     kind: Literal[*FFN_KINDS] = 'gated'
     d_ff: int = Field(gt=0)  # neurons; at equal parameters a kind with two matrices has 1.5 × the neurons of one with three
     k: int = Field(0, ge=0)  # neurons kept per token, approximately; 0 for kinds without top-k
-    k_schedule: str = ''  # by step: 'all:100' keeps d_ff for 100 steps, 'all:100 linear:300' (or cosine) then falls to k in 300
+    k_schedule: str = ''  # by step: 'all:100 linear:300' (or cosine) keeps d_ff for 100 steps, then d_ff / 2 falls to k in 300
     r: int = Field(0, ge=0)  # predictor rank: a token's first r dimensions score the neurons; 0 for kinds without a predictor
     gate: Literal['', 'identity', 'softplus', 'sigmoid', 'none'] = ''  # σ2; '': the kind's; none: there is no second score
-    topk: Literal['statistical', 'exact', 'approx', 'grouped'] = 'statistical'  # the operator that selects the k
-    groups: int = Field(1, gt=0)  # of statistical and grouped: each of so many parts of the neurons keeps k / groups by itself
+    topk: Literal['statistical', 'exact', 'approx'] = 'statistical'  # the operator that selects the k
+    groups: int = Field(1, gt=0)  # each of so many parts of the neurons keeps k / groups by itself
     ddof: int = Field(-1, ge=-1, le=1)  # of statistical: the variance is a sum of squares over n − ddof; −1: the kind's
     shrink: bool = True  # what is kept is a score less the threshold (of a sort: the largest that is not kept), or the score
     recall: float = Field(0.95, gt=0, lt=1)  # of approx on TPU: the share of the k largest that it finds; elsewhere it sorts
@@ -73,10 +74,9 @@ class FFNConfig(Section):
         has = FFN_KINDS[self.kind]
         operator = self.topk if has.topk else ''
         read = {
-            **dict.fromkeys(('k', 'k_schedule', 'topk', 'shrink'), has.topk),
-            **dict.fromkeys(('ddof', 'huber'), operator == 'statistical'),
-            **{'groups': operator in ('statistical', 'grouped'), 'recall': operator == 'approx'},
-            **{'r': has.predictor, 'gate': has.gated},
+            **dict.fromkeys(('k', 'topk', 'shrink', 'groups'), has.topk),
+            **dict.fromkeys(('k_schedule', 'ddof', 'huber'), operator == 'statistical'),
+            **{'recall': operator == 'approx', 'r': has.predictor, 'gate': has.gated},
         }
         return {name for name in read if not read[name]}
 
@@ -86,23 +86,21 @@ class FFNConfig(Section):
         yield has.topk or self.k == 0, 'k', f'0: {kind} has no top-k'
         yield not has.predictor or self.r >= 1, 'r', f'at least 1: {kind} has a predictor'
         yield has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor'
-        yield self.soft or not self.huber, 'huber', "0: only topk 'statistical' with shrink, in one group, is smoothed"
+        yield (self.any_k and self.shrink) or not self.huber, 'huber', "0: only topk 'statistical' with shrink is smoothed"
         yield has.topk or self.topk == 'statistical', 'topk', f"'statistical', the default: {kind} has no top-k"
         yield has.topk or self.shrink, 'shrink', f'True, the default: {kind} has no top-k'
         yield self.topk == 'approx' or self.recall == 0.95, 'recall', "0.95, the default: only topk 'approx' has a recall"
         yield FFN_KINDS[self.kind].gated or not self.gate, 'gate', f"'', the default: {kind} has no σ2"
         yield self.ddof < 0 or (has.topk and self.topk == 'statistical'), 'ddof', '-1, the default: it is of topk statistical'
-        n, grouped, parts = self.groups, self.topk == 'grouped', self.topk in ('statistical', 'grouped')
-        yield n == 1 or (has.topk and parts), 'groups', "1, the default: only topk 'statistical' and 'grouped' have groups"
-        yield not grouped or n > 1, 'groups', "at least 2 for topk 'grouped'"
+        n = self.groups
+        yield n == 1 or has.topk, 'groups', f'1, the default: {kind} has no top-k'
         yield self.d_ff % n == 0, 'groups', f'a divisor of d_ff = {self.d_ff}'
         yield n == 1 or self.k >= n, 'k', f'at least groups = {n}'
-        yield not grouped or self.k % n == 0, 'k', f"a multiple of groups = {n} for topk 'grouped'"
+        yield self.any_k or self.k % n == 0, 'k', f'a multiple of groups = {n} for topk {self.topk!r}'
         yield self.any_k or not self.k_schedule, 'k_schedule', "'': only a statistical top-k takes another k at each step"
-        parsed = by_layer.schedule(self.k_schedule, self.d_ff) if self.k_schedule else None
-        want = "'START:STEPS' or 'START:STEPS linear:STEPS' (or cosine), where START is a number or all"
+        parsed = by_layer.schedule(self.k_schedule, self.k, self.d_ff) if self.k_schedule else None
+        want = f"'START:STEPS' or 'START:STEPS linear:STEPS' (or cosine), where START is {self.k} … {self.d_ff} or all; {AT_MOST}"
         yield parsed or not self.k_schedule, 'k_schedule', want
-        yield not parsed or parsed.start >= n, 'k_schedule', f'a START of at least groups = {n}'
 
 
 class AttentionConfig(Section):
@@ -159,8 +157,9 @@ class AttentionConfig(Section):
         yield not has.topk or self.k >= 1, 'k', f'at least 1 for {kind}'
         yield has.topk or self.k == 0, 'k', f'0: {kind} has no top-k'
         yield has.topk or not self.k_schedule, 'k_schedule', f"'': {kind} has no top-k"
-        parsed = not self.k_schedule or by_layer.schedule(self.k_schedule, by_layer.ALL_KEYS)
-        yield parsed, 'k_schedule', "'all:STEPS', 'KEYS:STEPS' or 'KEYS:STEPS linear:STEPS' (or cosine)"
+        parsed = not self.k_schedule or by_layer.schedule(self.k_schedule, self.k, by_layer.ALL_KEYS)
+        want = f"'all:STEPS', 'KEYS:STEPS' or 'KEYS:STEPS linear:STEPS' (or cosine) from at least k = {self.k} KEYS; {AT_MOST}"
+        yield parsed, 'k_schedule', want
         even = f'an even number in 2 … head_dim − 2 = {d - 2} for {kind} (rotary pairs)'
         yield not has.predictor or (0 < self.r < d and self.r % 2 == 0), 'r', even
         yield has.predictor or self.r == 0, 'r', f'0: {kind} has no predictor'
@@ -327,6 +326,10 @@ class ExperimentConfig(Section):
         lookups = any(entry.statistics or entry.tasks for entry in evals.eval_entries(t.evals))
         want = 'no statistics or tasks: k follows a schedule; scripts/evaluate.py takes the k of a checkpoint'
         yield not (scheduled and lookups), 'train.evals', want
+        for half, most in (('ffn', self.model.ffn.d_ff), ('attention', by_layer.ALL_KEYS)):
+            lookup = getattr(self.model, half)
+            end = by_layer.schedule(lookup.k_schedule, lookup.k, most).end if lookup.k_schedule else 0
+            yield end <= t.steps, f'model.{half}.k_schedule', f'an end by train.steps = {t.steps}; it ends at step {end}'
         o = self.optimizer
         yield o.warmup_steps < t.steps, 'optimizer.warmup_steps', f'less than train.steps = {t.steps}'
         most = t.steps - o.warmup_steps

@@ -32,7 +32,7 @@ def k_measured(trainer: Trainer, params: dict, batch: dict, share: float) -> tup
         def interceptor(method, args, kwargs, context):
             if not (isinstance(context.module, FFN) and context.method_name == 'activate'):
                 return method(*args, **kwargs)
-            a, active = activations(cfg, *args[:2], k)
+            a, active = activations(cfg, *args, k=k)
             sow(context.module, 'active', jnp.sum(active, axis=-1, dtype=jnp.float32))
             return a
 

@@ -57,7 +57,7 @@ def _activity(cfg, layers, title, path):
 
 
 def _scores(cfg, sums, layer, title, path):
-    """The standardised scores of one layer against the normal density, and the threshold of the FFN."""
+    """The standardised scores of one layer against the normal density, and the FFN's threshold if it is one by statistics."""
     fig, axes = figure(11, 4.5, 1, 2)
     own = cfg.per_layer[layer]
     middle, width, share = (EDGES[1:] + EDGES[:-1]) / 2, EDGES[1] - EDGES[0], own.ffn.k / own.ffn.d_ff
@@ -66,7 +66,7 @@ def _scores(cfg, sums, layer, title, path):
         if counts.sum():
             ax.fill_between(middle, counts / counts.sum() / width, step='mid', color=COLORS[0], alpha=0.5, label='scores')
         ax.plot(middle, norm.pdf(middle), color='0.2', lw=1, label='normal')
-        if half == 'ffn' and 0 < share < 1:
+        if half == 'ffn' and own.ffn.any_k and own.ffn.groups == 1 and share < 1:
             threshold = norm.isf(share)
             above = counts[middle > threshold].sum() / counts.sum()
             label = f'threshold Q(1 − k/d_ff) = {threshold:.2f}\n{above:.1%} above, k/d_ff = {share:.1%}'

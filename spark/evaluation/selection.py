@@ -48,7 +48,7 @@ def of_ffn(module: FFN, x_BxLxD: Hidden, k: K, segments_BxL: Integers) -> dict[s
             x_TxD, s_TxF, real_T = sample(x), sample(s), sample(real)
             sums = dict(zip(('ffn_scores', 'ffn_ks'), gaussianity(s_TxF, True, real_T), strict=True))
             if cfg.traits.sparse:
-                active = nn_ffn.select(cfg, s, k) != 0 if cfg.traits.topk else nn_ffn.activations(cfg, s)[1]
+                active = nn_ffn.select(cfg, s, k=k) != 0 if cfg.traits.topk else nn_ffn.activations(cfg, s)[1]
                 active &= real[..., None]
                 sums |= {'active': tally(jnp.sum(active, axis=-1), real, cfg.d_ff), 'fired': jnp.sum(active, axis=(0, 1))}
                 sums['union'] = unions(active, segments)
@@ -169,7 +169,7 @@ def of_attention(
             seen = jnp.broadcast_to(jnp.sum(visible, axis=-1), counted.shape)
             sums['attention_seen'] = tally(seen, counted, k.shape[2])
             if cfg.traits.topk:
-                keep, s2 = nn_attention.select(cfg, s, visible, kept), dots(slice(cfg.r, None)) if cfg.traits.second else 0
+                keep, s2 = nn_attention.select(cfg, s, visible, k=kept), dots(slice(cfg.r, None)) if cfg.traits.second else 0
                 w = nn_attention.activated(cfg, s + s2 if cfg.traits.adds else s, visible)
                 gate = ops.ACTIVATIONS[cfg.traits.gate](s2) if cfg.traits.gated else 1
                 found = [counted, *skill(keep, jnp.abs(w * gate) * norms, cfg.k if kept is None else kept)]

@@ -126,7 +126,7 @@ class Attention(nn.Module):
         # All scores at once. The queries that share keys become rows of one axis, so that each lookup has one table.
         q, K = q_BxNxGxLxd.reshape(B, N, G * L, d), k_BxNxSxd.swapaxes(2, 3)
         visible = jnp.tile(visible, (1, G, 1))[:, None]
-        sigma1 = lambda s, s2=None: self.activate(s, visible, s2, kept)
+        sigma1 = lambda s, s2=None: self.activate(s, visible, s2, k=kept)
         if not cfg.traits.second:
             y = ops.dense_lookup(q, K, v_BxNxSxd, sigma1, score_dtype=jnp.float32)
         else:
@@ -138,9 +138,9 @@ class Attention(nn.Module):
                 y = ops.spark_lookup(q1, q2, K1, K2, v_BxNxSxd, sigma1, sigma2, score_dtype=jnp.float32)
         return y.reshape(B, N, G, L, d)
 
-    def activate(self, s: Scores, visible: Mask, s2: Scores | None = None, kept: K = None) -> Scores:
+    def activate(self, s: Scores, visible: Mask, s2: Scores | None = None, *, k: K = None) -> Scores:
         """`weights` of this layer's scores; sows the number of attended keys."""
-        w, keep = weights(self.cfg, s, visible, s2, kept)
+        w, keep = weights(self.cfg, s, visible, s2, k=k)
         sow(self, 'attended', jnp.sum(jnp.broadcast_to(keep, s.shape), axis=-1, dtype=jnp.float32))
         return w
 
@@ -158,17 +158,17 @@ def attend(
 
 
 def weights(
-    cfg: AttentionConfig, s: Scores, visible: Mask, s2: Scores | None = None, k: K = None
+    cfg: AttentionConfig, s: Scores, visible: Mask, s2: Scores | None = None, *, k: K = None
 ) -> tuple[Scores, Mask]:  # fmt: skip
     """(σ1 of scores, top-k included; the mask of the keys that have a weight); `visible` broadcasts against the scores.
 
     In a kind that adds them, the second scores join those that top-k leaves. `k` is that of the config, or this.
     """
-    keep = select(cfg, s, visible, k)
+    keep = select(cfg, s, visible, k=k)
     return activated(cfg, s if s2 is None else s + s2, keep), keep
 
 
-def select(cfg: AttentionConfig, s: Scores, visible: Mask, k: K = None) -> Mask:
+def select(cfg: AttentionConfig, s: Scores, visible: Mask, *, k: K = None) -> Mask:
     """The keys that top-k leaves of the visible ones."""
     if not cfg.traits.topk:
         return visible

@@ -1,5 +1,7 @@
 """The feed-forward half of a layer: a lookup in a table of neurons."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -52,7 +54,7 @@ class FFN(nn.Module):
             K1, K2 = keys('K1', q1.shape[-1]), keys('K2', q2.shape[-1])
         else:
             q2, K1, K2 = x_TxD[..., :0], keys('K', q1.shape[-1]), jnp.zeros((0, F), self.dtype)
-        sigma1 = lambda s, s2=None: self.activate(s, s2, k)
+        sigma1 = lambda s, s2=None: self.activate(s, s2, k=k)
         if computes_active_only(self.cfg, self.dtype, self.platform, x_BxLxD.size // D, k):
             y_TxD, active = sparse_ffn.ffn(q1, q2, K1, K2, V_FxD, self.cfg.k, self.cfg.huber, kind.ddof)
             sow(self, 'active', active.astype(jnp.float32))
@@ -67,10 +69,10 @@ class FFN(nn.Module):
             y_TxD = ops.dense_lookup(q1, K1, V_FxD, sigma1)
         return y_TxD.reshape(x_BxLxD.shape)
 
-    def activate(self, s_TxF: Scores, s2_TxF: Scores | None = None, k: K = None) -> Scores:
+    def activate(self, s_TxF: Scores, s2_TxF: Scores | None = None, *, k: K = None) -> Scores:
         """σ1 of this layer's scores, and of the second ones if those are added; sows the number of active neurons."""
         s_TxF = nn.with_logical_constraint(s_TxF, ('batch', *(['length'] if s_TxF.ndim == 3 else []), 'ffn'))
-        a_TxF, active = activations(self.cfg, s_TxF, s2_TxF, k)
+        a_TxF, active = activations(self.cfg, s_TxF, s2_TxF, k=k)
         if active is not None:
             sow(self, 'active', jnp.sum(active, axis=-1, dtype=jnp.float32))
         return a_TxF
@@ -125,7 +127,7 @@ def fused(
 
 
 def activations(
-    cfg: FFNConfig, s: Scores, s2: Scores | None = None, k: K = None
+    cfg: FFNConfig, s: Scores, s2: Scores | None = None, *, k: K = None
 ) -> tuple[Scores, Bool[Array, '*tokens F'] | None]:  # fmt: skip
     """(σ1 of the scores, top-k included; which entries are active, None for a kind that has no zeros).
 
@@ -135,25 +137,23 @@ def activations(
     if not kind.topk:
         a = ops.ACTIVATIONS[kind.activation](s)
         return a, a != 0 if kind.zeros else None
-    kept = select(cfg, s, k)
+    kept = select(cfg, s, k=k)
     active = kept != 0
     return ops.ACTIVATIONS[kind.activation](kept) if s2 is None else activated(cfg, kept + s2, active), active
 
 
-def select(cfg: FFNConfig, s: Scores, k: K = None) -> Scores:
+def select(cfg: FFNConfig, s: Scores, *, k: K = None) -> Scores:
     """TopK of the scores."""
-    k = cfg.k if k is None else k
     match cfg.topk:
         case 'statistical':
             # Tokens are normalised and keys have random directions, so no mean is large against the standard deviation.
-            how = {'shrink': cfg.shrink, 'ddof': cfg.traits.ddof, 'huber': cfg.huber, 'pivot': False}
-            return ops.in_groups(lambda s, k: ops.statistical_topk(s, k, **how), s, k, cfg.groups)
+            how = {'ddof': cfg.traits.ddof, 'huber': cfg.huber, 'pivot': False}
+            topk = functools.partial(ops.statistical_topk, **how)
         case 'exact':
-            return ops.exact_topk(s, k, shrink=cfg.shrink)
+            topk = ops.exact_topk
         case 'approx':
-            return ops.approx_topk(s, k, shrink=cfg.shrink, recall=cfg.recall)
-        case 'grouped':
-            return ops.grouped_topk(s, k, cfg.groups, shrink=cfg.shrink)
+            topk = functools.partial(ops.approx_topk, recall=cfg.recall)
+    return ops.in_groups(functools.partial(topk, shrink=cfg.shrink), s, cfg.k if k is None else k, cfg.groups)
 
 
 def activated(cfg: FFNConfig, s: Scores, active: Bool[Array, '*tokens F']) -> Scores:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int, Num
 
 from spark.config import AttentionConfig, FFNConfig, ModelConfig
-from spark.config.layers import ALL_KEYS, schedule
+from spark.config.layers import ALL_KEYS, Schedule, schedule
 
 Half = FFNConfig | AttentionConfig
 Step = int | np.integer | Int[Array | np.ndarray, '']
@@ -23,7 +23,10 @@ PIECES = 1024  # k falls in at most so many stairs: a table of them is exact eve
 
 
 class Run(NamedTuple):
-    """Consecutive groups of layers that are one scan. Their parameters are stacked under `name`: 'groups', 'groups_1', …"""
+    """Consecutive groups of layers that are one scan. Their parameters are stacked under `name`.
+
+    That is 'groups', or, of several, 'groups_0', 'groups_1', …: a pattern with 'groups/' finds nothing then, rather than a part.
+    """
 
     name: str
     first: int  # layer
@@ -42,10 +45,11 @@ def runs(cfg: ModelConfig) -> tuple[Run, ...]:
     """The scans of a model, in the order of its layers."""
     P, found, first = len(cfg.pattern), [], 0
     groups = [cfg.per_layer[i : i + P] for i in range(0, cfg.n_layers, P)]
-    for _, members in itertools.groupby(groups, lambda group: [(_structure(x.ffn), _structure(x.attention)) for x in group]):
-        members = list(members)
+    alike = itertools.groupby(groups, lambda group: [(_structure(x.ffn), _structure(x.attention)) for x in group])
+    scans = [list(members) for _, members in alike]
+    for i, members in enumerate(scans):
         layers, varies = zip(*map(_place, zip(*members, strict=True)), strict=True)
-        found.append(Run(f'groups_{len(found)}' if found else 'groups', first, len(members), layers, varies))
+        found.append(Run(f'groups_{i}' if len(scans) > 1 else 'groups', first, len(members), layers, varies))
         first += len(members) * P
     return tuple(found)
 
@@ -58,7 +62,7 @@ def place(cfg: ModelConfig, layer: int) -> tuple[Run, int, int]:
 
 def _structure(half):
     """What a scan needs to be equal."""
-    return half.model_copy(update={'k': 0}) if half.any_k else half
+    return half.model_copy(update={'k': 0, 'k_schedule': bool(half.k_schedule)}) if half.any_k else half
 
 
 def _place(layers):
@@ -87,23 +91,23 @@ def ks(cfg: ModelConfig, half: str, step: Step | None = None) -> Int[Array | np.
         return np.array([x.k for x in lookups], np.int32)
     if step is None:
         raise ValueError(f'model.{half}.k_schedule = {shared.k_schedule!r}: k depends on the step, which is missing')
-    _, steps, form, length = _schedule(shared)
-    stairs = min(length, PIECES)
+    fall = _schedule(shared)
+    stairs = min(fall.length, PIECES)
     part = np.arange(stairs + 1) / stairs
-    part = (1 - np.cos(np.pi * part)) / 2 if form == 'cosine' else part
-    tables = [_table(x, part) for x in lookups]
+    part = (1 - np.cos(np.pi * part)) / 2 if fall.form == 'cosine' else part
+    tables = np.stack([_table(x, part) for x in lookups])
     xp = np if isinstance(step, int | np.integer | np.ndarray) else jnp
-    return xp.asarray(np.stack(tables))[:, xp.clip(step - steps, 0, length) * stairs // length]
+    return xp.asarray(tables)[:, xp.clip(step - fall.steps, 0, fall.length) * stairs // fall.length]
 
 
 def _table(lookup, part):
     """k where so much of its fall has passed."""
-    start = _schedule(lookup).start if lookup.k_schedule else lookup.k
-    return np.rint(start + (lookup.k - start) * part).astype(np.int32)
+    fall = _schedule(lookup) if lookup.k_schedule else Schedule(lookup.k, lookup.k, 0)
+    return np.rint([fall.start, *(fall.top + (lookup.k - fall.top) * part[1:])]).astype(np.int32)
 
 
 def _schedule(lookup):
-    return schedule(lookup.k_schedule, getattr(lookup, 'd_ff', ALL_KEYS))
+    return schedule(lookup.k_schedule, lookup.k, getattr(lookup, 'd_ff', ALL_KEYS))
 
 
 def at_step(cfg: ModelConfig, step: int) -> ModelConfig:

@@ -6,7 +6,6 @@ from spark.ops.rope import rope, rotation
 from spark.ops.topk import (
     approx_topk,
     exact_topk,
-    grouped_topk,
     in_groups,
     statistical_keep,
     statistical_threshold,
@@ -14,6 +13,6 @@ from spark.ops.topk import (
 )
 
 __all__ = [
-    'ACTIVATIONS', 'added_lookup', 'approx_topk', 'dense_lookup', 'exact_topk', 'grouped_topk', 'in_groups', 'rope', 'rotation',
-    'softcap', 'spark_lookup', 'statistical_keep', 'statistical_threshold', 'statistical_topk',
+    'ACTIVATIONS', 'added_lookup', 'approx_topk', 'dense_lookup', 'exact_topk', 'in_groups', 'rope', 'rotation', 'softcap',
+    'spark_lookup', 'statistical_keep', 'statistical_threshold', 'statistical_topk',
 ]  # fmt: skip

@@ -9,8 +9,8 @@ An operator is a choice of θ, by statistics or as the largest entry below the k
 `where` becomes 0, and k < 1 is a ValueError. `where` is a boolean mask of the valid entries, None for all; it broadcasts against
 x over the axes before `axis`.
 
-A row may be divided into groups of consecutive entries. `in_groups` lets an operator see one of them at a time: a threshold by
-groups that lie on different devices takes no communication. `grouped_topk` keeps a fixed number of each, without a sort.
+A row may be divided into groups of consecutive entries. `in_groups` lets an operator see one of them at a time: statistics of
+groups that lie on different devices take no communication, and a sort keeps a fixed number of each.
 """
 
 import functools
@@ -94,7 +94,7 @@ def statistical_keep(x: X, k: K, *, axis: int = -1, where: Where = None, ddof: i
     return keep if where is None else keep & where
 
 
-def exact_topk(x: X, k: int, *, axis: int = -1, where: Where = None, shrink: bool = True) -> X:
+def exact_topk(x: X, k: int | float, *, axis: int = -1, where: Where = None, shrink: bool = True) -> X:
     """The k largest valid entries less θ, the largest of the others, by a partial sort (`lax.top_k`).
 
     Without `shrink` they stay as they are. Of entries that tie the first ones stay, so that there are k; with `shrink`, what ties
@@ -103,7 +103,7 @@ def exact_topk(x: X, k: int, *, axis: int = -1, where: Where = None, shrink: boo
     return _keep_largest(x, k, axis, where, shrink, jax.lax.top_k)
 
 
-def approx_topk(x: X, k: int, *, axis: int = -1, where: Where = None, shrink: bool = True, recall: float = 0.95) -> X:
+def approx_topk(x: X, k: int | float, *, axis: int = -1, where: Where = None, shrink: bool = True, recall: float = 0.95) -> X:
     """As `exact_topk` of the entries that `lax.approx_max_k` returns: on TPU they hold about `recall` of the k largest, or more.
 
     The entries that it misses become 0, also where they are larger than what stays. Off TPU it is a sort, whatever the recall.
@@ -115,43 +115,9 @@ def in_groups(topk: Callable, x: X, k: K, groups: int) -> X:
     """topk(x, k / groups) of each of so many equal parts of the last axis by itself; one group is the whole row."""
     if groups == 1:
         return topk(x, k)
-    return topk(_parts(x, groups), k / groups).reshape(x.shape)
-
-
-def grouped_topk(x: X, k: int, groups: int, *, shrink: bool = True) -> X:
-    """The k / groups largest entries of each of so many equal parts of the last axis, less θ, the largest of the others there.
-
-    Without `shrink` they stay as they are. Of entries that tie the first ones stay; with `shrink`, what ties with θ becomes 0.
-    Gradients flow through θ.
-    """
-    _check_k(k)
-    x_, m = _parts(x, groups), k // groups
-    if m * groups != k:
-        raise ValueError(f'k = {k}: want a multiple of groups = {groups}')
-    if k >= x.shape[-1]:
-        return x
-    keep = _place(jax.lax.stop_gradient(x_)) < m
-    theta = jnp.max(x_, axis=-1, keepdims=True, initial=-jnp.inf, where=~keep) if shrink else 0
-    return jnp.where(keep, x_ - theta, 0).reshape(x.shape)
-
-
-def _place(x):
-    """How many entries of the last axis are larger than each, or equal and before it."""
-    n, index = x.shape[-1], jnp.arange(x.shape[-1])
-    size = max(size for size in range(1, 17) if n % size == 0)  # with so many at a time: all comparisons may not fit in memory
-
-    def count(i, place):
-        other, others = (jax.lax.dynamic_slice_in_dim(a, i * size, size, axis=-1) for a in (x, index))
-        other, one = other[..., None, :], x[..., None]
-        return place + jnp.sum((other > one) | ((other == one) & (others < index[:, None])), axis=-1, dtype=jnp.int32)
-
-    return jax.lax.fori_loop(0, n // size, count, jnp.zeros(x.shape, jnp.int32))
-
-
-def _parts(x, groups):
     if x.shape[-1] % groups:
         raise ValueError(f'groups = {groups}: want a divisor of the {x.shape[-1]} entries')
-    return x.reshape(*x.shape[:-1], groups, -1)
+    return topk(x.reshape(*x.shape[:-1], groups, -1), k / groups).reshape(x.shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
@@ -180,6 +146,9 @@ def _mean_and_std_jvp(axis, ddof, pivot, primals, tangents):
 
 def _keep_largest(x, k, axis, where, shrink, largest):
     _check_k(k)
+    if k != int(k):
+        raise ValueError(f'k = {k}: a sort keeps a whole number of entries')
+    k = int(k)
     if k >= x.shape[axis]:
         return _masked(x, where)
     x = jnp.moveaxis(jnp.asarray(x), axis, -1)

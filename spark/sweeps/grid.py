@@ -7,6 +7,7 @@
 
 import csv
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ from spark.sweeps.search import Range, Search, points
 # No choice of these changes the parameter count, so runs that differ only in them are compared at equal parameters.
 _NAMES = ('kind', 'k', 'k_schedule', 'r', 'gate', 'topk', 'groups', 'ddof', 'shrink', 'recall', 'huber', 'cap_first')
 LOOKUP_FIELDS = {'model.layers', *(f'model.{half}.{name}' for half in ('ffn', 'attention') for name in _NAMES)}
+LONGEST = 200  # name of a run; file systems take 255
 
 
 class Run(NamedTuple):
@@ -83,7 +85,7 @@ def expand(base: config.ExperimentConfig, axes: dict[str, list | Range], search:
     Points that become equal once adjusted (see `_adjust`) are one run.
     The parameter counts of points that differ only in LOOKUP_FIELDS must be within 1 %.
     """
-    runs, counts = {}, {}
+    runs, models, counts = {}, {}, {}
     short = short_names(axes)
     if not search and (field := next((f for f, values in axes.items() if isinstance(values, Range)), None)):
         want = 'want FIELD=value,value,…, or a search, such as --search=sobol:16'
@@ -91,10 +93,14 @@ def expand(base: config.ExperimentConfig, axes: dict[str, list | Range], search:
     for point in points(axes, search) if search else itertools.product(*axes.values()):
         cfg, adjustments = _adjust(base, dict(zip(axes, point, strict=True)))
         values = config.fields(cfg)
-        name = '_'.join(f'{short[field]}-{_file_name(values[field])}' for field in axes)
+        name = _short('_'.join(f'{short[field]}-{_file_name(values[field])}' for field in axes))
         run = runs.setdefault(name, Run(name, cfg, adjustments))
         if run.cfg != cfg:
             raise ConfigError(f'--axis: two points of the grid would share the name {name}')
+        one = models.setdefault(cfg.model_copy(update={'model': cfg.model.per_layer}), name)
+        if one != name:
+            want = f'want an axis that model.layers = {cfg.model.layers!r} leaves open'
+            raise ConfigError(f'--axis: {one} and {name} are the same run: {want}')
         other_fields = tuple((f, values[f]) for f in axes if f not in LOOKUP_FIELDS and f != 'seed')
         counts.setdefault(other_fields, []).append((flops.parameters(tokenizer_for(cfg)[1].model), name))
     for (least, small), (most, large) in ((min(group), max(group)) for group in counts.values()):
@@ -126,6 +132,9 @@ def _adjust(base, chosen):
             wanted = values.get(name, getattr(before, name, None))
             if after.get(name) != wanted:
                 notes.append(f'{half}.{name} {wanted!r} → {after[name]!r}')
+    layers, raw['model']['layers'] = raw['model']['layers'], config.without_unread(raw['model'], base.model)
+    if (words := raw['model']['layers']).split() != layers.split():
+        notes.append(f'layers {layers!r} → {words!r}')
     optimizer = raw['optimizer']
     for name in config.OptimizerConfig.model_construct(**optimizer).unread:
         default = config.OptimizerConfig.model_fields[name].default
@@ -151,8 +160,13 @@ def short_names(fields: Collection[str]) -> dict[str, str]:
 
 
 def _file_name(value):
-    text = '+'.join(value) if isinstance(value, tuple) else str(value)
+    text = ('+'.join(value) if isinstance(value, tuple) else str(value)).replace('%', 'pct')  # 8% is not 8
     return re.sub(r'[^A-Za-z0-9.+-]+', '_', text).strip('._') or '_'
+
+
+def _short(name):
+    """What fits a file system with an ending after it: the end of a long name becomes a hash of the whole."""
+    return name if len(name) <= LONGEST else f'{name[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}'
 
 
 def prepare_directory(

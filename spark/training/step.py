@@ -184,8 +184,9 @@ class Trainer:
         sums |= {'grad_norm': norm, 'left_out': guard.left_out, 'in_a_row': guard.in_a_row}
         for half in scheduled(cfg.model):
             has = np.array([getattr(layer, half).traits.topk for layer in cfg.model.per_layer])
-            mean = jnp.mean(ks(cfg.model, half, state.step + 1)[has].astype(jnp.float32))
-            sums['k' if half == 'ffn' else 'attention_k'] = mean
+            now = ks(cfg.model, half, state.step + 1)[has]
+            now = jnp.minimum(now, cfg.data.seq_len) if half == 'attention' else now  # 'all' keys are those of a row
+            sums['k' if half == 'ffn' else 'attention_k'] = jnp.mean(now.astype(jnp.float32))
         sums['learning_rate'] = self.schedule(state.step - state.guard.left_out)
         sums['batch_crc'] = _batch_checksum(batch['tokens'], norm)
         return state.replace(step=state.step + 1, guard=guard, **new), sums

@@ -156,14 +156,14 @@ def test_the_largest_buffers_name_their_lines():
     assert m['hbm'] is None and m['peak'] >= m['arguments'] > 3 * 4 * trainer.n_params
 
 
-@pytest.mark.parametrize(('topk', 'groups'), [('statistical', 1), ('statistical', 2), ('statistical', 4), ('grouped', 64)])
-def test_topk_over_a_sharded_d_ff_reduces_two_scalars_per_token(mesh, topk, groups):
+@pytest.mark.parametrize('groups', [1, 2, 4])
+def test_topk_over_a_sharded_d_ff_reduces_two_scalars_per_token(mesh, groups):
     """And gathers no activations: over 'model' goes that and the sum that gives the output, in the forward pass.
 
     Groups of neurons that lie on one device reduce nothing.
     """
     tokens, D = 16, 32  # per device
-    module = FFN(FFNConfig(kind='spark', d_ff=8192, k=640, r=16, topk=topk, groups=groups), jnp.float32)
+    module = FFN(FFNConfig(kind='spark', d_ff=8192, k=640, r=16, groups=groups), jnp.float32)
     x = jax.ShapeDtypeStruct((4, tokens, D), jnp.float32, sharding=jax.NamedSharding(mesh, sharding.spec(('batch', 'length'))))
     boxed = jax.eval_shape(module.init, jax.random.key(0), x)
     place = lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s)

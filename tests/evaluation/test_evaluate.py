@@ -8,7 +8,7 @@ import pytest
 
 from spark.data.documents import split_of
 from spark.errors import CheckpointError, ConfigError, DataError
-from spark.evaluation import evaluate, neurons, plots, predictor, strips, tables
+from spark.evaluation import calibrate, evaluate, neurons, plots, predictor, sparsity, strips, tables
 from spark.nn.runs import runs
 from spark.training.step import Trainer
 from tests.helpers import BOTH, corpus, model_and_params, small
@@ -219,8 +219,9 @@ def test_layers_of_different_kinds_are_fitted_each_by_itself():
     for words in ('', '2-:ffn.kind=spark_low_rank 2-:ffn.d_ff=64'):
         cfg = small(**{'model.layers': words})
         trainer, own = Trainer(cfg, jax.devices()[:1]), model_and_params(cfg)[1]['params']
-        first = jax.tree.map(lambda x, y: x[: len(y)], alike['groups'], own['groups'])
-        params = {'params': own | {'embedding': alike['embedding'], 'groups': first}}
+        name = runs(cfg.model)[0].name
+        first = jax.tree.map(lambda x, y: x[: len(y)], alike['groups'], own[name])
+        params = {'params': own | {'embedding': alike['embedding'], name: first}}
         with trainer.context():
             fitted, tokens = predictor.fitted(trainer, params, Batches())
         found.append([fitted['params'][run.name]['ffn_1']['fitted'] for run in runs(cfg.model)])
@@ -270,6 +271,28 @@ def test_plots_are_pictures_of_every_layer(evaluated, tmp_path):
     paths = plots.draw(model.cfg.model, report, sums, 1, tmp_path / 'new' / 'place')
     assert [p.name for p in paths] == ['activity.png', 'scores_1.png', 'attended.png']
     assert all(p.read_bytes().startswith(b'\x89PNG') and p.stat().st_size > 10_000 for p in paths)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'drawn'), [({}, True), ({'shrink': False}, True), ({'topk': 'exact'}, False), ({'groups': 2}, False)]
+)
+def test_only_a_threshold_by_statistics_is_drawn(fields, drawn, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots, 'save', lambda fig, path: figures.append(fig))
+    cfg = small(**{f'model.ffn.{name}': value for name, value in fields.items()}).model
+    counts = np.ones((cfg.n_layers, len(sparsity.EDGES) - 1))
+    plots._scores(cfg, {'ffn_scores': counts, 'attention_scores': counts}, 1, '', tmp_path)
+    legend = ' '.join(text.get_text() for text in figures[0].axes[0].get_legend().get_texts())
+    assert ('threshold' in legend) == drawn
+
+
+@pytest.mark.parametrize('groups', [1, 4])
+def test_the_smallest_share_is_that_of_one_neuron_in_each_group(groups):
+    cfg = small(**{'model.ffn.groups': groups})
+    trainer, (_, params) = Trainer(cfg, jax.devices()[:1]), model_and_params(cfg)
+    with trainer.context():
+        k, found = calibrate.k_measured(trainer, params, jax.device_get(random_batch(cfg)), 1 / 96)
+    assert groups <= k <= groups + 2 and found == pytest.approx(k / 96, rel=0.5)
 
 
 def test_what_is_missing_is_named(run, tmp_path):

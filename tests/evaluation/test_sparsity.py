@@ -21,8 +21,8 @@ KINDS = {
     'topk': {'model.ffn.kind': 'topk', 'model.ffn.r': 0},
     'projected': {'model.ffn.kind': 'spark_projected', 'model.ffn.gate': 'sigmoid', 'model.attention.gate': 'sigmoid'},
     'low_rank': {'model.ffn.kind': 'spark_low_rank', 'model.attention.kind': 'spark_low_rank'},
-    'grouped': {
-        'model.ffn.gate': 'none', 'model.ffn.topk': 'grouped', 'model.ffn.groups': 2,
+    'exact_in_groups': {
+        'model.ffn.gate': 'none', 'model.ffn.topk': 'exact', 'model.ffn.groups': 2,
         'model.attention.kind': 'topk', 'model.attention.r': 0,
     },
     'relu': {'model.ffn.kind': 'relu', 'model.ffn.r': 0, 'model.ffn.k': 0},

@@ -83,7 +83,7 @@ def test_every_kind_is_served_as_it_was_trained(half, kind, kernels):
 
 LEVERS = [
     {'ffn.topk': 'exact'}, {'ffn.shrink': False}, {'ffn.huber': 0.5},
-    {'ffn.topk': 'grouped', 'ffn.groups': 4}, {'ffn.topk': 'grouped', 'ffn.groups': 8, 'ffn.shrink': False},
+    {'ffn.topk': 'exact', 'ffn.groups': 4}, {'ffn.topk': 'approx', 'ffn.groups': 8, 'ffn.shrink': False},
     {'ffn.groups': 2, 'attention.gate': 'identity'}, {'ffn.ddof': 0, 'attention.ddof': 0},
     {'ffn.gate': 'softplus', 'attention.gate': 'sigmoid'}, {'ffn.gate': 'none', 'attention.cap_first': True},
     {'ffn.kind': 'spark_projected', 'attention.kind': 'topk', 'attention.r': 0, 'ffn.shrink': False},

@@ -99,7 +99,7 @@ def test_parameters_match_at_one_and_a_half_times_the_gated_width():
 
 
 def test_gradient_reaches_every_parameter():
-    levers = [('spark', {'gate': 'none'}), ('spark_low_rank', {'topk': 'grouped', 'groups': 2, 'shrink': False})]
+    levers = [('spark', {'gate': 'none'}), ('spark_low_rank', {'topk': 'exact', 'groups': 2, 'shrink': False})]
     for kind, lever in [*((kind, {}) for kind in FFN_KINDS), *levers]:
         ffn, variables, x = build(kind, **lever)
         gradient = jax.grad(lambda v, ffn=ffn, x=x: jnp.sum(ffn.apply(v, x) ** 2))(variables)
@@ -109,7 +109,8 @@ def test_gradient_reaches_every_parameter():
 LEVERS = [
     *({'gate': gate} for gate in ('identity', 'softplus', 'sigmoid', 'none')),
     {'ddof': 0}, {'ddof': 0, 'shrink': False}, {'groups': 4, 'k': 7}, {'groups': 2, 'shrink': False, 'ddof': 0},
-    {'topk': 'grouped', 'groups': 5, 'k': 10}, {'topk': 'grouped', 'groups': 20, 'k': 20, 'shrink': False},
+    {'groups': 4, 'huber': 0.3}, {'topk': 'exact', 'groups': 5, 'k': 10},
+    {'topk': 'approx', 'groups': 20, 'k': 20, 'shrink': False},
 ]  # fmt: skip
 CASES = [(kind, lever) for kind, has in FFN_KINDS.items() if has.topk for lever in LEVERS if has.gated or 'gate' not in lever]
 
@@ -141,7 +142,7 @@ def test_every_lever_is_its_equation(kind, lever):
 
 DECLINED = [
     ('spark', {'gate': 'sigmoid'}), ('spark', {'gate': 'none'}), ('spark', {'ddof': 0}), ('gaussian_topk', {'ddof': 1}),
-    ('gaussian_topk', {'gate': 'none'}), ('spark', {'groups': 2}), ('spark', {'topk': 'grouped', 'groups': 2}),
+    ('gaussian_topk', {'gate': 'none'}), ('spark', {'groups': 2}), ('spark', {'topk': 'exact', 'groups': 2}),
     ('spark_projected', {}), ('spark_low_rank', {}),
 ]  # fmt: skip
 
@@ -165,7 +166,7 @@ def by_hand(cfg, s):
     kept, on = np.zeros_like(s), np.zeros(len(s), bool)
     for part in np.split(np.arange(len(s)), cfg.groups):
         m, n = cfg.k / cfg.groups, len(part)
-        if cfg.topk == 'grouped':
+        if cfg.topk != 'statistical':
             order = np.argsort(-s[part], kind='stable')
             theta = s[part][order[int(m)]]
             here = np.isin(np.arange(n), order[: int(m)])
@@ -174,5 +175,7 @@ def by_hand(cfg, s):
             theta = s[part].mean() + s[part].std(ddof=ddof) * NormalDist().inv_cdf(1 - m / n)
             here = s[part] >= theta
         kept[part] = np.where(here, s[part] - theta * cfg.shrink, 0)
+        if cfg.huber:
+            kept[part] = np.where(kept[part] < cfg.huber, kept[part] ** 2 / 2 / cfg.huber, kept[part] - cfg.huber / 2)
         on[part] = kept[part] != 0
     return kept, on

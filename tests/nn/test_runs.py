@@ -11,6 +11,7 @@ from spark import flops
 from spark.config import check_devices
 from spark.errors import ConfigError
 from spark.evaluation import evaluate
+from spark.nn.ffn import activations
 from spark.nn.layers import METRICS
 from spark.nn.runs import at_step, ks, place, runs
 from spark.nn.transformer import STEP, Transformer, activity, with_step
@@ -58,7 +59,7 @@ def run(model, variables, rows):
         ('3:ffn.d_ff=48', [8, 8, 8, 4]),  # the share stays
         ('3:ffn.d_ff=48 3:ffn.k=25%', [8, 8, 8, 12]),
         ('local:ffn.kind=gated', [0, 8, 0, 8]),
-        ('0:ffn.gate=none 1:ffn.gate=none 1:ffn.topk=grouped 1:ffn.groups=4', [11, 12, 8, 8]),  # of 128 neurons
+        ('0:ffn.gate=none 1:ffn.gate=none 1:ffn.topk=exact 1:ffn.groups=4', [11, 12, 8, 8]),  # of 128 neurons
     ],
 )
 def test_the_words_for_layers(layers, expected):
@@ -75,6 +76,27 @@ def test_what_follows_from_a_kind():
     assert [f.topk for f in of_layers(cfg, 'ffn')][2:] == ['statistical', 'exact']
     dense = small('dense', **{'model.layers': 'global:ffn.kind=spark global:ffn.k=9 global:ffn.r=16'})
     assert [(f.kind, f.d_ff, f.k) for f in of_layers(dense, 'ffn')][:2] == [('gated', 64, 0), ('spark', 96, 9)]
+
+
+def test_what_a_layers_kind_does_not_read_has_its_default_there():
+    levers = {'ffn.groups': 4, 'ffn.ddof': 0, 'ffn.gate': 'sigmoid', 'ffn.huber': 0.1, 'ffn.k_schedule': 'all:3'}
+    levers |= {'attention.ddof': 0, 'attention.cap_first': True, 'attention.gate': 'sigmoid', 'attention.k_schedule': '16:3'}
+    words = '0:ffn.kind=relu 0:attention.kind=dense 1:ffn.kind=spark_low_rank 1:attention.kind=spark_low_rank 2:ffn.r=10'
+    words += ' 2:ffn.kind=spark_projected 3:ffn.topk=exact 3:attention.kind=topk'
+    cfg = small(**{f'model.{name}': value for name, value in levers.items()}, **{'model.layers': words})
+    changed = lambda x: {name for name, field in type(x).model_fields.items() if getattr(x, name) != field.default}
+    named = lambda layer: {f'{half}.{name}' for half in ('ffn', 'attention') for name in changed(getattr(layer, half))}
+    read = [named(layer) & set(levers) for layer in cfg.model.per_layer]
+    attention, gates = {f'attention.{name}' for name in ('ddof', 'cap_first', 'k_schedule')}, {'ffn.gate', 'attention.gate'}
+    assert read == [
+        set(), set(levers) - gates, set(levers), attention | {'ffn.groups', 'ffn.gate'},
+    ]  # fmt: skip
+    assert [x.ffn.d_ff for x in cfg.model.per_layer] == [96, 96, 92, 96]  # 91 is no multiple of 4
+    twin = flops.dense_twin(cfg.model)
+    assert not twin.ffn.k_schedule and not twin.attention.k_schedule and not twin.attention.cap_first
+    assert abs(flops.parameters(twin) / flops.parameters(cfg.model) - 1) < 0.01
+    _, params = model_and_params(cfg)
+    assert flops.parameters(cfg.model) == sum(x.size for x in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize(
@@ -104,8 +126,16 @@ def test_a_wrong_word_is_told_in_one_line(layers, message):
     [
         ({'model.ffn.k_schedule': 'dense:3'}, "model.ffn.k_schedule = 'dense:3': want 'START:STEPS'"),
         ({'model.ffn.k_schedule': 'all:3', 'model.ffn.topk': 'exact'}, "model.ffn.k_schedule = 'all:3': want ''"),
-        (GROUPS | {'model.ffn.k_schedule': 'all:3', 'model.ffn.topk': 'grouped'}, "model.ffn.k_schedule = 'all:3': want ''"),
-        (GROUPS | {'model.ffn.k_schedule': '3:3'}, "model.ffn.k_schedule = '3:3': want a START of at least groups = 4"),
+        *(
+            ({'model.ffn.k_schedule': text}, f"model.ffn.k_schedule = '{text}': want 'START:STEPS'")
+            for text in ('1000:3 linear:4', '3000000000:3 linear:4', '4:3 linear:4', 'all:3000000000', 'all:3 linear:3000000')
+        ),
+        *(
+            ({'model.attention.k_schedule': text}, f"model.attention.k_schedule = '{text}': want 'all:STEPS'")
+            for text in ('3000000000:3 linear:4', '3:2', 'all:3000000000')
+        ),
+        ({'model.ffn.k_schedule': 'all:8 linear:4'}, "model.ffn.k_schedule = 'all:8 linear:4': want an end by train.steps = 10"),
+        ({'model.attention.k_schedule': 'all:10'}, "model.attention.k_schedule = 'all:10': want an end by train.steps = 10"),
         (GROUPS | {'model.layers': '1:ffn.k=3'}, "model.layers = '1:ffn.k=3': in layer 1 ffn.k = 3: want at least groups = 4"),
         ({'model.ffn.k_schedule': 'all:3', 'train.evals': ('a statistics=1',)}, "train.evals = ('a statistics=1',): want no"),
         ({'model.attention.k_schedule': 'all:3 linear:4'}, "model.attention.k_schedule = 'all:3 linear:4': want 'all:STEPS'"),
@@ -187,12 +217,12 @@ def test_compiling_does_not_depend_on_depth_where_only_k_differs():
 def test_other_kinds_are_other_scans():
     cfg = small(**{'model.n_layers': 8, 'model.layers': '0:ffn.kind=gated 6-:attention.kind=dense'})
     found = [(r.name, r.first, r.length) for r in runs(cfg.model)]
-    assert found == [('groups', 0, 1), ('groups_1', 2, 2), ('groups_2', 6, 1)]
+    assert found == [('groups_0', 0, 1), ('groups_1', 2, 2), ('groups_2', 6, 1)]
     assert [(place(cfg.model, i)[0].name, *place(cfg.model, i)[1:]) for i in (0, 3, 5, 7)] == [
-        ('groups', 0, 0), ('groups_1', 0, 1), ('groups_1', 1, 1), ('groups_2', 0, 1),
+        ('groups_0', 0, 0), ('groups_1', 0, 1), ('groups_1', 1, 1), ('groups_2', 0, 1),
     ]  # fmt: skip
     _, params = model_and_params(cfg)
-    assert params['params']['groups']['ffn_0']['K1'].shape == (1, 32, 64)
+    assert params['params']['groups_0']['ffn_0']['K1'].shape == (1, 32, 64)
     assert params['params']['groups_1']['ffn_0']['K1'].shape == (2, 16, 96)
     assert flops.parameters(cfg.model) == sum(x.size for x in jax.tree.leaves(params))
     _, counts = run(Transformer(cfg.model), params, random_rows(cfg))
@@ -212,7 +242,7 @@ def test_flops_are_those_of_each_layer():
 def test_k_by_step():
     cfg = small(**SCHEDULE, **{'model.layers': '0:ffn.k=24 1:ffn.kind=gated'}).model
     by_step = [ks(cfg, 'ffn', step).tolist() for step in range(9)]
-    assert by_step[0] == by_step[1] == by_step[3] == [96, 0, 96, 96] and by_step[5] == [60, 0, 52, 52]
+    assert by_step[0] == by_step[1] == by_step[3] == [96, 0, 96, 96] and by_step[4:6] == [[42, 0, 38, 38], [36, 0, 28, 28]]
     assert by_step[7] == by_step[8] == [24, 0, 8, 8]
     assert [ks(cfg, 'attention', step)[0] for step in (0, 2, 3, 5, 8, 100)] == [16, 16, 15, 10, 4, 4]
     traced = jax.jit(lambda step: ks(cfg, 'ffn', step))
@@ -220,8 +250,37 @@ def test_k_by_step():
         assert traced(jnp.int32(step)).tolist() == by_step[step] == [x.ffn.k for x in at_step(cfg, step).per_layer]
     assert not at_step(cfg, 5).ffn.k_schedule and [r[:3] for r in runs(at_step(cfg, 5))] == [r[:3] for r in runs(cfg)]
     # A long fall goes down by stairs, exact in int32.
-    long = small(**{'model.ffn.k_schedule': 'all:0 linear:2000000'}).model
-    assert [int(jax.jit(lambda step: ks(long, 'ffn', step))(jnp.int32(n))[0]) for n in (0, 10**6, 2 * 10**6)] == [96, 52, 8]
+    long = small(**{'model.ffn.k_schedule': 'all:0 linear:2000000', 'train.steps': 2000000}).model
+    assert [int(jax.jit(lambda step: ks(long, 'ffn', step))(jnp.int32(n))[0]) for n in (0, 10**6, 2 * 10**6)] == [96, 28, 8]
+
+
+@pytest.mark.parametrize('form', ['linear', 'cosine'])
+def test_a_fall_from_all_neurons_has_no_cliff(form):
+    """Soft thresholds close below all of them lie far under the scores, and would add that to each."""
+    cfg = small(**{'model.ffn.k_schedule': f'all:2 {form}:1000', 'train.steps': 2000}).model
+    x, y = (jax.random.normal(jax.random.key(i), (2000, 96)) for i in (0, 1))
+    dense = (jax.nn.gelu(x) * y).ravel()
+    for step in (1, 2, 3, 4, 50):
+        now = (activations(cfg.ffn, x, k=jnp.float32(ks(cfg, 'ffn', step)[0]))[0] * y).ravel()
+        assert jnp.dot(now, dense) / jnp.linalg.norm(now) / jnp.linalg.norm(dense) > 0.98, step
+    # What is asked for above half of the neurons stays: k itself, and a START that is a number.
+    above = small(**{'model.ffn.k_schedule': 'all:2 linear:4', 'model.ffn.k': 90}).model
+    assert [int(ks(above, 'ffn', step)[0]) for step in (2, 3, 6)] == [96, 90, 90]
+    number = small(**{'model.ffn.k_schedule': '80:2 linear:4'}).model
+    assert [int(ks(number, 'ffn', step)[0]) for step in (2, 3, 6)] == [80, 62, 8]
+
+
+def test_a_layer_that_keeps_more_than_start_stays_as_it_is():
+    """And one with fewer neurons than START begins with all of them."""
+    words = 'ffn.k=8/32/all/8 3:ffn.d_ff=12 attention.k=4/20/all/4'
+    cfg = small(**{'model.ffn.k_schedule': '16:2 linear:6', 'model.attention.k_schedule': '16:2 linear:6', 'model.layers': words})
+    for half in ('ffn', 'attention'):
+        start, end = (ks(cfg.model, half, step).tolist() for step in (1, 8))
+        falls = np.array([ks(cfg.model, half, step) for step in range(10)])
+        assert (np.diff(falls.astype(np.int64), axis=0) <= 0).all() and start[1:3] == end[1:3]
+    assert ks(cfg.model, 'ffn', 1).tolist() == [16, 32, 96, 12] and ks(cfg.model, 'ffn', 8).tolist() == [8, 32, 96, 8]
+    assert [x.ffn.k for x in at_step(cfg.model, 1).per_layer] == [16, 32, 96, 12]
+    assert len(runs(small(**{'model.ffn.k_schedule': '16:2 linear:6', 'model.layers': 'ffn.k=8/8/32/all'}).model)) == 1
 
 
 def test_a_scheduled_model_asks_for_the_step():

@@ -14,7 +14,6 @@ import pytest
 from spark.ops import (
     approx_topk,
     exact_topk,
-    grouped_topk,
     in_groups,
     statistical_keep,
     statistical_threshold,
@@ -299,43 +298,18 @@ def test_without_a_pivot_the_statistics_are_the_same_for_a_mean_of_a_few_spreads
     np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-3)
 
 
-SMALL_INTEGERS = st.integers(-3, 3).map(float)  # with many ties
-
-
-@hypothesis.given(
-    st.sampled_from([(1, 4), (3, 4), (5, 2), (2, 16)]),  # groups of so many; each is compiled
-    st.booleans(), st.data(),
-)  # fmt: skip
-@hypothesis.settings(max_examples=60, deadline=None)
-def test_m_of_every_group_are_the_largest_and_never_more(shape, shrink, data):
-    """By a stable sort in numpy; of ties the first are kept."""
-    groups, g = shape
-    m = data.draw(st.integers(1, g))
-    x = np.array(data.draw(st.lists(SMALL_INTEGERS | st.floats(-9, 9, width=32), min_size=groups * g, max_size=groups * g)))
-    expected = np.zeros_like(x)
-    for part in np.split(np.arange(groups * g), groups):
-        order = part[np.argsort(-x[part], kind='stable')]
-        expected[order[:m]] = x[order[:m]] - (x[order[m]] if shrink and m < g else 0)
-    found = grouped_topk(x.astype(np.float32)[None], m * groups, groups, shrink=shrink)[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
-    assert (np.asarray(found).reshape(groups, g) != 0).sum(-1).max(initial=0) <= m
-
-
-def test_grouped_without_ties_is_exact_top_k_of_each_group_with_its_gradient():
-    x, weight = gaussian(5, 48), gaussian(5, 48, seed=1)
-    for shrink in (True, False):
-        ours = lambda x, shrink=shrink: grouped_topk(x, 12, 4, shrink=shrink)
-        exact = lambda x, shrink=shrink: in_groups(lambda x, k: exact_topk(x, int(k), shrink=shrink), x, 12, 4)
-        np.testing.assert_array_equal(ours(x), exact(x))
-        slope = lambda f: jax.grad(lambda x, f=f: jnp.sum(weight * f(x)))(x)
-        np.testing.assert_allclose(slope(ours), slope(exact), atol=1e-6)
-    assert 'sort' not in str(jax.make_jaxpr(ours)(x)) and 'top_k' not in str(jax.make_jaxpr(ours)(x))
-
-
-def test_the_comparisons_of_large_groups_are_not_kept_in_memory():
-    x = jax.ShapeDtypeStruct((64, 4096), jnp.float32)
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(grouped_topk(x, 256, 16) ** 2)))
-    assert gradient.lower(x).compile().memory_analysis().temp_size_in_bytes < 40 * 4 * 64 * 4096  # one of 256 for each entry
+@pytest.mark.parametrize('groups', [2, 8, 16])
+@pytest.mark.parametrize('shrink', [True, False])
+def test_a_sort_in_groups_keeps_m_of_each(groups, shrink):
+    """Also of scores that tie; and of a group that has no more than m, all."""
+    x = np.random.default_rng(0).integers(-3, 4, (50, 48)) + np.float32(0.5)
+    for f in (exact_topk, approx_topk):
+        found = np.asarray(in_groups(functools.partial(f, shrink=shrink), x, 16, groups))
+        for part in np.split(np.arange(48), groups, axis=0):
+            np.testing.assert_array_equal(found[:, part], f(x[:, part], 16 // groups, shrink=shrink))
+        if not shrink:
+            assert ((found.reshape(50, groups, -1) != 0).sum(-1) == 16 // groups).all()
+        np.testing.assert_array_equal(in_groups(f, x, 48, groups), x)
 
 
 @hypothesis.given(st.sampled_from([1, 2, 5]), st.sampled_from([0, 1]), st.booleans(), st.integers(0, 2**31))
@@ -353,9 +327,8 @@ def test_statistics_of_groups_are_those_of_each_by_itself(groups, ddof, shrink, 
 def test_groups_that_do_not_divide():
     x = gaussian(3, 10)
     with pytest.raises(ValueError, match='groups = 3: want a divisor of the 10 entries'):
-        grouped_topk(x, 6, 3)
-    with pytest.raises(ValueError, match='k = 5: want a multiple of groups = 2'):
-        grouped_topk(x, 5, 2)
+        in_groups(exact_topk, x, 6, 3)
+    with pytest.raises(ValueError, match=r'k = 2\.5: a sort keeps a whole number of entries'):
+        in_groups(exact_topk, x, 5, 2)
     with pytest.raises(ValueError, match=r'k = 0\.5: top-k keeps at least one'):
         in_groups(statistical_topk, x, 1, 2)
-    np.testing.assert_array_equal(grouped_topk(x, 10, 2), x)

@@ -92,6 +92,39 @@ def test_layers_and_the_schedule_of_k_are_axes():
         grid('model.layers=3:ffn.d_ff=48,ffn.k=4')
     _, _, runs = grid('model.ffn.kind=spark,relu', base=small(**{'model.ffn.k_schedule': 'all:3'}))
     assert [r.cfg.model.ffn.k_schedule for r in runs] == ['all:3', '']
+
+
+def test_words_for_layers_that_a_kind_does_not_read_are_left_out_and_told():
+    base = small(**{'model.layers': '0:ffn.k=all 1:ffn.kind=spark 1:ffn.r=8 1:ffn.k=5 attention.k=3'})
+    _, _, runs = grid('model.ffn.kind=spark,gated', 'model.attention.kind=spark,dense', base=base)
+    words = '0:ffn.k=all 1:ffn.kind=spark 1:ffn.r=8 1:ffn.k=5', '1:ffn.kind=spark 1:ffn.r=8 1:ffn.k=5'
+    assert [r.cfg.model.layers for r in runs] == [f'{words[0]} attention.k=3', words[0], f'{words[1]} attention.k=3', words[1]]
+    assert f"layers '{words[0]} attention.k=3' → '{words[1]}'" in runs[-1].adjustments and not runs[0].adjustments
+
+
+def test_an_axis_that_layers_override_is_refused():
+    """Equal models would be compared under different names."""
+    base = small(**{'model.layers': 'ffn.k=4/8/12/16'})
+    with pytest.raises(ConfigError) as e:
+        grid('model.ffn.k=4,8', base=base)
+    assert str(e.value) == (
+        "--axis: k-4 and k-8 are the same run: want an axis that model.layers = 'ffn.k=4/8/12/16' leaves open"
+    )
+    with pytest.raises(ConfigError, match='are the same run'):
+        grid('model.layers=ffn.k=8,ffn.k=8/8')
+    assert len(grid('model.ffn.k=4,8', base=small(**{'model.layers': '0:ffn.k=12'}))[2]) == 2
+
+
+def test_names_of_runs_differ_and_fit_a_file_system():
+    _, _, runs = grid('model.layers=ffn.k=8%,ffn.k=4')
+    assert [r.name for r in runs] == ['layers-ffn.k_8pct', 'layers-ffn.k_4']
+    assert len(grid('model.layers=ffn.k=16%,ffn.k=16')[2]) == 2
+    many = [f'ffn.k={"/".join(["90"] * 99 + [last])}' for last in ('8', '9')]
+    _, _, runs = grid(f'model.layers={",".join(many)}', base=small(**{'model.n_layers': 100}))
+    first, second = (r.name for r in runs)
+    assert first != second and len(first) == len(second) == 200 and first[:190] == second[:190]
+
+
 def test_every_lever_of_a_lookup_is_an_axis_at_equal_parameters():
     base = small(**{'model.ffn.groups': 4})
     axes = ['model.ffn.kind=spark,topk,relu', 'model.ffn.gate=sigmoid,none']
@@ -101,10 +134,15 @@ def test_every_lever_of_a_lookup_is_an_axis_at_equal_parameters():
     ]  # fmt: skip
     assert len({flops.parameters(run.cfg.model) for run in runs}) == 1
     assert runs[-1].adjustments == "ffn.k 8 → 0, ffn.r 16 → 0, ffn.gate 'sigmoid' → '', ffn.groups 4 → 1"
-    _, _, runs = grid('model.ffn.topk=statistical,exact,grouped', 'model.ffn.ddof=-1,0', base=base)
+    _, _, runs = grid('model.ffn.topk=statistical,exact,approx', 'model.ffn.ddof=-1,0', base=base)
     assert [(f.topk, f.ddof, f.groups, f.k) for f in (run.cfg.model.ffn for run in runs)] == [
-        ('statistical', -1, 4, 8), ('statistical', 0, 4, 8), ('exact', -1, 1, 8), ('grouped', -1, 4, 8),
+        ('statistical', -1, 4, 8), ('statistical', 0, 4, 8), ('exact', -1, 4, 8), ('approx', -1, 4, 8),
     ]  # fmt: skip
+    _, _, runs = grid('model.ffn.topk=statistical,exact', 'model.ffn.groups=1,3', base=small(**{'model.ffn.k_schedule': 'all:3'}))
+    assert [(f.topk, f.groups, f.k, f.k_schedule) for f in (run.cfg.model.ffn for run in runs)] == [
+        ('statistical', 1, 8, 'all:3'), ('statistical', 3, 8, 'all:3'), ('exact', 1, 8, ''), ('exact', 3, 9, ''),
+    ]  # fmt: skip
+    assert runs[-1].adjustments == "ffn.k 8 → 9, ffn.k_schedule 'all:3' → ''"
     _, _, runs = grid('model.ffn.kind=spark_projected', 'model.ffn.r=8,16', base=small())
     assert [run.cfg.model.ffn.d_ff for run in runs] == [92, 88]
     attention = 'model.attention.kind=dense,topk,spark,spark_low_rank'

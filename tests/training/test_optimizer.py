@@ -184,6 +184,9 @@ def test_patterns_choose_rates_and_decay_and_freeze():
     found = trainer.settings
     assert found['embedding'].frozen and found['groups/ffn_0/K1'].rate == 2 and found['groups/ffn_1/K1'].rate == 0.5
     assert (found['groups/post_ffn_0/scale'].rate, found['final_norm/scale'].rate) == (0.5, 1)  # the last match counts
+    several = cfg.model_copy(update={'model': cfg.model.model_copy(update={'layers': '2-:ffn.kind=gated'})})
+    with pytest.raises(ConfigError, match=r"optimizer\.rates = 'groups/"):  # which would be one of two scans
+        _ = Trainer(several, jax.devices()[:1]).settings
     names = ('final_norm/scale', 'groups/pre_ffn_0/scale', 'groups/ffn_0/V', 'groups/ffn_0/K2')
     assert [found[name].decay for name in names] == [0, 0.3, 0, 0.1]
     with trainer.context():
