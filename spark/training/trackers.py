@@ -66,7 +66,8 @@ class MetricsWriter:
             return
         self._written.add((step, split))
         safe = {name: v if not isinstance(v, float) or math.isfinite(v) else str(v) for name, v in values.items()}
-        line = json.dumps({'step': step, 'split': split, **safe}) + '\n'
+        key = {'step': step, 'split': split}  # which stand first, and which no value replaces
+        line = json.dumps(key | safe | key) + '\n'
         self._file.write(line.encode())
         if time.monotonic() > self._due:
             flushed = self._try_to_flush()

@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from spark.config import eval_entries, load
 from spark.errors import ConfigError, DataError
@@ -30,6 +31,12 @@ def by_layer(model, params, batch):
 
 def loss(model, params, batch):
     return {'loss': 0.0}
+
+def step(model, params, batch):
+    return {'step': jnp.sum(1.0 * (batch['segments'] > 0))}
+
+def ema(model, params, batch):
+    return {'ema_hits': 0.0}
 
 def fails(model, params, batch):
     return {'x': batch['labels']}
@@ -110,6 +117,13 @@ def test_statistics_are_those_of_evaluate(evaluated):
     for name in ('active_mean', 'recall', 'attended_p95', 'union_8'):
         assert len(last[f'{name}_by_layer']) == 4 and last[name] == pytest.approx(np.mean(last[f'{name}_by_layer']))
     assert last['recall'] == pytest.approx(np.mean([layer['recall'] for layer in whole['layers']]), abs=0.1)
+
+
+def test_no_value_takes_the_place_of_the_step_of_a_record(tmp_path):
+    writer = MetricsWriter(epath.Path(tmp_path), 0)
+    writer.write(3, 'eval/x', {'loss': 1.0, 'step': 99.5, 'split': 7.0})
+    writer.close()
+    assert records(tmp_path) == [{'step': 3, 'split': 'eval/x', 'loss': 1.0}]
 
 
 class Cut(Exception):
@@ -207,6 +221,8 @@ def test_names_are_told_apart():
     ('x metrics=of_ones_own', ConfigError, r'metrics=of_ones_own: cannot be imported'),
     ('x metrics=of_ones_own:by_layer', ConfigError, r"metrics=of_ones_own:by_layer: returns .*want \{name: a number\}"),
     ('x metrics=of_ones_own:loss', ConfigError, r"metrics=of_ones_own:loss: returns 'loss', which evaluation itself reports"),
+    ('x metrics=of_ones_own:step', ConfigError, r"metrics=of_ones_own:step: returns 'step', which evaluation itself reports"),
+    ('x metrics=of_ones_own:ema', ConfigError, r"metrics=of_ones_own:ema: returns 'ema_hits', which evaluation itself reports"),
     ('x metrics=of_ones_own:fails', ConfigError, r"metrics=of_ones_own:fails: fails on .*: KeyError: 'labels'"),
     ('x source=text:/no/where', DataError, r'text:/no/where: no file matches'),
 ])  # fmt: skip
