@@ -167,15 +167,16 @@ def prepare_directory(
         try:
             recorded = json.loads(path.read_text())
             recorded_base = config.ExperimentConfig.model_validate_json(json.dumps(config.upgraded(recorded['config'])))
-            recorded_axes, recorded_how = set(recorded['axes']), recorded.get('how', {})
+            recorded_axes, recorded_how = list(recorded['axes']), recorded.get('how', {})
         except (OSError, ValueError, KeyError, TypeError) as e:
             reason = ' '.join(str(getattr(e, 'strerror', None) or e).split())
             raise ConfigError(
                 f'{path}: not the record of a sweep ({reason}): choose another --out; or delete this file and move {out}/runs '
                 'away, to start the sweep anew'
             ) from None
-        if recorded_axes != set(axes):
-            raise ConfigError(f'--out={out} belongs to a sweep over {", ".join(sorted(recorded_axes))}: choose another directory')
+        if recorded_axes != list(axes):  # the names of the runs follow their order
+            want = 'want --axis in this order' if set(recorded_axes) == set(axes) else 'choose another directory'
+            raise ConfigError(f'--out={out} belongs to a sweep over {", ".join(recorded_axes)}: {want}')
         if different := config.differences(recorded_base, base, ignore=axes):
             raise ConfigError(f'--out={out} belongs to a sweep with {different}: choose another directory')
         for name in {**recorded_how, **how}:
