@@ -55,6 +55,8 @@ def main() -> None:
         if run.adjustments:
             print(f'{run.name}: {run.adjustments}')
     stage = launch(out, base, runs, lambda: halving.stage(out, runs, axes, rungs))
+    if not stage.runs:
+        print(f'The sweep ends at step {stage.step}: no point has a finite loss there')
     rows = results.collect(out, axes, runs, stage.stopped)
     paths = results.write(out, rows, axes)
     if any(row.status == 'done' for row in rows):
