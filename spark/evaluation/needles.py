@@ -36,7 +36,7 @@ def multikey(keys: list[str], numbers: list[int], place: float, rng: np.random.G
 
 
 def tracking(keys: list[str], numbers: list[int], place: float, rng: np.random.Generator) -> tuple[list, str]:
-    """Variables that get their values from one another, in as many chains as there are numbers; all of them start at the depth."""
+    """Variables that get their values from one another, in as many chains as there are numbers; all start at the depth."""
     first, second = keys[: len(numbers)], keys[len(numbers) :]
     starts = [(place, f'{first[chain]} = {numbers[chain]}\n') for chain in rng.permutation(len(numbers))]
     rest = [(place + (1 - place) * rng.random(), f'{b} = {a}\n') for a, b in zip(first, second, strict=False)]

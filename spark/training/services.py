@@ -19,12 +19,13 @@ from typing import Any
 from etils import epath
 from matplotlib.figure import Figure
 
+from spark import errors
 from spark.errors import ConfigError, root_cause, show_traceback
 from spark.progress import tqdm
 from spark.runtime import in_bucket, write_json
 
 PROJECT = 'spark'  # the project or experiment, if the environment names none
-PATIENCE = 60  # seconds that the end of a run waits for a tracker
+PATIENCE = {'finished': 60, 'stopped': 10, 'failed': 60}  # seconds that the end of a run waits for its trackers
 PACKAGES = {'wandb': ('wandb',), 'mlflow': ('mlflow', 'sqlalchemy', 'alembic')}  # by the name of the tracker, and of the extra
 
 
@@ -158,11 +159,14 @@ class Service:
         """Writes what there is at the end of a run."""
         self._do(lambda: self._tracker.finish(summary, evaluations, curves))
 
-    def close(self, outcome: str) -> None:
-        """Ends the run there; waits for what is not written yet, but not for long."""
+    def end(self, outcome: str) -> None:
+        """Ends the run there, after all that is not written yet."""
         self._do(lambda: self._tracker.close(outcome))
         self._todo.put(None)
-        self._thread.join(PATIENCE)
+
+    def wait(self, seconds: float) -> None:
+        """Waits for the end."""
+        self._thread.join(seconds)
         if self._thread.is_alive():
             self._tell(f'does not answer; about {self._todo.qsize()} writes are missing')
 
@@ -197,7 +201,17 @@ class Service:
     def _tell(self, what):
         if not self._told:
             self._told = True
+            errors.leave_at_once = True  # what hooks of its library might wait for at the end of the process
             tqdm.write(f'Warning: train.trackers: {self._name}: {what}; metrics.jsonl and TensorBoard have everything')
+
+
+def close(services: Sequence[Service], outcome: str) -> None:
+    """Ends the run in all of them, and waits for them together, but not for long."""
+    for service in services:
+        service.end(outcome)
+    deadline = time.monotonic() + PATIENCE[outcome]
+    for service in services:
+        service.wait(max(deadline - time.monotonic(), 0))
 
 
 def check(names: Sequence[str]) -> None:

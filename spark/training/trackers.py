@@ -110,12 +110,13 @@ class MetricsWriter:
 
     def close(self, outcome: str = 'finished') -> None:
         """Closes all. A run that comes to its end has called `flush` before; else it is 'stopped' or 'failed'."""
-        for service in self._services:
-            service.close(outcome)
-        self._try_to_flush()
-        with self._write_errors():
-            self._file.close()
-            self._board.close()
+        try:
+            self._try_to_flush()
+            with self._write_errors():
+                self._file.close()
+                self._board.close()
+        finally:
+            services.close(self._services, outcome)
 
     @contextlib.contextmanager
     def _write_errors(self):

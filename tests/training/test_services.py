@@ -3,8 +3,11 @@
 import csv
 import io
 import json
+import socket
 import sqlite3
 import struct
+import subprocess
+import sys
 import threading
 
 import jax
@@ -12,11 +15,13 @@ import numpy as np
 import pytest
 from etils import epath
 
+from spark import errors
 from spark.errors import ConfigError
 from spark.training import services
 from spark.training.run import train
 from spark.training.trackers import MetricsWriter
 from tests.helpers import corpus, records, small
+from tests.processes import environment
 
 
 class Cut(Exception):
@@ -138,7 +143,8 @@ class Recorder:
 def tracked(tmp_path, monkeypatch):
     """(fails, waits) → (the recorder of a run with these faults, its directory, its final state)."""
     monkeypatch.setattr(services, 'check', lambda names: None)
-    monkeypatch.setattr(services, 'PATIENCE', 1)
+    monkeypatch.setattr(services, 'PATIENCE', dict.fromkeys(services.PATIENCE, 1))
+    monkeypatch.setattr(errors, 'leave_at_once', False)
 
     def run(**faults):
         made = []
@@ -174,6 +180,60 @@ def test_a_tracker_that_fails_ends_no_run(tracked, capsys, faults, said):
     assert len(warnings) == 1 and warnings[0].startswith(f'Warning: train.trackers: wandb: {said}')
 
 
+def test_trackers_that_do_not_answer_share_one_deadline(tracked, tmp_path, monkeypatch):
+    waited, wait = [], services.Service.wait
+    monkeypatch.setattr(services.Service, 'wait', lambda self, seconds: waited.append(seconds) or wait(self, seconds))
+    for name in services.KINDS:
+        monkeypatch.setitem(services.KINDS, name, lambda workdir: Recorder(workdir, waits=('open',)))
+    writer = MetricsWriter(epath.Path(tmp_path), 0, list(services.KINDS))
+    writer.write(1, 'train', {'loss': 1.0})
+    writer.close('stopped')
+    assert 0 < waited[0] <= 1 and waited[1:] == [0]
+    assert [r['step'] for r in records(tmp_path)] == [1]
+
+
+ENDS = """
+import atexit, threading, urllib.request
+from etils import epath
+from spark import errors
+from spark.training import services, trackers
+
+class Waits:
+    def __init__(self, workdir):
+        atexit.register(threading.Event().wait)  # as libraries do for what is not sent yet
+
+    def open(self, *args):
+        urllib.request.urlopen({url!r})
+
+services.KINDS |= dict.fromkeys({kinds!r}, Waits)
+services.PATIENCE = dict.fromkeys(services.PATIENCE, 2)
+
+def main():
+    writer = trackers.MetricsWriter(epath.Path({workdir!r}), 0, ['wandb'])
+    writer.write(1, 'train', {{'loss': 1.0}})
+    writer.close('stopped')
+    {then}
+errors.run(main)
+"""
+STOPPED = ("raise errors.Preempted('at step 1')", 75, 'Preempted: at step 1')
+ENDED = [(*ending, ['wandb']) for ending in (STOPPED, ('print("done")', 0, ''), ('1 / 0', 1, 'ZeroDivisionError'))]
+ENDED.append(pytest.param(*STOPPED, [], marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize(('then', 'code', 'said', 'kinds'), ENDED)
+def test_a_server_that_does_not_answer_holds_up_no_process(tmp_path, then, code, said, kinds):
+    if not kinds:  # the real one
+        pytest.importorskip('wandb')
+    with socket.create_server(('localhost', 0)) as server:  # which accepts, and never answers
+        url = f'http://localhost:{server.getsockname()[1]}'
+        text = ENDS.format(url=url, workdir=str(tmp_path), then=then, kinds=kinds)
+        env = environment(tmp_path, WANDB_BASE_URL=url, WANDB_API_KEY='0' * 40, WANDB_MODE='online')
+        done = subprocess.run([sys.executable, '-c', text], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code and said in done.stderr, done.stderr
+    assert 'Warning: train.trackers: wandb: does not answer; about ' in done.stdout + done.stderr
+    assert ('done' in done.stdout) == (code == 0) and [r['step'] for r in records(tmp_path)] == [1]
+
+
 def test_what_a_tracker_has_is_not_written_again(tmp_path):
     """Its own word counts too, where metrics.jsonl has lost its last lines."""
     tracker = Recorder(tmp_path)
@@ -184,7 +244,7 @@ def test_what_a_tracker_has_is_not_written_again(tmp_path):
         for step in range(4, 10):
             service.write(step, 'train', {'loss': 1.0})
             service.write(step, 'validation', {'loss': 1.0})
-        service.close('stopped')
+        services.close([service], 'stopped')
     written = [(args[0], args[1]) for name, *args in tracker.calls if name == 'write']
     assert [step for step, split in written if split == 'train'] == [8, 9]
     assert [step for step, split in written if split == 'validation'] == [6, 7, 8, 9]
