@@ -71,9 +71,11 @@ def written_by_wandb(data):
 
 @pytest.mark.slow
 def test_weights_and_biases_offline(tmp_path, monkeypatch, capfd):
-    pytest.importorskip('wandb')
+    wandb, asked = pytest.importorskip('wandb'), []
     from wandb.proto import wandb_internal_pb2
 
+    init = wandb.init
+    monkeypatch.setattr(wandb, 'init', lambda **options: asked.append(options['settings']) or init(**options))
     monkeypatch.setenv('WANDB_MODE', 'offline')
     workdir, _ = killed_and_resumed(tmp_path, 'wandb')
     files = sorted((workdir / 'wandb').glob('offline-run-*/run-*.wandb'), key=lambda path: path.stat().st_mtime)
@@ -96,6 +98,7 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch, capfd):
                 final |= {item.key or '/'.join(item.nested_key): json.loads(item.value_json)}
     assert_whole(found, workdir)
     assert {'evaluations', 'curves'} <= {name.partition('/')[0] for name in names}
+    assert all(settings.disable_git and settings.x_disable_meta for settings in asked) and len(asked) == 2
     assert 'Warning' not in capfd.readouterr().out
 
 
@@ -235,7 +238,8 @@ def test_a_server_that_does_not_answer_holds_up_no_process(tmp_path, then, code,
 
 
 def test_what_a_tracker_has_is_not_written_again(tmp_path):
-    """Its own word counts too, where metrics.jsonl has lost its last lines."""
+    """Its own word counts, where metrics.jsonl has lost its last lines; where it has none, that of metrics.jsonl."""
+    (tmp_path / 'wandb.json').write_text('{"id": "the id"}')
     tracker = Recorder(tmp_path)
     tracker.last = lambda split: {'train': 7}.get(split, -1)
     with pytest.MonkeyPatch.context() as patch:
@@ -248,6 +252,36 @@ def test_what_a_tracker_has_is_not_written_again(tmp_path):
     written = [(args[0], args[1]) for name, *args in tracker.calls if name == 'write']
     assert [step for step, split in written if split == 'train'] == [8, 9]
     assert [step for step, split in written if split == 'validation'] == [6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(('before', 'last'), [(['wandb'], -1), (['wandb'], 2), ([], -1)])
+def test_a_tracker_gets_what_it_lacks_on_resume(tmp_path, monkeypatch, before, last):
+    """Where it could not be opened at first or was added later, and where the last of what was sent did not arrive."""
+    monkeypatch.setattr(errors, 'leave_at_once', False)
+    if last > 0:
+        (tmp_path / 'wandb.json').write_text('{"id": "the id"}')
+    monkeypatch.setitem(services.KINDS, 'wandb', lambda workdir: Recorder(workdir, fails=('open',)))
+    writer = MetricsWriter(epath.Path(tmp_path), 0, before)
+    for step in range(1, 9):
+        writer.write(step, 'train', {'loss': 1.0 if step != 4 else float('nan'), 'by_layer': [1.0, 2.0]})
+    writer.close('failed')
+    tracker = Recorder(tmp_path)
+    tracker.last = lambda split: last
+    monkeypatch.setitem(services.KINDS, 'wandb', lambda workdir: tracker)
+    writer = MetricsWriter(epath.Path(tmp_path), 5, ['wandb'])
+    for step in range(6, 10):
+        writer.write(step, 'train', {'loss': 1.0})
+    writer.close()
+    written = [args for name, *args in tracker.calls if name == 'write']
+    assert [step for step, *_ in written] == list(range(max(last, 0) + 1, 10))
+    assert {'loss', 'by_layer/1'} <= {*written[0][2]} and np.isnan(next(x for step, _, x in written if step == 4)['loss'])
+
+
+def test_what_fails_when_the_end_is_drawn_ends_no_run(tracked, monkeypatch, capsys):
+    monkeypatch.setattr(services, 'curves', lambda records: 1 / 0)
+    _, workdir, state = tracked()
+    assert int(state.step) == 10 and len(records(workdir)) == 13
+    assert capsys.readouterr().out.count('Warning: train.trackers: wandb: ZeroDivisionError') == 1
 
 
 def test_a_missing_package_is_told_before_the_training(tmp_path, monkeypatch):
