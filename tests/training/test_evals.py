@@ -126,6 +126,21 @@ def test_no_value_takes_the_place_of_the_step_of_a_record(tmp_path):
     assert records(tmp_path) == [{'step': 3, 'split': 'eval/x', 'loss': 1.0}]
 
 
+def test_a_statistic_is_of_the_layers_that_have_it():
+    found = in_loop._by_name([{'layer': 0, 'gini': 0.5}, {'layer': 1, 'recall': 0.25, 'gini': 1.5}, {'recall': 0.75, 'gini': 1.0}])
+    recall = {'recall': 0.5, 'recall_by_layer/1': 0.25, 'recall_by_layer/2': 0.75}
+    assert found == {'gini': 1.0, 'gini_by_layer': [0.5, 1.5, 1.0]} | recall
+
+
+@pytest.mark.slow
+def test_statistics_that_some_layers_lack_are_of_the_others(tmp_path):
+    overrides = corpus(tmp_path) | {'model.layers': '0:ffn.kind=gated', 'train.steps': 1, 'optimizer.warmup_steps': 0}
+    summary, _, _ = train(small(**overrides, **{'train.evals': ('x statistics=True batches=1',)}), tmp_path / 'run')
+    report = summary['eval/x']
+    assert len(report['attended_mean_by_layer']) == 4 and 'recall_by_layer' not in report and 'recall_by_layer/0' not in report
+    assert report['recall'] == pytest.approx(np.mean([report[f'recall_by_layer/{i}'] for i in (1, 2, 3)]))
+
+
 class Cut(Exception):
     """In place of a kill."""
 
