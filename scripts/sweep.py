@@ -48,9 +48,9 @@ def main() -> None:
         raise errors.ConfigError('--eta: only --rungs read it')
     rungs = halving.parse(RUNGS.value, ETA.value, runs)
     grid.prepare_directory(out, base, axes, runs, search.fixed(axes, sought) | rungs.fixed)
+    if sought and len(runs) < (wanted := len(search.points(axes, sought))):
+        print(f'{wanted} points, seeds included, but only {len(runs)} different runs')
     axes = grid.occurring(axes, runs)
-    if sought and len(runs) < sought.points:
-        print(f'{sought.points} points, but only {len(runs)} different runs')
     for run in runs:
         if run.adjustments:
             print(f'{run.name}: {run.adjustments}')

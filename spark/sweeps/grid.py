@@ -61,7 +61,7 @@ def parse_axes(axes: Iterable[str]) -> dict[str, list | Range]:
 def _parse_range(axis, kind, text):
     *log, low, high = text.split(':')
     low, high = (_parse_value(axis, kind, end.strip()) for end in (low, high))
-    if log not in ([], ['log']) or not (low if log else -math.inf) < high < math.inf or low >= high or (log and low <= 0):
+    if log not in ([], ['log']) or not -math.inf < low < high < math.inf or (log and low <= 0):
         raise ConfigError(f'--axis={axis}: want LOW:HIGH, or log:LOW:HIGH with LOW above 0')
     return Range(low, high, bool(log))
 
@@ -83,6 +83,8 @@ def expand(base: config.ExperimentConfig, axes: dict[str, list | Range], search:
     Points that become equal once adjusted (see `_adjust`) are one run.
     The parameter counts of points that differ only in LOOKUP_FIELDS must be within 1 %.
     """
+    if base.train.stop_at or 'train.stop_at' in axes:
+        raise ConfigError('train.stop_at: want 0 in a sweep, whose runs stop at its --rungs')
     runs, counts = {}, {}
     short = short_names(axes)
     if not search and (field := next((f for f, values in axes.items() if isinstance(values, Range)), None)):

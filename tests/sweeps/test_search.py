@@ -101,6 +101,8 @@ def test_wrong_searches(text):
         ('optimizer.lr=2:1', '--axis=optimizer.lr=2:1: want LOW:HIGH'),
         ('optimizer.lr=lin:1:2', '--axis=optimizer.lr=lin:1:2: want LOW:HIGH'),
         ('optimizer.lr=1:2:3', '--axis=optimizer.lr=1:2:3: want LOW:HIGH'),
+        ('optimizer.lr=nan:1', '--axis=optimizer.lr=nan:1: want LOW:HIGH'),
+        ('optimizer.lr=-inf:1', '--axis=optimizer.lr=-inf:1: want LOW:HIGH'),
         ('optimizer.lr=1:inf', '--axis=optimizer.lr=1:inf: want LOW:HIGH'),
         ('model.ffn.k=1.5:4', "--axis=model.ffn.k=1.5:4: '1.5': want a valid integer"),
     ],

@@ -127,7 +127,8 @@ def test_no_value_takes_the_place_of_the_step_of_a_record(tmp_path):
 
 
 def test_a_statistic_is_of_the_layers_that_have_it():
-    found = in_loop._by_name([{'layer': 0, 'gini': 0.5}, {'layer': 1, 'recall': 0.25, 'gini': 1.5}, {'recall': 0.75, 'gini': 1.0}])
+    layers = [{'layer': 0, 'gini': 0.5}, {'layer': 1, 'recall': 0.25, 'gini': 1.5}, {'layer': 2, 'recall': 0.75, 'gini': 1.0}]
+    found = in_loop._by_name(layers)
     recall = {'recall': 0.5, 'recall_by_layer/1': 0.25, 'recall_by_layer/2': 0.75}
     assert found == {'gini': 1.0, 'gini_by_layer': [0.5, 1.5, 1.0]} | recall
 
