@@ -73,7 +73,10 @@ def check(metadata: dict) -> None:
 def documents_of(
     name: str, tokenizer: Tokenizer, data: DataConfig, lengths: list[int], depths: list[float], n: int
 ) -> list[dict]:
-    """n documents for each depth and length, which includes BOS and the answer; all of them have one before any has two."""
+    """n documents for each depth and length; all of them have one before any has two.
+
+    The length includes BOS and the answer; a document is shorter by less than a line of the haystack.
+    """
     cells = [(length, depth, i) for i in range(n) for length in lengths for depth in depths]
     return [_document(BUILDERS[name], name, tokenizer, data, *cell) for cell in cells]
 
