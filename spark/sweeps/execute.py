@@ -172,9 +172,14 @@ def latest_metrics(workdir: Path) -> tuple[int, float | None]:
     """(step, loss) of the last complete line of training metrics in a run directory; (0, None) if there is none."""
     # It is shown while a run goes on, whose line may be half written; the clients of buckets raise exceptions of their own.
     with contextlib.suppress(Exception), metric_files(workdir)[-1].open('rb') as f:
-        f.seek(max(f.seek(0, os.SEEK_END) - 20_000, 0))
-        for line in reversed(f.read().split(b'\n')[:-1]):
-            record = json.loads(line)
-            if record['split'] == 'train':
-                return record['step'], record['loss'] if isinstance(record['loss'], float) else None
+        end, size = f.seek(0, os.SEEK_END), 20_000
+        while True:  # further back, where evaluations have written much since
+            start = f.seek(max(end - size, 0))
+            for line in reversed(f.read(end - start).split(b'\n')[bool(start) : -1]):
+                record = json.loads(line)
+                if record['split'] == 'train':
+                    return record['step'], record['loss'] if isinstance(record['loss'], float) else None
+            if not start:
+                break
+            size *= 4
     return 0, None

@@ -4,7 +4,6 @@ Each runs in a thread of its own, so that none holds up a step, and none ends a 
 """
 
 import csv
-import importlib.util
 import io
 import json
 import logging
@@ -22,7 +21,7 @@ from matplotlib.figure import Figure
 from spark import errors
 from spark.errors import ConfigError, root_cause, show_traceback
 from spark.progress import tqdm
-from spark.runtime import in_bucket, write_json
+from spark.runtime import in_bucket, installed, write_json
 
 PROJECT = 'spark'  # the project or experiment, if the environment names none
 PATIENCE = {'finished': 60, 'stopped': 10, 'failed': 60}  # seconds that the end of a run waits for its trackers
@@ -233,7 +232,7 @@ def close(services: Sequence[Service], outcome: str) -> None:
 def check(names: Sequence[str]) -> None:
     """Raises a ConfigError for a tracker whose packages are not installed."""
     for name in names:
-        if not all(map(importlib.util.find_spec, PACKAGES[name])):
+        if not all(map(installed, PACKAGES[name])):
             raise ConfigError(f"train.trackers: {name!r} needs pip install 'spark-transformer[{name}]'")
 
 

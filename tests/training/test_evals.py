@@ -240,6 +240,7 @@ def test_names_are_told_apart():
     ('x metrics=of_ones_own:step', ConfigError, r"metrics=of_ones_own:step: returns 'step', which evaluation itself reports"),
     ('x metrics=of_ones_own:ema', ConfigError, r"metrics=of_ones_own:ema: returns 'ema_hits', which evaluation itself reports"),
     ('x metrics=of_ones_own:fails', ConfigError, r"metrics=of_ones_own:fails: fails on .*: KeyError: 'labels'"),
+    ('x split=train', ConfigError, r"train\.evals: x: split='train': want batches=N: it is as long as the training data"),
     ('x source=text:/no/where', DataError, r'text:/no/where: no file matches'),
 ])  # fmt: skip
 def test_what_cannot_be_evaluated_is_told_before_the_training(place, tmp_path, text, error, message):

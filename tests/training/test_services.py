@@ -285,6 +285,8 @@ def test_what_fails_when_the_end_is_drawn_ends_no_run(tracked, monkeypatch, caps
 
 
 def test_a_missing_package_is_told_before_the_training(tmp_path, monkeypatch):
+    (tmp_path / 'no_such_package').mkdir()  # as that of wandb's files, where a run was started
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(services.PACKAGES, 'wandb', ('no_such_package',))
     with pytest.raises(ConfigError, match=r"train\.trackers: 'wandb' needs pip install 'spark-transformer\[wandb\]'"):
         train(small(**corpus(tmp_path), **{'train.trackers': ('wandb',)}), tmp_path / 'run')
