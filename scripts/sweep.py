@@ -48,13 +48,15 @@ def main() -> None:
         raise errors.ConfigError('--eta: only --rungs read it')
     rungs = halving.parse(RUNGS.value, ETA.value, runs)
     grid.prepare_directory(out, base, axes, runs, search.fixed(axes, sought) | rungs.fixed)
+    if sought and len(runs) < (wanted := len(search.points(axes, sought))):
+        print(f'{wanted} points, seeds included, but only {len(runs)} different runs')
     axes = grid.occurring(axes, runs)
-    if sought and len(runs) < sought.points:
-        print(f'{sought.points} points, but only {len(runs)} different runs')
     for run in runs:
         if run.adjustments:
             print(f'{run.name}: {run.adjustments}')
     stage = launch(out, base, runs, lambda: halving.stage(out, runs, axes, rungs))
+    if not stage.runs:
+        print(f'The sweep ends at step {stage.step}: no point has a finite loss there')
     rows = results.collect(out, axes, runs, stage.stopped)
     paths = results.write(out, rows, axes)
     if any(row.status == 'done' for row in rows):

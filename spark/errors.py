@@ -17,6 +17,9 @@ from absl import flags
 # What XLA's collectives and JAX's coordination say when another process is gone.
 PEER_LOST = r'^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)\b|gloo|nccl|connection (closed|reset|refused)|by peer|heartbeat'
 
+# Set where a library does not answer, whose hooks might hold up the end of the process without limit.
+leave_at_once = False
+
 
 class SparkError(Exception):
     """A failure that is reported to the user in one line; the process then ends with `exit_code`."""
@@ -97,6 +100,7 @@ def run(
     `check(argv)` may raise a ConfigError before the flags are parsed, where it can say more than their parser. The `required`
     flags must have a value. `arguments` names what is given without a flag; `main` takes it.
     """
+    code = 0
     _silence_libraries()
     try:
         if {'-h', '--help'} & set(sys.argv[1:]):
@@ -110,13 +114,30 @@ def run(
         sys.stdout.flush()
     except SparkError as e:
         _print_error(e)
-        sys.exit(e.exit_code)
+        code = e.exit_code
     except KeyboardInterrupt:
         print('Interrupted', file=sys.stderr)
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:  # the reader of stdout has read enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(0)
+    except Exception:  # a fault of the program
+        if not leave_at_once:
+            raise
+        traceback.print_exc()
+        code = 1
+    if leave_at_once:
+        _leave(code)
+    sys.exit(code)
+
+
+def _leave(code):
+    """Ends the process without the hooks of libraries, except that of JAX, for which other processes of the job wait."""
+    if 'jax' in sys.modules:
+        with contextlib.suppress(Exception):
+            sys.modules['jax'].distributed.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _check_json():

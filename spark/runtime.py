@@ -160,6 +160,12 @@ def locate(path: Path, step: int | None = None) -> tuple[str, int | None]:
     return str(path.parent if path.name == 'checkpoints' else path), step
 
 
+def installed(module: str) -> bool:
+    """Can a module be imported? A mere directory of its name, such as the wandb/ of earlier runs, is none."""
+    spec = importlib.util.find_spec(module)
+    return bool(spec and spec.origin)
+
+
 def check_bucket(name: str, path: epath.PathLike) -> None:
     """Raises a ConfigError that starts with `name` if `path` is in a bucket and support for its kind is not installed.
 
@@ -169,7 +175,7 @@ def check_bucket(name: str, path: epath.PathLike) -> None:
     if scheme in BUCKETS and not rest.startswith('//'):
         raise ConfigError(f'{name}: want {scheme}://BUCKET/…, with two slashes')
     extra, module = BUCKETS.get(scheme, ('', ''))
-    if module and not importlib.util.find_spec(module):
+    if module and not installed(module):
         raise ConfigError(f"{name}: buckets need pip install 'spark-transformer[{extra}]'")
 
 

@@ -52,7 +52,7 @@ def test_a_bucket_that_lacks_a_slash_is_no_local_directory(name):
 
 
 def test_paths_in_buckets_stay_as_they_are(monkeypatch):
-    monkeypatch.setattr(runtime.importlib.util, 'find_spec', lambda name: True)
+    monkeypatch.setattr(runtime, 'installed', lambda name: True)
     for name in ('gs://bkt/~/run', 's3://bkt/run'):
         assert str(runtime.absolute(runtime.path_of(name))) == name
     with pytest.raises(ConfigError, match='--workdir=s3://bkt/run: checkpoints cannot be saved to s3://'):
@@ -62,7 +62,7 @@ def test_paths_in_buckets_stay_as_they_are(monkeypatch):
 
 
 def test_a_tokenizer_in_a_bucket_that_refuses(monkeypatch):
-    monkeypatch.setattr(runtime.importlib.util, 'find_spec', lambda name: True)
+    monkeypatch.setattr(runtime, 'installed', lambda name: True)
 
     def refuse(self):
         raise OSError('Forbidden: bkt/t.model')  # as gcsfs says it

@@ -20,7 +20,7 @@ RESUMABLE = (
     *('train.log_every', 'train.eval_every', 'train.eval_batches', 'train.activity', 'train.stall_seconds', 'train.cache'),
     *('train.save_every', 'train.save_every_minutes', 'train.keep', 'train.keep_every', 'train.keep_every_minutes'),
     *('train.profile_step', 'train.profile_steps', 'train.final_eval', 'train.stop_at'),
-    *('train.trackers', 'train.evals'),
+    *('train.trackers', 'train.evals', 'train.teacher'),  # which may lie elsewhere: its step and digest are compared
     *('train.max_skips', 'train.spike'),  # a run that diverged may need other values to continue
 )
 # How long to train, and the learning rate by step: these may also differ with --extend, and in a branch. The optimizer's state

@@ -147,7 +147,8 @@ def accumulate(
     `compiled` is what `step_for` has returned, to compile nothing where this is called again.
     """
     step, shapes = compiled or step_for(trainer, eos, statistics, params)
-    zero = jax.jit(lambda: jax.tree.map(jnp.zeros_like, shapes), out_shardings=NamedSharding(trainer.mesh, PartitionSpec()))
+    leaves, tree = jax.tree.flatten(shapes)
+    zero = _zeros(tree, tuple(leaves))
     data, heads = trainer.cfg.data, trainer.cfg.model.attention.n_heads
     most = max(min(FETCH_EVERY, 2**31 // (data.batch_size * data.seq_len * heads)), 1)  # an int32 counts queries of all heads
     total, sums, pending = None, None, 0
@@ -215,6 +216,13 @@ def flops_report(cfg: config.ModelConfig, context: int, layers: list[dict]) -> d
             ways['measured'] = count(cfg, active=active, attended=attended)
         report[phase] = {way: parts | flops.group(parts) for way, parts in ways.items()}
     return report
+
+
+@functools.lru_cache(maxsize=8)
+def _zeros(tree, leaves):
+    """A function, compiled once, that returns zeros of these shapes."""
+    shapes = tree.unflatten(leaves)
+    return jax.jit(lambda: jax.tree.map(jnp.zeros_like, shapes), out_shardings=jax.tree.map(lambda x: x.sharding, shapes))
 
 
 def _add(total, sums):

@@ -22,7 +22,7 @@ class _Stopped(Exception):
 
 
 def of_lookups(entry: EvalConfig, trainer: Trainer, tokenizer: Tokenizer, data: Iterable[dict]) -> Run:
-    """Losses, and the numbers of `sparsity.report`: NAME_by_layer, and NAME, the mean over the layers."""
+    """Losses, and the numbers of `sparsity.report`: NAME_by_layer, and NAME, the mean over the layers that have it."""
     small, compiled = _of_microbatches(trainer), []
 
     def run(params, title, stop):
@@ -41,11 +41,16 @@ def of_lookups(entry: EvalConfig, trainer: Trainer, tokenizer: Tokenizer, data: 
 
 
 def _by_name(layers):
-    """{name: mean over the layers, NAME_by_layer: list} of reports by layer."""
-    flat = [dict(_numbers(layer)) for layer in layers]
-    names = [name for name in flat[0] if all(name in layer for layer in flat)]
-    lists = {name: [layer[name] for layer in flat] for name in names}
-    return {name: float(np.mean(x)) for name, x in lists.items()} | {f'{name}_by_layer': x for name, x in lists.items()}
+    """{name: mean over the layers that have it, NAME_by_layer: list} of reports by layer; NAME_by_layer/I where some lack it."""
+    flat, found = [dict(_numbers(layer)) for layer in layers], {}
+    for name in dict.fromkeys(name for layer in flat for name in layer):
+        values = {i: layer[name] for i, layer in enumerate(flat) if name in layer}
+        found[name] = float(np.mean(list(values.values())))
+        if len(values) == len(flat):
+            found[f'{name}_by_layer'] = [*values.values()]
+        else:
+            found |= {f'{name}_by_layer/{i}': x for i, x in values.items()}
+    return found
 
 
 def _numbers(layer: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, float]]:
@@ -57,7 +62,7 @@ def _numbers(layer: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, flo
 
 
 def of_tasks(entry: EvalConfig, trainer: Trainer, tokenizer: Tokenizer, data: None) -> Run:
-    """TASK/METRIC of each task; their data is read now."""
+    """TASK/METRIC of each task; their data is read now, and not again."""
     del data
     if jax.process_count() > 1:
         raise ConfigError('tasks: want a job of one process, or scripts/evaluate.py --tasks of its run')

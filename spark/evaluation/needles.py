@@ -2,7 +2,8 @@
 
 The haystack is the test split of the embedded corpus: no network, and the same texts at every call (by Python version, as the
 corpus). A text ends with a question, whose answer is one of CHOICES numbers. `acc`: the answer is the likeliest of them, by
-chance 1 / CHOICES. `exact_match`: greedy generation would write it, which is what RULER measures.
+chance 1 / CHOICES. `exact_match`: greedy generation would write it, which is what RULER measures. All numbers of a text stand at
+its depth, in random order, so that their places do not tell the answer.
 """
 
 import functools
@@ -30,18 +31,16 @@ def single(keys: list[str], numbers: list[int], place: float, rng: np.random.Gen
 
 def multikey(keys: list[str], numbers: list[int], place: float, rng: np.random.Generator) -> tuple[list, str]:
     """The numbers of several keys, of which the question names one."""
-    others = [(rng.random(), FACT.format(*pair)) for pair in zip(keys[1:], numbers[1:], strict=False)]
-    return [(place, FACT.format(keys[0], numbers[0])), *others], f'# The magic number of {keys[0]} is'
+    facts = [FACT.format(*pair) for pair in zip(keys, numbers, strict=False)]
+    return [(place, fact) for fact in rng.permutation(facts).tolist()], f'# The magic number of {keys[0]} is'
 
 
 def tracking(keys: list[str], numbers: list[int], place: float, rng: np.random.Generator) -> tuple[list, str]:
-    """Variables that get their values from one another, in as many chains as there are numbers; the first starts at the depth."""
-    lines = []
-    for chain, number in enumerate(numbers):
-        starts = place if chain == 0 else rng.random()
-        first, second = keys[2 * chain : 2 * chain + 2]
-        lines += [(starts, f'{first} = {number}\n'), (starts + (1 - starts) * rng.random(), f'{second} = {first}\n')]
-    return lines, f'# {keys[1]} =='
+    """Variables that get their values from one another, in as many chains as there are numbers; all start at the depth."""
+    first, second = keys[: len(numbers)], keys[len(numbers) :]
+    starts = [(place, f'{first[chain]} = {numbers[chain]}\n') for chain in rng.permutation(len(numbers))]
+    rest = [(place + (1 - place) * rng.random(), f'{b} = {a}\n') for a, b in zip(first, second, strict=False)]
+    return starts + rest, f'# {second[0]} =='
 
 
 BUILDERS = {'needle_single': single, 'needle_multikey': multikey, 'needle_tracking': tracking}
@@ -74,7 +73,10 @@ def check(metadata: dict) -> None:
 def documents_of(
     name: str, tokenizer: Tokenizer, data: DataConfig, lengths: list[int], depths: list[float], n: int
 ) -> list[dict]:
-    """n documents for each depth and length, which includes BOS and the answer; all of them have one before any has two."""
+    """n documents for each depth and length; all of them have one before any has two.
+
+    The length includes BOS and the answer; a document is shorter by less than a line of the haystack.
+    """
     cells = [(length, depth, i) for i in range(n) for length in lengths for depth in depths]
     return [_document(BUILDERS[name], name, tokenizer, data, *cell) for cell in cells]
 

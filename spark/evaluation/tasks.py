@@ -1,6 +1,7 @@
 """Runs the tasks of lm-evaluation-harness on a trained model, in batches of few shapes."""
 
 import functools
+import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -98,7 +99,7 @@ class HarnessModel(TemplateLM):
         # Requests that can share a compiled program are neighbours; of those, the longest come first.
         order = sorted(range(len(requests)), key=lambda i: (options[i][1:], -len(prompts[i])))
         texts = [''] * len(requests)
-        bar = tqdm(total=len(requests), desc='generating', disable=disable_tqdm)
+        bar, keys = tqdm(total=len(requests), desc='generating', disable=disable_tqdm), itertools.count()
         while order:
             _, n, drawn = options[order[0]]
             L = _bucket(len(prompts[order[0]]))
@@ -112,8 +113,9 @@ class HarnessModel(TemplateLM):
                 lengths[row] = len(prompts[i])
             model = self._model
             self._tick()
+            key = jax.random.fold_in(jax.random.key(model.cfg.seed), next(keys))  # each batch draws others
             with model.trainer.context():
-                new = decoder.generate(*self._served, jnp.asarray(batch), jax.random.key(model.cfg.seed),
+                new = decoder.generate(*self._served, jnp.asarray(batch), key,
                                        n=n, sampling=drawn, lengths_B=jnp.asarray(lengths))  # fmt: skip
             for i, ids in zip(chosen, new.tolist(), strict=False):
                 ids = ids[: ids.index(self.eot_token_id)] if self.eot_token_id in ids else ids
@@ -164,7 +166,7 @@ class HarnessModel(TemplateLM):
 def load(
     names: Sequence[str], path: str | None = None, metadata: dict | None = None, ours: dict[str, dict] | None = None
 ) -> tuple[TaskManager, list]:
-    """(the harness's task manager, what to ask it for), once the data of these tasks can be read.
+    """(the harness's task manager, these tasks or groups of tasks), with their data.
 
     `path` holds more task files, which may run code; `metadata` is what tasks that build their own data are told; `ours` are
     configs of tasks by name, such as those of `needles.tasks`. Raises a ConfigError if there is no such task or directory, and a
@@ -181,16 +183,22 @@ def load(
         manager = TaskManager(include_path=path, metadata=metadata)
     except Exception as e:
         raise DataError(f'--task_path={path}: {type(e).__name__}: {e}') from e
+    loaded = []
     for name in names:
         if name not in (known := [*ours, *manager.all_tasks]):
             raise ConfigError(f'--tasks: no task {name!r}{nearest(name, known)}')
         try:
-            manager.load(ours.get(name, name))
+            found = manager.load(ours.get(name, name))
         except SparkError:
             raise
         except Exception as e:  # the libraries for data sets raise exceptions of many kinds
             raise DataError(f'--tasks={name}: its data cannot be read or downloaded: {type(e).__name__}: {e}') from e
-    return manager, [ours.get(name, name) for name in names]
+        loaded += [found['groups'][name]] if name in found['groups'] else found['tasks'].values()
+    try:
+        manager.load(loaded)
+    except ValueError as e:
+        raise ConfigError(f'--tasks={",".join(names)}: {e}') from None
+    return manager, loaded
 
 
 def run(model: Model | HarnessModel, loaded: tuple[TaskManager, list], **options) -> tuple[dict, str]:

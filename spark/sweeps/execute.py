@@ -11,7 +11,7 @@ from collections.abc import Callable
 import filelock
 
 from spark import config
-from spark.errors import ConfigError, Preempted
+from spark.errors import ConfigError, NotFiniteError, Preempted
 from spark.progress import tqdm
 from spark.runtime import Path, absolute, in_bucket, received_signals, write_bytes, write_json
 from spark.sweeps.grid import Run
@@ -39,16 +39,26 @@ def is_finished(out: Path, run: Run) -> bool:
 
 def failure(out: Path, name: str) -> str | None:
     """How the command of a run failed; None if it did not, or was only stopped. Raises a ConfigError if its record is damaged."""
+    code, message = _end(out, name)
+    return None if code in (0, Preempted.exit_code) else f'failed, exit code {code}: {message}'
+
+
+def diverged(out: Path, name: str) -> bool:
+    """Has the run ended with a loss that is not finite? That tells of its point; other failures tell of machines and storage."""
+    return _end(out, name)[0] == NotFiniteError.exit_code
+
+
+def _end(out, name):
+    """(exit code, message) of the command of a run; (0, '') if it has not ended."""
     record = out / 'logs' / f'{name}.json'
     if not record.exists():
-        return None
+        return 0, ''
     try:
         end = json.loads(record.read_text())
-        code, message = end['exit_code'], end['message']
+        return end['exit_code'], end['message']
     except (OSError, ValueError, KeyError, TypeError) as e:
         why = f'not the record of how a run ended ({type(e).__name__}: {e}): delete it, to go on'
         raise ConfigError(f'{record}: {why}') from None
-    return None if code in (0, Preempted.exit_code) else f'failed, exit code {code}: {message}'
 
 
 def execute(command: list[str], out: Path, name: str, tick: Callable[[], None] = lambda: None) -> int:
@@ -162,9 +172,14 @@ def latest_metrics(workdir: Path) -> tuple[int, float | None]:
     """(step, loss) of the last complete line of training metrics in a run directory; (0, None) if there is none."""
     # It is shown while a run goes on, whose line may be half written; the clients of buckets raise exceptions of their own.
     with contextlib.suppress(Exception), metric_files(workdir)[-1].open('rb') as f:
-        f.seek(max(f.seek(0, os.SEEK_END) - 20_000, 0))
-        for line in reversed(f.read().split(b'\n')[:-1]):
-            record = json.loads(line)
-            if record['split'] == 'train':
-                return record['step'], record['loss'] if isinstance(record['loss'], float) else None
+        end, size = f.seek(0, os.SEEK_END), 20_000
+        while True:  # further back, where evaluations have written much since
+            start = f.seek(max(end - size, 0))
+            for line in reversed(f.read(end - start).split(b'\n')[bool(start) : -1]):
+                record = json.loads(line)
+                if record['split'] == 'train':
+                    return record['step'], record['loss'] if isinstance(record['loss'], float) else None
+            if not start:
+                break
+            size *= 4
     return 0, None

@@ -63,7 +63,7 @@ def parse_axes(axes: Iterable[str]) -> dict[str, list | Range]:
 def _parse_range(axis, kind, text):
     *log, low, high = text.split(':')
     low, high = (_parse_value(axis, kind, end.strip()) for end in (low, high))
-    if log not in ([], ['log']) or not (low if log else -math.inf) < high < math.inf or low >= high or (log and low <= 0):
+    if log not in ([], ['log']) or not -math.inf < low < high < math.inf or (log and low <= 0):
         raise ConfigError(f'--axis={axis}: want LOW:HIGH, or log:LOW:HIGH with LOW above 0')
     return Range(low, high, bool(log))
 
@@ -85,6 +85,8 @@ def expand(base: config.ExperimentConfig, axes: dict[str, list | Range], search:
     Points that become equal once adjusted (see `_adjust`) are one run.
     The parameter counts of points that differ only in LOOKUP_FIELDS must be within 1 %.
     """
+    if base.train.stop_at or 'train.stop_at' in axes:
+        raise ConfigError('train.stop_at: want 0 in a sweep, whose runs stop at its --rungs')
     runs, models, counts = {}, {}, {}
     short = short_names(axes)
     if not search and (field := next((f for f, values in axes.items() if isinstance(values, Range)), None)):
@@ -181,15 +183,16 @@ def prepare_directory(
         try:
             recorded = json.loads(path.read_text())
             recorded_base = config.ExperimentConfig.model_validate_json(json.dumps(config.upgraded(recorded['config'])))
-            recorded_axes, recorded_how = set(recorded['axes']), recorded.get('how', {})
+            recorded_axes, recorded_how = list(recorded['axes']), recorded.get('how', {})
         except (OSError, ValueError, KeyError, TypeError) as e:
             reason = ' '.join(str(getattr(e, 'strerror', None) or e).split())
             raise ConfigError(
                 f'{path}: not the record of a sweep ({reason}): choose another --out; or delete this file and move {out}/runs '
                 'away, to start the sweep anew'
             ) from None
-        if recorded_axes != set(axes):
-            raise ConfigError(f'--out={out} belongs to a sweep over {", ".join(sorted(recorded_axes))}: choose another directory')
+        if recorded_axes != list(axes):  # the names of the runs follow their order
+            want = 'want --axis in this order' if set(recorded_axes) == set(axes) else 'choose another directory'
+            raise ConfigError(f'--out={out} belongs to a sweep over {", ".join(recorded_axes)}: {want}')
         if different := config.differences(recorded_base, base, ignore=axes):
             raise ConfigError(f'--out={out} belongs to a sweep with {different}: choose another directory')
         for name in {**recorded_how, **how}:

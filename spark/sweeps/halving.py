@@ -3,7 +3,6 @@
 What happens next follows from the runs' own metrics alone, so a killed sweep goes on where it was, whoever trains the runs.
 """
 
-import json
 import math
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from spark.errors import ConfigError
 from spark.runtime import Path
 from spark.sweeps import execute
 from spark.sweeps.grid import Run
-from spark.training.trackers import metric_files
+from spark.training.trackers import recorded
 
 
 class Halving(NamedTuple):
@@ -46,7 +45,8 @@ def parse(rungs: list[str], eta: int, runs: list[Run]) -> Halving:
 def stage(out: Path, runs: list[Run], axes: dict, halving: Halving) -> Stage:
     """The first rung that some of its runs have not reached, or the end.
 
-    The runs of a point, one for each seed, are judged together. One that fails before a rung counts as the worst there.
+    The runs of a point, one for each seed, are judged together. One whose loss is not finite takes its point out; one that failed
+    in another way is still to reach the rung. Where no point is finite, no run is left.
     """
     alive, stopped = {}, {}
     for run in runs:
@@ -54,25 +54,22 @@ def stage(out: Path, runs: list[Run], axes: dict, halving: Halving) -> Stage:
         alive.setdefault(tuple(values[field] for field in axes if field != 'seed'), []).append(run)
     losses = {run.name: _losses(out, run) for run in runs if halving.rungs}
     for step in halving.rungs:
-        left = [run for group in alive.values() for run in group if step not in losses[run.name]]
-        if any(execute.failure(out, run.name) is None for run in left):
+        missing = [run for group in alive.values() for run in group if step not in losses[run.name]]
+        if left := [run for run in missing if not execute.diverged(out, run.name)]:
             return Stage(step, left, stopped)
         of = {point: sum(losses[run.name].get(step, math.inf) for run in group) / len(group) for point, group in alive.items()}
         ranked = sorted(alive, key=of.__getitem__)
-        best = ranked[: max(1, len(ranked) // halving.eta)]
+        best = [point for point in ranked[: max(1, len(ranked) // halving.eta)] if of[point] < math.inf]
         for place, point in enumerate(ranked, start=1):
             why = f'stopped at step {step}: validation loss {of[point]:.4f}, place {place} of {len(ranked)}'
             stopped |= {run.name: why for run in alive[point] if point not in best}
         alive = {point: group for point, group in alive.items() if point in best}
+        if not alive:
+            return Stage(step, [], stopped)
     return Stage(0, [run for group in alive.values() for run in group], stopped)
 
 
 def _losses(out, run):
     """{step: validation loss} of what a run has evaluated."""
-    found = {}
-    for path in metric_files(out / 'runs' / run.name):
-        for line in path.read_bytes().split(b'\n')[:-1]:  # the last line of a killed run may be half written
-            record = json.loads(line)
-            if record['split'] == 'validation':
-                found[record['step']] = record['loss'] if isinstance(record['loss'], float) else math.inf
-    return found
+    validation = [r for r in recorded(out / 'runs' / run.name) if r['split'] == 'validation']
+    return {r['step']: float(r['loss']) if math.isfinite(float(r['loss'])) else math.inf for r in validation}

@@ -49,7 +49,7 @@ def parse(text: str) -> Search:
 def points(axes: dict[str, list | Range], search: Search) -> list[tuple]:
     """A value of each axis for each point. A list of seeds is not searched: every point has each of them."""
     seeds = axes['seed'] if isinstance(axes.get('seed'), list) else [None]
-    searched = [field for field in axes if field != 'seed' or seeds == [None]]
+    searched = sorted(field for field in axes if field != 'seed' or seeds == [None])  # whatever the order of the flags
     shares = iter(_shares(search, len(searched)).T)
     columns = {field: [_value(axes[field], share) for share in next(shares)] for field in searched}
     return [

@@ -46,12 +46,16 @@ def _config_of(path, what):
         raise ConfigError(f'{what}: want a run directory, or a checkpoints/STEP of one; {e}') from None
 
 
-def load(trainer: Trainer, saved: dict | None) -> tuple[list[dict], dict | None]:
+def load(trainer: Trainer, saved: dict) -> tuple[list[dict], dict | None]:
     """([the parameters of the teacher], what a checkpoint remembers of it); ([], None) without one.
 
-    `saved` is what the checkpoint remembers from which the run goes on: the teacher is the same, though its run may have gone on.
+    `saved` is what was saved with the state from which the run goes on, {} at a start: the teacher is the same, though it may lie
+    elsewhere, and its run may have gone on.
     """
-    source = trainer.cfg.train.teacher
+    source, goes_on, saved = trainer.cfg.train.teacher, bool(saved), saved.get('teacher')
+    if goes_on and bool(saved) != bool(trainer.teacher):
+        want = f'step {saved["step"]} of its teacher, wherever that lies' if saved else 'none, from which this run has learnt'
+        raise CheckpointError(f'train.teacher = {source!r}: want {want}; or start anew in another directory')
     if trainer.teacher is None:
         if source:
             print(f'train.kd_weight = 0: nothing is learnt from {source}, which is not read', flush=True)

@@ -79,12 +79,16 @@ def _own(entry, trainer):
     named = isinstance(found, dict) and found and all(isinstance(name, str) for name in found)
     if not named or any(getattr(x, 'shape', None) != () for x in found.values()):
         raise ConfigError(f'{what}: returns {found}: want {{name: a number}}, sums over the tokens of the batch')
-    if taken := [name for name in found if name in TAKEN]:
+    if taken := [name for name in found if name in TAKEN or name.startswith('ema_')]:
         raise ConfigError(f'{what}: returns {taken[0]!r}, which evaluation itself reports: want another name')
     return function
 
 
-TAKEN = ('loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes', 'active', 'attended', 'active_by_layer', 'attended_by_layer')
+# Names in a record of an evaluation; ema_… are those of the mean of the parameters.
+TAKEN = (
+    'step', 'split', 'loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes',
+    'active', 'attended', 'active_by_layer', 'attended_by_layer',
+)  # fmt: skip
 
 
 def said(report: dict) -> str:

@@ -46,6 +46,8 @@ class Feed:
             return rows.EvalBatches(data, entry.split, self._local_rows)
         if entry.split == 'train' and self._own is not None:
             raise ConfigError(f"train.evals: {entry.name}: split='train': want 'validation' or 'test' with batches of one's own")
+        if entry.split == 'train' and not entry.batches:
+            raise ConfigError(f"train.evals: {entry.name}: split='train': want batches=N: it is as long as the training data")
         return self.held_out[entry.split] if entry.split in self.held_out else self.split(entry.split)
 
     def check(self) -> None:

@@ -90,7 +90,7 @@ class Run:
             self.checkpoints = Checkpoints(workdir / 'checkpoints', *kept)
             stack.enter_context(self.trainer.context())
             origin, saved = self._restore_or_start(cfg)
-            self.teacher, self.taught_by = distillation.load(self.trainer, saved.get('teacher'))
+            self.teacher, self.taught_by = distillation.load(self.trainer, saved)
             self._first(lambda: self._claim(cfg, extend, origin))  # by a start that worked
             self.period = Period(cfg.train.save_every_minutes, self.step)
             if origin:

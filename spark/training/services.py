@@ -4,7 +4,6 @@ Each runs in a thread of its own, so that none holds up a step, and none ends a 
 """
 
 import csv
-import importlib.util
 import io
 import json
 import logging
@@ -13,18 +12,19 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
 from matplotlib.figure import Figure
 
+from spark import errors
 from spark.errors import ConfigError, root_cause, show_traceback
 from spark.progress import tqdm
-from spark.runtime import in_bucket, write_json
+from spark.runtime import in_bucket, installed, write_json
 
 PROJECT = 'spark'  # the project or experiment, if the environment names none
-PATIENCE = 60  # seconds that the end of a run waits for a tracker
+PATIENCE = {'finished': 60, 'stopped': 10, 'failed': 60}  # seconds that the end of a run waits for its trackers
 PACKAGES = {'wandb': ('wandb',), 'mlflow': ('mlflow', 'sqlalchemy', 'alembic')}  # by the name of the tracker, and of the extra
 
 
@@ -40,8 +40,9 @@ class WandB:
 
         where = {} if in_bucket(self._workdir) or 'WANDB_DIR' in os.environ else {'dir': str(self._workdir)}
         where['project'] = os.environ.get('WANDB_PROJECT', PROJECT)
-        run_id, quiet = run_id or uuid.uuid4().hex[:8], wandb.Settings(silent=True, console='off')
-        self._run = wandb.init(id=run_id, resume='allow', name=self._workdir.name, config=about, settings=quiet, **where)
+        run_id, quiet = run_id or uuid.uuid4().hex[:8], {'silent': True, 'console': 'off'}
+        settings = wandb.Settings(**quiet, disable_git=True, x_disable_meta=True)  # no command line, no diff
+        self._run = wandb.init(id=run_id, resume='allow', name=self._workdir.name, config=about, settings=settings, **where)
         return run_id
 
     def last(self, split: str) -> int:
@@ -139,13 +140,14 @@ KINDS = {'wandb': WandB, 'mlflow': MLflow}
 class Service:
     """A tracker in its thread. The first thing that fails is told in one line; what comes later is still tried.
 
-    The run's id there is kept in WORKDIR/NAME.json. `last` are the last steps, by split, that were written before: none is
-    written again, so that no step falls where a run resumes from an older checkpoint.
+    The run's id there is kept in WORKDIR/NAME.json. What it has is not written again, so that no step falls where a run resumes
+    from an older checkpoint: the tracker tells its last step of a split, or else, if it was opened before, `reached` does, those
+    of metrics.jsonl.
     """
 
-    def __init__(self, name: str, workdir: epath.Path, about: dict, last: dict[str, int]):
+    def __init__(self, name: str, workdir: epath.Path, about: dict, reached: dict[str, int]):
         self._name, self._tracker, self._opened, self._told = name, KINDS[name](workdir), False, False
-        self._path, self._todo, self._last, self._seen = workdir / f'{name}.json', queue.SimpleQueue(), dict(last), set()
+        self._path, self._todo, self._last, self._reached = workdir / f'{name}.json', queue.SimpleQueue(), {}, reached
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._do(lambda: self._open(about))
         self._thread.start()
@@ -154,15 +156,32 @@ class Service:
         """Writes numbers of a step, unless they were written before."""
         self._do(lambda: self._write(step, split, numbers))
 
-    def finish(self, summary: dict, evaluations: list[dict], curves: bytes) -> None:
-        """Writes what there is at the end of a run."""
-        self._do(lambda: self._tracker.finish(summary, evaluations, curves))
+    def replay(self, records: Iterable[tuple[int, str, dict[str, float]]]) -> None:
+        """As `write` of all records, (step, split, numbers), which may be very many."""
 
-    def close(self, outcome: str) -> None:
-        """Ends the run there; waits for what is not written yet, but not for long."""
+        def act():
+            for record in records:
+                self._write(*record)
+
+        self._do(act)
+
+    def finish(self, summary: dict, records: Callable[[], list[dict]]) -> None:
+        """Writes what there is at the end of a run, of which `records()` are all records."""
+
+        def act():
+            found = records()
+            self._tracker.finish(summary, [r for r in found if r['split'] != 'train'], curves(found))
+
+        self._do(act)
+
+    def end(self, outcome: str) -> None:
+        """Ends the run there, after all that is not written yet."""
         self._do(lambda: self._tracker.close(outcome))
         self._todo.put(None)
-        self._thread.join(PATIENCE)
+
+    def wait(self, seconds: float) -> None:
+        """Waits for the end."""
+        self._thread.join(seconds)
         if self._thread.is_alive():
             self._tell(f'does not answer; about {self._todo.qsize()} writes are missing')
 
@@ -182,14 +201,14 @@ class Service:
     def _open(self, about):
         saved = json.loads(self._path.read_text())['id'] if self._path.exists() else None
         found = self._tracker.open(saved, about)
-        self._opened = True
+        self._opened, self._reached = True, self._reached if saved else {}
         if found != saved:
             write_json(self._path, {'id': found})
 
     def _write(self, step, split, numbers):
-        if split not in self._seen:
-            self._seen.add(split)
-            self._last[split] = max(self._last.get(split, -1), self._tracker.last(split))
+        if split not in self._last:
+            told = self._tracker.last(split)
+            self._last[split] = told if told >= 0 else self._reached.get(split, -1)
         if step > self._last[split]:
             self._tracker.write(step, split, numbers)
             self._last[split] = step
@@ -197,13 +216,23 @@ class Service:
     def _tell(self, what):
         if not self._told:
             self._told = True
+            errors.leave_at_once = True  # what hooks of its library might wait for at the end of the process
             tqdm.write(f'Warning: train.trackers: {self._name}: {what}; metrics.jsonl and TensorBoard have everything')
+
+
+def close(services: Sequence[Service], outcome: str) -> None:
+    """Ends the run in all of them, and waits for them together, but not for long."""
+    for service in services:
+        service.end(outcome)
+    deadline = time.monotonic() + PATIENCE[outcome]
+    for service in services:
+        service.wait(max(deadline - time.monotonic(), 0))
 
 
 def check(names: Sequence[str]) -> None:
     """Raises a ConfigError for a tracker whose packages are not installed."""
     for name in names:
-        if not all(map(importlib.util.find_spec, PACKAGES[name])):
+        if not all(map(installed, PACKAGES[name])):
             raise ConfigError(f"train.trackers: {name!r} needs pip install 'spark-transformer[{name}]'")
 
 

@@ -38,6 +38,8 @@ class MetricsWriter:
         with self._write_errors():
             last, lines, found = self._dropped_after(workdir, step)
             self._written = {(r['step'], r['split']) for r in found}
+            for service in self._services:
+                service.replay((r['step'], r['split'], _values(r)) for r in found)
             if self._in_bucket:
                 self._file = _Parts(self._path, last, ''.join(lines).encode())
             else:
@@ -66,7 +68,8 @@ class MetricsWriter:
             return
         self._written.add((step, split))
         safe = {name: v if not isinstance(v, float) or math.isfinite(v) else str(v) for name, v in values.items()}
-        line = json.dumps({'step': step, 'split': split, **safe}) + '\n'
+        key = {'step': step, 'split': split}  # which stand first, and which no value replaces
+        line = json.dumps(key | safe | key) + '\n'
         self._file.write(line.encode())
         if time.monotonic() > self._due:
             flushed = self._try_to_flush()
@@ -101,20 +104,18 @@ class MetricsWriter:
 
     def finish(self, summary: dict) -> None:
         """Hands the summary, the table of evaluations and the curves on to other trackers."""
-        if self._services:
-            records = list(recorded(self._path.parent))
-            evaluations, curves = [r for r in records if r['split'] != 'train'], services.curves(records)
-            for service in self._services:
-                service.finish(summary, evaluations, curves)
+        for service in self._services:  # which reads the records, in its thread: what fails there ends no run
+            service.finish(summary, lambda: list(recorded(self._path.parent)))
 
     def close(self, outcome: str = 'finished') -> None:
         """Closes all. A run that comes to its end has called `flush` before; else it is 'stopped' or 'failed'."""
-        for service in self._services:
-            service.close(outcome)
-        self._try_to_flush()
-        with self._write_errors():
-            self._file.close()
-            self._board.close()
+        try:
+            self._try_to_flush()
+            with self._write_errors():
+                self._file.close()
+                self._board.close()
+        finally:
+            services.close(self._services, outcome)
 
     @contextlib.contextmanager
     def _write_errors(self):
@@ -217,6 +218,12 @@ def _numbers(values):
             yield from ((f'{name}/{i}', x) for i, x in enumerate(value))
         else:
             yield name, value
+
+
+def _values(record):
+    """The numbers of a record of metrics.jsonl, in which those that are not finite are text."""
+    values = {name: float(v) if isinstance(v, str) else v for name, v in record.items() if name not in ('step', 'split')}
+    return dict(_numbers(values))
 
 
 def _part(path, number):

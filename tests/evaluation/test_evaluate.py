@@ -63,6 +63,18 @@ def test_rows_at_a_time_change_nothing_and_one_step_is_compiled(run, evaluated, 
     assert evaluate.evaluate(evaluate.load(workdir, batch_size=24), 'test')[0]['loss'] == pytest.approx(report['loss'], rel=1e-6)
 
 
+def test_nothing_is_compiled_where_a_compiled_step_is_given(run, caplog):
+    model = evaluate.load(run[0])
+    with model.trainer.context():
+        compiled = evaluate.step_for(model.trainer, model.tokenizer.eos)
+        batches = [next(iter(evaluate.rows.EvalBatches(model.cfg.data, 'test', model.trainer.local_rows)))] * 2
+        again = lambda: evaluate.accumulate(model.trainer, model.params, model.tokenizer.eos, batches, compiled=compiled)
+        first = again()
+        with jax.log_compiles(), caplog.at_level('WARNING'):
+            assert again()['tokens'] == first['tokens']
+    assert not [r.message for r in caplog.records if 'ompil' in r.message]
+
+
 def test_sums_outlive_the_int32_they_are_made_in(run, monkeypatch):
     workdir, _ = run
     model = evaluate.load(workdir)

@@ -58,6 +58,18 @@ def test_a_text_has_its_length_and_its_needle_at_its_depth(model, name):
         make([60], [0.0], 1)
 
 
+@pytest.mark.parametrize('name', ['needle_multikey', 'needle_tracking'])
+def test_the_place_of_a_number_does_not_give_the_answer_away(model, name):
+    """Whoever takes the first or the last number of a text is right by chance, at every depth."""
+    for depth in (0.0, 0.5, 1.0):
+        found = []
+        for d in needles.documents_of(name, model.tokenizer, model.cfg.data, [320], [depth], 100):
+            numbers = re.findall(rf'\b(?:{"|".join(d["choices"])})\b', d['text'])
+            assert len(numbers) == needles.CHOICES
+            found.append([numbers[i] == d['choices'][d['answer']] for i in (0, -1)])
+        assert np.mean(found, axis=0) == pytest.approx([1 / needles.CHOICES] * 2, abs=0.17)  # four standard deviations
+
+
 def run(model, monkeypatch, score, **metadata):
     """The results of all tasks where `score(context, continuation)` is the log-likelihood; None: that of the model."""
     if score:

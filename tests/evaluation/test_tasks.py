@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip('lm_eval')
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
 
 from spark.errors import ConfigError, DataError
 from spark.evaluation import evaluate, tasks
@@ -104,6 +106,13 @@ def test_generation_stops_where_it_is_told(model, adapter, log_probabilities):
     assert adapter.generate_until(ask(max_gen_toks=8, do_sample=True, temperature=1.0, top_k=1)) == whole
 
 
+def test_each_batch_of_samples_is_another(model, adapter):
+    rows = adapter._rows(32 + 8)
+    asked = requests('generate_until', *[('key', {'do_sample': True, 'max_gen_toks': 8})] * (2 * rows))
+    drawn = adapter.generate_until(asked, disable_tqdm=True)
+    assert drawn[:rows] != drawn[rows:] and drawn == adapter.generate_until(asked, disable_tqdm=True)
+
+
 @pytest.mark.parametrize(
     ('options', 'expected'),
     [
@@ -163,6 +172,18 @@ metric_list: [{{metric: exact_match}}]
 def none_of_the_harness(monkeypatch):
     """Without its own tasks, an index of thousands of files."""
     monkeypatch.setattr(tasks, 'TaskManager', functools.partial(tasks.TaskManager, include_defaults=False))
+
+
+def test_data_is_read_once(model, adapter, task_path, none_of_the_harness, monkeypatch):
+    (path := pathlib.Path(task_path) / 'group.yaml').write_text('group: spark_group\ntask: [spark_choice, spark_perplexity]\n')
+    loaded = tasks.load(['spark_group', 'spark_generation'], str(path.parent))
+    with pytest.raises(ConfigError, match="--tasks=spark_group,spark_choice: Duplicate task 'spark_choice'"):
+        tasks.load(['spark_group', 'spark_choice'], str(path.parent))
+    path.unlink()
+    monkeypatch.setattr(ConfigurableTask, 'download', lambda *args, **kwargs: 1 / 0)
+    first, _ = tasks.run(adapter, loaded, limit=4)
+    assert {'spark_choice', 'spark_perplexity', 'spark_generation'} <= first.keys()
+    assert tasks.run(adapter, loaded, limit=4)[0] == first
 
 
 def test_the_harness_runs_our_tasks(model, adapter, task_path, none_of_the_harness):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from spark.errors import ConfigError
-from spark.sweeps.execute import is_finished, submit, train_command
+from spark.sweeps.execute import is_finished, latest_metrics, submit, train_command
 from spark.sweeps.grid import prepare_directory
 from tests.helpers import grid, small
 
@@ -20,6 +20,15 @@ def test_commands_say_what_differs_from_the_file(tmp_path):
     assert words[:3] == ['train', '--config=c.py:spark', f'--workdir={tmp_path}/runs/k-4_pattern-global+local']
     assert words[3] == '--config.optimizer.lr=0.5'
     assert words[4:] == ["--config.model.pattern=('global', 'local')", '--config.model.ffn.k=4']
+
+
+@pytest.mark.parametrize('size', [0, 19_900, 50_000, 500_000])
+def test_the_latest_loss_is_found_behind_long_evaluations(tmp_path, size):
+    record = lambda **values: json.dumps(values) + '\n'
+    assert latest_metrics(tmp_path) == (0, None)
+    text = record(step=1, split='train', loss=3.0) + record(step=2, split='train', loss=2.0)
+    (tmp_path / 'metrics.jsonl').write_text(text + record(step=2, split='eval/x', text='x' * size) + '{"step": 3, "spl')
+    assert latest_metrics(tmp_path) == (2, 2.0)
 
 
 FAKE = {

@@ -201,3 +201,9 @@ def test_what_an_optimizer_or_a_schedule_does_not_read_has_its_default():
     base = small(**{'optimizer.final_lr': 0.0})
     _, _, runs = grid('optimizer.schedule=constant,linear,wsd', 'optimizer.decay_share=0.1', base=base)
     assert [r.cfg.optimizer.final_lr for r in runs] == [0.1, 0, 0] and runs[-1].cfg.optimizer.decay_share == 0.1
+
+
+def test_only_rungs_stop_the_runs_of_a_sweep():
+    for axis, base in [('model.ffn.k=2,3', small(**{'train.stop_at': 4})), ('train.stop_at=0,4', small())]:
+        with pytest.raises(ConfigError, match=r'^train\.stop_at: want 0 in a sweep, whose runs stop at its --rungs'):
+            grid(axis, base=base)

@@ -33,8 +33,8 @@ def sweep(tmp_path):
     return tmp_path, axes, runs, evaluated
 
 
-def fail(out, name):
-    (out / 'logs' / f'{name}.json').write_text('{"exit_code": 3, "message": "NotFiniteError: loss nan"}')
+def fail(out, name, code=3, message='NotFiniteError: loss nan'):
+    (out / 'logs' / f'{name}.json').write_text(json.dumps({'exit_code': code, 'message': message}))
 
 
 def test_the_best_go_on_and_the_others_are_told_why_not(sweep):
@@ -66,6 +66,47 @@ def test_the_best_go_on_and_the_others_are_told_why_not(sweep):
         names[4]: 'stopped at step 3: validation loss inf, place 5 of 6',
         names[5]: 'failed, exit code 3: NotFiniteError: loss nan',
     }  # fmt: skip
+
+
+@pytest.mark.parametrize('code', [124, 4, 5, -9, 75, 1])
+def test_a_failure_of_a_machine_is_no_verdict_on_a_point(sweep, code):
+    """Whenever it is seen: it is tried again, and nothing is judged without it. One that diverged is not."""
+    out, axes, runs, evaluated = sweep
+    stage = lambda: halving.stage(out, runs, axes, halving.Halving((3,), 2))
+    fail(out, runs[0].name, code, 'StalledError: storage')
+    fail(out, runs[1].name)
+    assert stage() == halving.Stage(3, [runs[0], *runs[2:]], {})
+    for run in runs[2:]:
+        evaluated(run.name, 3, 2.0)
+    assert stage() == halving.Stage(3, [runs[0]], {})
+    evaluated(runs[0].name, 3, 1.0)
+    assert runs[0] in stage().runs
+
+
+def test_no_point_goes_on_whose_loss_is_not_finite(sweep):
+    out, axes, runs, evaluated = sweep
+    stage = lambda: halving.stage(out, runs, axes, halving.Halving((3, 6), 2))
+    evaluated(runs[0].name, 3, 2.0)
+    evaluated(runs[1].name, 3, 'nan')
+    evaluated(runs[2].name, 3, 'inf')
+    for run in runs[3:]:
+        fail(out, run.name)
+    now = stage()
+    assert (now.step, now.runs, len(now.stopped)) == (6, [runs[0]], 5)
+    fail(out, runs[0].name)  # after the first rung
+    now = stage()
+    assert (now.step, now.runs) == (6, []) and set(now.stopped) == {run.name for run in runs}
+    assert now.stopped[runs[0].name] == 'stopped at step 6: validation loss inf, place 1 of 1'
+
+
+def test_a_malformed_line_is_skipped(sweep, capsys):
+    out, axes, runs, evaluated = sweep
+    evaluated(runs[0].name, 2, 3.0)
+    with (out / 'runs' / runs[0].name / 'metrics.jsonl').open('a') as f:
+        f.write('{"st\n{"step": 3}\n')
+    evaluated(runs[0].name, 3, 2.0)
+    assert halving.stage(out, runs, axes, halving.Halving((3,), 2)).runs == runs[1:]
+    assert 'skipped 2 of 6 lines, which are malformed' in capsys.readouterr().out
 
 
 def test_a_new_point_can_displace_one_that_went_on(sweep):

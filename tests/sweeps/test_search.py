@@ -45,6 +45,23 @@ def test_every_point_has_each_seed_of_a_list():
     assert len({p[2] for p in searched}) > 8
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_points_do_not_depend_on_the_order_of_the_axes(kind):
+    axes = parse_axes([*AXES, 'seed=0,1'])
+    other = dict(reversed(axes.items()))
+    by_name = lambda axes: [dict(zip(axes, point, strict=True)) for point in points(axes, Search(kind, 4))]
+    assert by_name(axes) == by_name(other)
+
+
+def test_a_sweep_goes_on_with_the_order_of_its_axes(tmp_path):
+    """It is that of the names of the runs."""
+    base, axes, runs = grid('optimizer.lr=0.1,0.2', 'model.ffn.k=2,3')
+    prepare_directory(tmp_path / 'out', base, axes, runs)
+    other = dict(reversed(axes.items()))
+    with pytest.raises(ConfigError, match=r'belongs to a sweep over optimizer\.lr, model\.ffn\.k: want --axis in this order'):
+        prepare_directory(tmp_path / 'out', base, other, expand(base, other))
+
+
 def test_runs_of_a_search(tmp_path):
     base, axes, search = small(), parse_axes(AXES[:2]), Search('sobol', 6)
     runs = expand(base, axes, search)
@@ -84,6 +101,8 @@ def test_wrong_searches(text):
         ('optimizer.lr=2:1', '--axis=optimizer.lr=2:1: want LOW:HIGH'),
         ('optimizer.lr=lin:1:2', '--axis=optimizer.lr=lin:1:2: want LOW:HIGH'),
         ('optimizer.lr=1:2:3', '--axis=optimizer.lr=1:2:3: want LOW:HIGH'),
+        ('optimizer.lr=nan:1', '--axis=optimizer.lr=nan:1: want LOW:HIGH'),
+        ('optimizer.lr=-inf:1', '--axis=optimizer.lr=-inf:1: want LOW:HIGH'),
         ('optimizer.lr=1:inf', '--axis=optimizer.lr=1:inf: want LOW:HIGH'),
         ('model.ffn.k=1.5:4', "--axis=model.ffn.k=1.5:4: '1.5': want a valid integer"),
     ],

@@ -153,12 +153,9 @@ def test_a_run_resumes_with_the_teacher_that_it_had(taught, trained, tmp_path):
     shutil.copytree(trained('dense')[0], tmp_path / 'teacher')
 
     def stopped(name, teacher):
-        """The run, as it was at step 5, with a teacher that lies elsewhere."""
+        """The run, as it was at step 5, with a teacher that lies elsewhere now."""
         shutil.copytree(workdir, tmp_path / name, dirs_exist_ok=True)
         shutil.rmtree(tmp_path / name / 'checkpoints' / '10')
-        saved = json.loads((workdir / 'config.json').read_text())
-        saved['train']['teacher'] = str(tmp_path / teacher)
-        (tmp_path / name / 'config.json').write_text(json.dumps(saved))
         return small(**overrides | {'train.teacher': str(tmp_path / teacher)}), tmp_path / name
 
     wise = load(tmp_path / 'teacher' / 'config.json')
@@ -177,6 +174,16 @@ def test_a_run_resumes_with_the_teacher_that_it_had(taught, trained, tmp_path):
         train(*stopped('c', 'other'))
 
 
+def test_a_run_does_not_go_on_with_a_teacher_that_it_did_not_have_or_without():
+    alone = Trainer(small(), jax.devices()[:1])
+    with pytest.raises(CheckpointError, match=r"^train\.teacher = '': want step 10 of its teacher, wherever that lies"):
+        distillation.load(alone, {'data': {}, 'teacher': {'step': 10, 'digest': 1}})
+    assert distillation.load(alone, {'data': {}}) == distillation.load(alone, {}) == ([], None)
+    taught = Trainer(small(**{'train.teacher': '/no/where'}), jax.devices()[:1], small('dense').model)
+    with pytest.raises(CheckpointError, match=r"train\.teacher = '/no/where': want none, from which this run has learnt"):
+        distillation.load(taught, {'data': {}})
+
+
 def test_no_weight_is_no_teacher(trained, tmp_path, capsys):
     workdir, _ = trained('spark')
     names = ('data.source', 'data.cache_dir', 'model.vocab_size', 'train.eval_every')
@@ -187,7 +194,7 @@ def test_no_weight_is_no_teacher(trained, tmp_path, capsys):
 
 
 def test_a_teacher_that_cannot_teach_is_told(taught, trained, tmp_path):
-    overrides, workdir, _, _ = taught
+    overrides, _, _, _ = taught
     other = overrides | {'data.bos': 'none'}
     cases = [
         (overrides | {'train.teacher': str(tmp_path / 'typo')}, r"train\.teacher = '.*typo': want a run directory, or a checkp"),
@@ -202,7 +209,5 @@ def test_a_teacher_that_cannot_teach_is_told(taught, trained, tmp_path):
     split = {'mesh.model': 6, 'model.attention.n_heads': 6, 'model.attention.n_kv_heads': 6, 'model.vocab_size': 258}
     with pytest.raises(ConfigError, match=r"train\.teacher = '.*': model\.ffn\.d_ff = 64: want a multiple of mesh\.model = 6"):
         distillation.model_of(small(**overrides | split), 6)
-    with pytest.raises(ConfigError, match=r'belongs to a run with train\.teacher = '):
-        train(small(**overrides | {'train.teacher': str(trained('spark')[0])}), workdir)
     with pytest.raises(ConfigError, match=r"train\.kd_weight = 0\.3: want 0\.5, the default: there is no train\.teacher"):
         small(**{'train.kd_weight': 0.3})

@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from spark.config import eval_entries, load
 from spark.errors import ConfigError, DataError
@@ -30,6 +31,12 @@ def by_layer(model, params, batch):
 
 def loss(model, params, batch):
     return {'loss': 0.0}
+
+def step(model, params, batch):
+    return {'step': jnp.sum(1.0 * (batch['segments'] > 0))}
+
+def ema(model, params, batch):
+    return {'ema_hits': 0.0}
 
 def fails(model, params, batch):
     return {'x': batch['labels']}
@@ -110,6 +117,29 @@ def test_statistics_are_those_of_evaluate(evaluated):
     for name in ('active_mean', 'recall', 'attended_p95', 'union_8'):
         assert len(last[f'{name}_by_layer']) == 4 and last[name] == pytest.approx(np.mean(last[f'{name}_by_layer']))
     assert last['recall'] == pytest.approx(np.mean([layer['recall'] for layer in whole['layers']]), abs=0.1)
+
+
+def test_no_value_takes_the_place_of_the_step_of_a_record(tmp_path):
+    writer = MetricsWriter(epath.Path(tmp_path), 0)
+    writer.write(3, 'eval/x', {'loss': 1.0, 'step': 99.5, 'split': 7.0})
+    writer.close()
+    assert records(tmp_path) == [{'step': 3, 'split': 'eval/x', 'loss': 1.0}]
+
+
+def test_a_statistic_is_of_the_layers_that_have_it():
+    layers = [{'layer': 0, 'gini': 0.5}, {'layer': 1, 'recall': 0.25, 'gini': 1.5}, {'layer': 2, 'recall': 0.75, 'gini': 1.0}]
+    found = in_loop._by_name(layers)
+    recall = {'recall': 0.5, 'recall_by_layer/1': 0.25, 'recall_by_layer/2': 0.75}
+    assert found == {'gini': 1.0, 'gini_by_layer': [0.5, 1.5, 1.0]} | recall
+
+
+@pytest.mark.slow
+def test_statistics_that_some_layers_lack_are_of_the_others(tmp_path):
+    overrides = corpus(tmp_path) | {'model.layers': '0:ffn.kind=gated', 'train.steps': 1, 'optimizer.warmup_steps': 0}
+    summary, _, _ = train(small(**overrides, **{'train.evals': ('x statistics=True batches=1',)}), tmp_path / 'run')
+    report = summary['eval/x']
+    assert len(report['attended_mean_by_layer']) == 4 and 'recall_by_layer' not in report and 'recall_by_layer/0' not in report
+    assert report['recall'] == pytest.approx(np.mean([report[f'recall_by_layer/{i}'] for i in (1, 2, 3)]))
 
 
 class Cut(Exception):
@@ -207,7 +237,10 @@ def test_names_are_told_apart():
     ('x metrics=of_ones_own', ConfigError, r'metrics=of_ones_own: cannot be imported'),
     ('x metrics=of_ones_own:by_layer', ConfigError, r"metrics=of_ones_own:by_layer: returns .*want \{name: a number\}"),
     ('x metrics=of_ones_own:loss', ConfigError, r"metrics=of_ones_own:loss: returns 'loss', which evaluation itself reports"),
+    ('x metrics=of_ones_own:step', ConfigError, r"metrics=of_ones_own:step: returns 'step', which evaluation itself reports"),
+    ('x metrics=of_ones_own:ema', ConfigError, r"metrics=of_ones_own:ema: returns 'ema_hits', which evaluation itself reports"),
     ('x metrics=of_ones_own:fails', ConfigError, r"metrics=of_ones_own:fails: fails on .*: KeyError: 'labels'"),
+    ('x split=train', ConfigError, r"train\.evals: x: split='train': want batches=N: it is as long as the training data"),
     ('x source=text:/no/where', DataError, r'text:/no/where: no file matches'),
 ])  # fmt: skip
 def test_what_cannot_be_evaluated_is_told_before_the_training(place, tmp_path, text, error, message):

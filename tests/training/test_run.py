@@ -1,6 +1,5 @@
 """The training loop in this process: what a run leaves, how it resumes, and what it refuses."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import tqdm
 
-from spark import devices, flops
+from spark import devices, flops, runtime
 from spark.checkpoints.checksums import json_crc
 from spark.checkpoints.manager import Checkpoints
 from spark.config import fields, load
@@ -186,8 +185,7 @@ def bucket(monkeypatch):
     class Bucket(MemoryFileSystem):
         store, pseudo_dirs, protocol = {}, [''], 'gs'
 
-    find = importlib.util.find_spec  # a client that is not installed is not needed
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *more: name == 'gcsfs' or find(name, *more))
+    monkeypatch.setattr(runtime, 'installed', lambda name: True)  # a client that is not installed is not needed
     # In place of etils' own function, which remembers the first file system of a process, be it of this test or of another.
     monkeypatch.setattr(type(backend.fsspec_backend), '_get_filesystem', lambda self, name: Bucket())
     writes, write_bytes = [], trackers.write_bytes

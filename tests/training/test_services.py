@@ -3,8 +3,11 @@
 import csv
 import io
 import json
+import socket
 import sqlite3
 import struct
+import subprocess
+import sys
 import threading
 
 import jax
@@ -12,11 +15,13 @@ import numpy as np
 import pytest
 from etils import epath
 
+from spark import errors
 from spark.errors import ConfigError
 from spark.training import services
 from spark.training.run import train
 from spark.training.trackers import MetricsWriter
 from tests.helpers import corpus, records, small
+from tests.processes import environment
 
 
 class Cut(Exception):
@@ -66,9 +71,11 @@ def written_by_wandb(data):
 
 @pytest.mark.slow
 def test_weights_and_biases_offline(tmp_path, monkeypatch, capfd):
-    pytest.importorskip('wandb')
+    wandb, asked = pytest.importorskip('wandb'), []
     from wandb.proto import wandb_internal_pb2
 
+    init = wandb.init
+    monkeypatch.setattr(wandb, 'init', lambda **options: asked.append(options['settings']) or init(**options))
     monkeypatch.setenv('WANDB_MODE', 'offline')
     workdir, _ = killed_and_resumed(tmp_path, 'wandb')
     files = sorted((workdir / 'wandb').glob('offline-run-*/run-*.wandb'), key=lambda path: path.stat().st_mtime)
@@ -91,6 +98,7 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch, capfd):
                 final |= {item.key or '/'.join(item.nested_key): json.loads(item.value_json)}
     assert_whole(found, workdir)
     assert {'evaluations', 'curves'} <= {name.partition('/')[0] for name in names}
+    assert all(settings.disable_git and settings.x_disable_meta for settings in asked) and len(asked) == 2
     assert 'Warning' not in capfd.readouterr().out
 
 
@@ -138,7 +146,8 @@ class Recorder:
 def tracked(tmp_path, monkeypatch):
     """(fails, waits) → (the recorder of a run with these faults, its directory, its final state)."""
     monkeypatch.setattr(services, 'check', lambda names: None)
-    monkeypatch.setattr(services, 'PATIENCE', 1)
+    monkeypatch.setattr(services, 'PATIENCE', dict.fromkeys(services.PATIENCE, 1))
+    monkeypatch.setattr(errors, 'leave_at_once', False)
 
     def run(**faults):
         made = []
@@ -174,8 +183,63 @@ def test_a_tracker_that_fails_ends_no_run(tracked, capsys, faults, said):
     assert len(warnings) == 1 and warnings[0].startswith(f'Warning: train.trackers: wandb: {said}')
 
 
+def test_trackers_that_do_not_answer_share_one_deadline(tracked, tmp_path, monkeypatch):
+    waited, wait = [], services.Service.wait
+    monkeypatch.setattr(services.Service, 'wait', lambda self, seconds: waited.append(seconds) or wait(self, seconds))
+    for name in services.KINDS:
+        monkeypatch.setitem(services.KINDS, name, lambda workdir: Recorder(workdir, waits=('open',)))
+    writer = MetricsWriter(epath.Path(tmp_path), 0, list(services.KINDS))
+    writer.write(1, 'train', {'loss': 1.0})
+    writer.close('stopped')
+    assert 0 < waited[0] <= 1 and waited[1:] == [0]
+    assert [r['step'] for r in records(tmp_path)] == [1]
+
+
+ENDS = """
+import atexit, threading, urllib.request
+from etils import epath
+from spark import errors
+from spark.training import services, trackers
+
+class Waits:
+    def __init__(self, workdir):
+        atexit.register(threading.Event().wait)  # as libraries do for what is not sent yet
+
+    def open(self, *args):
+        urllib.request.urlopen({url!r})
+
+services.KINDS |= dict.fromkeys({kinds!r}, Waits)
+services.PATIENCE = dict.fromkeys(services.PATIENCE, 2)
+
+def main():
+    writer = trackers.MetricsWriter(epath.Path({workdir!r}), 0, ['wandb'])
+    writer.write(1, 'train', {{'loss': 1.0}})
+    writer.close('stopped')
+    {then}
+errors.run(main)
+"""
+STOPPED = ("raise errors.Preempted('at step 1')", 75, 'Preempted: at step 1')
+ENDED = [(*ending, ['wandb']) for ending in (STOPPED, ('print("done")', 0, ''), ('1 / 0', 1, 'ZeroDivisionError'))]
+ENDED.append(pytest.param(*STOPPED, [], marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize(('then', 'code', 'said', 'kinds'), ENDED)
+def test_a_server_that_does_not_answer_holds_up_no_process(tmp_path, then, code, said, kinds):
+    if not kinds:  # the real one
+        pytest.importorskip('wandb')
+    with socket.create_server(('localhost', 0)) as server:  # which accepts, and never answers
+        url = f'http://localhost:{server.getsockname()[1]}'
+        text = ENDS.format(url=url, workdir=str(tmp_path), then=then, kinds=kinds)
+        env = environment(tmp_path, WANDB_BASE_URL=url, WANDB_API_KEY='0' * 40, WANDB_MODE='online')
+        done = subprocess.run([sys.executable, '-c', text], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code and said in done.stderr, done.stderr
+    assert 'Warning: train.trackers: wandb: does not answer; about ' in done.stdout + done.stderr
+    assert ('done' in done.stdout) == (code == 0) and [r['step'] for r in records(tmp_path)] == [1]
+
+
 def test_what_a_tracker_has_is_not_written_again(tmp_path):
-    """Its own word counts too, where metrics.jsonl has lost its last lines."""
+    """Its own word counts, where metrics.jsonl has lost its last lines; where it has none, that of metrics.jsonl."""
+    (tmp_path / 'wandb.json').write_text('{"id": "the id"}')
     tracker = Recorder(tmp_path)
     tracker.last = lambda split: {'train': 7}.get(split, -1)
     with pytest.MonkeyPatch.context() as patch:
@@ -184,13 +248,45 @@ def test_what_a_tracker_has_is_not_written_again(tmp_path):
         for step in range(4, 10):
             service.write(step, 'train', {'loss': 1.0})
             service.write(step, 'validation', {'loss': 1.0})
-        service.close('stopped')
+        services.close([service], 'stopped')
     written = [(args[0], args[1]) for name, *args in tracker.calls if name == 'write']
     assert [step for step, split in written if split == 'train'] == [8, 9]
     assert [step for step, split in written if split == 'validation'] == [6, 7, 8, 9]
 
 
+@pytest.mark.parametrize(('before', 'last'), [(['wandb'], -1), (['wandb'], 2), ([], -1)])
+def test_a_tracker_gets_what_it_lacks_on_resume(tmp_path, monkeypatch, before, last):
+    """Where it could not be opened at first or was added later, and where the last of what was sent did not arrive."""
+    monkeypatch.setattr(errors, 'leave_at_once', False)
+    if last > 0:
+        (tmp_path / 'wandb.json').write_text('{"id": "the id"}')
+    monkeypatch.setitem(services.KINDS, 'wandb', lambda workdir: Recorder(workdir, fails=('open',)))
+    writer = MetricsWriter(epath.Path(tmp_path), 0, before)
+    for step in range(1, 9):
+        writer.write(step, 'train', {'loss': 1.0 if step != 4 else float('nan'), 'by_layer': [1.0, 2.0]})
+    writer.close('failed')
+    tracker = Recorder(tmp_path)
+    tracker.last = lambda split: last
+    monkeypatch.setitem(services.KINDS, 'wandb', lambda workdir: tracker)
+    writer = MetricsWriter(epath.Path(tmp_path), 5, ['wandb'])
+    for step in range(6, 10):
+        writer.write(step, 'train', {'loss': 1.0})
+    writer.close()
+    written = [args for name, *args in tracker.calls if name == 'write']
+    assert [step for step, *_ in written] == list(range(max(last, 0) + 1, 10))
+    assert {'loss', 'by_layer/1'} <= {*written[0][2]} and np.isnan(next(x for step, _, x in written if step == 4)['loss'])
+
+
+def test_what_fails_when_the_end_is_drawn_ends_no_run(tracked, monkeypatch, capsys):
+    monkeypatch.setattr(services, 'curves', lambda records: 1 / 0)
+    _, workdir, state = tracked()
+    assert int(state.step) == 10 and len(records(workdir)) == 13
+    assert capsys.readouterr().out.count('Warning: train.trackers: wandb: ZeroDivisionError') == 1
+
+
 def test_a_missing_package_is_told_before_the_training(tmp_path, monkeypatch):
+    (tmp_path / 'no_such_package').mkdir()  # as that of wandb's files, where a run was started
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(services.PACKAGES, 'wandb', ('no_such_package',))
     with pytest.raises(ConfigError, match=r"train\.trackers: 'wandb' needs pip install 'spark-transformer\[wandb\]'"):
         train(small(**corpus(tmp_path), **{'train.trackers': ('wandb',)}), tmp_path / 'run')
