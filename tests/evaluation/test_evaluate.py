@@ -223,9 +223,9 @@ def test_layers_may_be_fitted_a_few_at_a_time(run, monkeypatch, capsys):
 def test_layers_of_different_kinds_are_fitted_each_by_itself():
     """The first layers see the same inputs as in a model whose layers are all like them."""
 
-    class Batches:
+    class Batches:  # each pass begins anew, and is closed
         def __iter__(self):
-            yield random_batch(cfg)
+            yield random_batch(small(), 0)
 
     found, alike = [], model_and_params(small())[1]['params']
     for words in ('', '2-:ffn.kind=spark_low_rank 2-:ffn.d_ff=64'):
