@@ -274,7 +274,7 @@ metric_list: [{{metric: acc}}]
     from spark.evaluation import tasks
 
     model = evaluate.load(tmp_path / 'run')
-    results, _ = tasks.run(model, ['spark_choice'], tasks.load(['spark_choice'], str(tmp_path)), limit=4)
+    results, _ = tasks.run(model, tasks.load(['spark_choice'], str(tmp_path)), limit=4)
     assert found[10]['spark_choice/acc'] == results['spark_choice']['acc,none']
     with pytest.raises(ConfigError, match=r"^train\.evals: x: tasks: no task 'spark_chioce'; did you mean spark_choice\?"):
         train(small(**overrides | {'train.evals': (f'x tasks=spark_chioce task_path={tmp_path}',)}), tmp_path / 'other')
