@@ -111,7 +111,7 @@ def test_a_directory_belongs_to_one_sweep(tmp_path):
     (workdir / 'config.json').write_text(small(**{'model.ffn.k': 4, 'optimizer.lr': 0.5}).model_dump_json())
     with pytest.raises(ConfigError, match=r'k-4 belongs to a run with optimizer\.lr = 0\.5, now 0\.01: choose another --out'):
         prepare_directory(tmp_path / 'out', base, axes, runs)
-    for damage in (lambda path: path.write_text('{"axes": '), lambda path: path.write_text('{"axes": {}, "config": []}'),
+    for damage in (lambda path: path.write_text('{"axes": '), lambda path: path.write_text('{"axes": {}, "config": {"model": []}}'),
                    lambda path: (path.unlink(), path.mkdir())):  # fmt: skip
         damage(tmp_path / 'out' / 'sweep.json')
         with pytest.raises(ConfigError, match=r'not the record of a sweep \(.*\): choose another --out; or delete this file'):
