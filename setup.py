@@ -99,7 +99,7 @@ setup(
     install_requires=[
         'jax>=0.10',
         'flax>=0.12.2',  # older versions fail under jax 0.10 with rematerialisation
-        'optax>=0.2.7',
+        'optax>=0.2.8',
         'orbax-checkpoint>=0.12',
         'tensorstore>=0.1.78',  # Orbax's format, read piece by piece
         'grain>=0.2.16',  # older versions restore a window shuffle wrongly

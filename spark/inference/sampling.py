@@ -31,7 +31,8 @@ def filtered(logits_BxV: Float[Array, 'B V'], sampling: Sampling) -> Float[Array
     z = logits_BxV.astype(jnp.float32) / sampling.temperature
     least = jnp.full(z.shape[:-1], -jnp.inf)
     if 0 < sampling.top_k < z.shape[-1]:
-        least = jnp.maximum(least, jax.lax.top_k(z, sampling.top_k)[0][..., -1])
+        # A minimum rather than a slice, of which XLA:CPU would make a sort of the whole vocabulary.
+        least = jnp.maximum(least, jnp.min(jax.lax.top_k(z, sampling.top_k)[0], axis=-1))
     if sampling.top_p < 1:
         z_down = jnp.sort(z, axis=-1, descending=True)
         p = jax.nn.softmax(z_down, axis=-1)

@@ -154,12 +154,13 @@ def _keep_largest(x, k, axis, where, shrink, largest):
     x = jnp.moveaxis(jnp.asarray(x), axis, -1)
     where = None if where is None else jnp.moveaxis(jnp.broadcast_to(where, jnp.moveaxis(x, -1, axis).shape), axis, -1)
     values, index = largest(x if where is None else jnp.where(where, x, -jnp.inf), k + 1)  # from the largest on
-    kept = jnp.put_along_axis(jnp.zeros(x.shape, bool), index[..., :k], True, axis=-1, inplace=False)
-    theta = values[..., k:]
+    # Neither is sliced: XLA:CPU then no longer knows its top-k, and sorts whole rows, which takes seven times as long.
+    kept = jnp.put_along_axis(jnp.zeros(x.shape, bool), index, jnp.arange(k + 1) < k, axis=-1, inplace=False)
+    found = values if where is None else jnp.where(jnp.isneginf(values), jnp.inf, values)  # approximate: perhaps not as many
+    theta = jnp.min(found, axis=-1, keepdims=True)
     if where is not None:
         whole = jnp.sum(where, axis=-1, keepdims=True) <= k
-        found = jnp.where(jnp.isneginf(values), jnp.inf, values)  # an approximate one may find fewer than there are
-        kept, theta = kept | whole, jnp.where(whole, 0, jnp.min(found, axis=-1, keepdims=True))
+        kept, theta = kept | whole, jnp.where(whole, 0, theta)
     theta = theta if shrink else 0
     return jnp.moveaxis(_masked(jnp.where(kept, x - theta, 0), where), -1, axis)
 

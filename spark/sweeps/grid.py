@@ -184,7 +184,7 @@ def prepare_directory(
             recorded = json.loads(path.read_text())
             recorded_base = config.ExperimentConfig.model_validate_json(json.dumps(config.upgraded(recorded['config'])))
             recorded_axes, recorded_how = list(recorded['axes']), recorded.get('how', {})
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             reason = ' '.join(str(getattr(e, 'strerror', None) or e).split())
             raise ConfigError(
                 f'{path}: not the record of a sweep ({reason}): choose another --out; or delete this file and move {out}/runs '

@@ -136,6 +136,11 @@ def test_the_tokens_that_may_be_drawn(logits, k, p, min_p, temperature):
     assert left[z.argmax()]
 
 
+def test_the_k_likeliest_tokens_are_found_without_a_sort():
+    program = jax.jit(lambda z: filtered(z, Sampling(1.0, 40, 1.0, 0.0))).lower(jnp.zeros((2, 4096))).compile().as_text()
+    assert 'custom_call_target="TopK"' in program and ' sort(' not in program
+
+
 def test_sampling_follows_the_softmax():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
     draw = lambda how, n: jax.vmap(lambda key: sample(logits, key, how)[0])(jax.random.split(jax.random.key(0), n))

@@ -332,3 +332,11 @@ def test_groups_that_do_not_divide():
         in_groups(exact_topk, x, 5, 2)
     with pytest.raises(ValueError, match=r'k = 0\.5: top-k keeps at least one'):
         in_groups(statistical_topk, x, 1, 2)
+
+
+@pytest.mark.parametrize('operator', [exact_topk, approx_topk])
+@pytest.mark.parametrize('shrink', [True, False])
+def test_the_largest_are_found_without_a_sort(operator, shrink):
+    """XLA:CPU has a top-k of its own, and sorts whole rows where the program hides that only the largest are wanted."""
+    program = jax.jit(lambda x: operator(x, 20, shrink=shrink)).lower(jnp.zeros((4, 256))).compile().as_text()
+    assert 'custom_call_target="TopK"' in program and ' sort(' not in program

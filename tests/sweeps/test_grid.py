@@ -1,5 +1,6 @@
 """Grids: what they contain and what they refuse."""
 
+import functools
 import json
 
 import pytest
@@ -182,7 +183,9 @@ def test_a_directory_belongs_to_one_sweep(tmp_path):
     (workdir / 'config.json').write_text(small(**{'model.ffn.k': 4, 'optimizer.lr': 0.5}).model_dump_json())
     with pytest.raises(ConfigError, match=r'k-4 belongs to a run with optimizer\.lr = 0\.5, now 0\.01: choose another --out'):
         prepare_directory(tmp_path / 'out', base, axes, runs)
-    for damage in (lambda path: path.write_text('{"axes": '), lambda path: (path.unlink(), path.mkdir())):
+    texts = '{"axes": ', '{"axes": {}, "config": {"model": []}}'
+    damages = [functools.partial(lambda text, path: path.write_text(text), text) for text in texts]
+    for damage in (*damages, lambda path: (path.unlink(), path.mkdir())):
         damage(tmp_path / 'out' / 'sweep.json')
         with pytest.raises(ConfigError, match=r'not the record of a sweep \(.*\): choose another --out; or delete this file'):
             prepare_directory(tmp_path / 'out', base, axes, runs)
