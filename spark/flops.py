@@ -99,4 +99,5 @@ def parameters(cfg: ModelConfig) -> int:
     D, a = cfg.d_model, cfg.attention
     ffn = sum(layer.ffn.traits.parameters(D, layer.ffn.d_ff, layer.ffn.r) for layer in cfg.per_layer)
     attention = D * a.head_dim * (2 * a.n_heads + 2 * a.n_kv_heads)
-    return cfg.vocab_size * D + D + ffn + cfg.n_layers * (attention + 4 * D)
+    qk_norms = sum(2 * a.head_dim * layer.attention.qk_norm for layer in cfg.per_layer)
+    return cfg.vocab_size * D + D + ffn + qk_norms + cfg.n_layers * (attention + 4 * D)

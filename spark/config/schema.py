@@ -115,6 +115,7 @@ class AttentionConfig(Section):
     r: int = Field(0, ge=0)  # predictor rank: a head's first r dimensions score the keys; 0 for kinds without a predictor
     gate: Literal['', 'identity', 'softplus', 'sigmoid'] = ''  # σ2; '': the kind's
     ddof: int = Field(-1, ge=-1, le=1)  # the variance is a sum of squares over n − ddof; −1: the kind's
+    qk_norm: bool = False  # queries and keys are normalised over a head, each with a learned scale, before rotary embedding
     window: int = Field(0, ge=0)  # keys that a query of a local layer sees, its own included; 0 if no layer is local
     logit_cap: float = Field(0.0, ge=0)  # soft-cap of the softmax's logits; 0: none
     cap_first: bool = False  # the threshold is one of soft-capped scores; else the soft-cap comes after the top-k

@@ -5,8 +5,8 @@
 | FFN       | K1 (F, r), a row per neuron            | (F, (D − r) + D), its row of K2 and of V       |
 | attention | keys (B, N, S, r), a row per token     | (B, N, S, (d − r) + d), rest of key, and value |
 
-Attention without a predictor is the same table with r = d. FFNs without one, or whose predictor's score is the only one, are two
-products, by 'keys' and by 'VT'. A learned projection 'P' is a product of its own.
+Without a predictor r is the whole width, and K2, which a gate has, is as wide. Without a second score there is no K2. FFNs
+without top-k are two products, by 'keys' and by 'VT'. A learned projection 'P' is a product of its own.
 """
 
 import functools
@@ -110,14 +110,17 @@ def _layer_recipe(serving, i):
         ('out', lambda out: stack(out.reshape(-1, out.shape[-1]).T), of('attention', 'out')),
         *((norm, lambda scale: scale, [(f'{norm}_{i}', 'scale')]) for norm in NORMS),
     ]
+    if serving.cfg.attention.qk_norm:
+        recipe += [(norm, lambda scale: scale, [(f'attention_{i}', norm, 'scale')]) for norm in ('q_norm', 'k_norm')]
     if kind.projected:
         recipe.append(('P', lambda P: stack(P.T), of('ffn', 'P')))
-    if kind.predictor and kind.second:
-        tiles = serving.kernels == 'tpu' and kind.gate == 'identity'
-        table = lambda K2, V: records(K2.T, V, dtype, tiles)
-        return [*recipe, ('K1', lambda K1: stack(K1.T), of('ffn', 'K1')), ('records', table, of('ffn', 'K2', 'V'))]
-    keys = of('ffn', 'K1', 'K2') if kind.second else of('ffn', 'K')
-    return [*recipe, ('keys', lambda *Ks: stack(*(K.T for K in Ks)), keys), ('VT', lambda V: stack(V.T), of('ffn', 'V'))]
+    keys = ('K1', 'K2') if kind.second else ('K',)
+    if not kind.topk:
+        stacked = lambda *Ks: stack(*(K.T for K in Ks))
+        return [*recipe, ('keys', stacked, of('ffn', *keys)), ('VT', lambda V: stack(V.T), of('ffn', 'V'))]
+    tiles = serving.kernels == 'tpu' and kind.gate == 'identity'
+    table = lambda *K2_and_V: records(K2_and_V[0].T if kind.second else K2_and_V[-1][:, :0], K2_and_V[-1], dtype, tiles)
+    return [*recipe, ('K1', lambda K1: stack(K1.T), of('ffn', keys[0])), ('records', table, of('ffn', *keys[1:], 'V'))]
 
 
 def lay_out(serving: Serving, leaf: Callable[..., Any], place: Callable = jax.device_put) -> dict[str, Any]:

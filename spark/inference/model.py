@@ -45,17 +45,16 @@ def computed_by(serving: Serving, half: str) -> str:
         found = [computed_by(of_layer(serving, i), half) for i in range(serving.cfg.n_layers)]
         return ' + '.join(dict.fromkeys(found))
     cfg, f, kind = serving.cfg, serving.cfg.ffn, getattr(serving.cfg, half).traits
-    gathers = kind.topk and (half == 'attention' or (kind.predictor and kind.second))
-    reads_records = gathers and kind.gate == 'identity' and serving.dtype != 'int8'
+    reads_records = kind.topk and kind.gate == 'identity' and serving.dtype != 'int8'
     takes = {
         ('attention', 'cpu'): kind in nn_attention.KERNEL_KINDS,
-        ('ffn', 'cpu'): not (kind.predictor and kind.second) or (kind == CPU_FFN and f.soft),
+        ('ffn', 'cpu'): not kind.topk or (kind == CPU_FFN and f.soft),
         ('ffn', 'tpu'): reads_records,
         ('ffn', 'gpu'): reads_records and rows_gpu.columns(cfg.d_model - f.r, cfg.d_model) > 0,
     }
     if takes.get((half, serving.kernels)):
         return serving.kernels
-    return 'gather' if gathers and serving.kernels != 'masked' else 'masked'
+    return 'gather' if kind.topk and serving.kernels != 'masked' else 'masked'
 
 
 def init_cache(serving: Serving, batch: int, size: int, chunk: int) -> Cache:
@@ -153,7 +152,7 @@ class _Layer:
         multiply = lambda x, W: product(serving, x.reshape(B * L, -1), W).astype(serving.compute)
         qkv = multiply(x_BxLxD, self.w['qkv']).reshape(B, L, H + 2 * N, d)
         q, k, v = qkv[:, :, :H], qkv[:, :, H : H + N], qkv[:, :, H + N :]
-        y_BxLxHd = nn_attention.attend(a, q, k, v, self.rotations, self._look_up)
+        y_BxLxHd = nn_attention.attend(a, q, k, v, self.rotations, self._look_up, lambda name, x: rms_norm(x, self.w[name]))
         return multiply(y_BxLxHd.astype(serving.compute), self.w['out']).reshape(B, L, D)
 
     def _look_up(self, q_BxNxGxLxd, k_BxNxLxd, v_BxNxLxd):
@@ -205,9 +204,8 @@ def visible(length: Length, L: int, S: int, first_B: Rows, window: int) -> Bool[
 def ffn(serving: Serving, w: dict, x_TxD: Float[Array, 'T D']) -> tuple[Float[Array, 'T D'], Counts]:
     """One layer's FFN by its weights, and its counts."""
     f, kind = serving.cfg.ffn, serving.cfg.ffn.traits
-    q1_Txr = product(serving, x_TxD, w['P']).astype(serving.compute) if kind.projected else x_TxD[:, : f.r or None]
-    if not (kind.predictor and kind.second):
-        s = product(serving, q1_Txr, w['keys']).astype(serving.compute)
+    if not kind.topk:
+        s = product(serving, x_TxD, w['keys']).astype(serving.compute)
         a, active = nn_ffn.activations(f, s[:, : f.d_ff])
         if kind.gated:
             a = a * ops.ACTIVATIONS[kind.gate](s[:, f.d_ff :])
@@ -217,13 +215,15 @@ def ffn(serving: Serving, w: dict, x_TxD: Float[Array, 'T D']) -> tuple[Float[Ar
     if computed_by(serving, 'ffn') == 'cpu':
         y, active, read = cpu.ffn(x_TxD, K1.values, table.values, f.k, f.huber, K1.scales, table.scales)
         return y, {'active': active, 'records_read': read}
+    q1_Txr = product(serving, x_TxD, w['P']).astype(serving.compute) if kind.projected else x_TxD[:, : f.r or None]
+    q2 = x_TxD[:, f.r :] if kind.second else x_TxD[:, :0]
     s = product(serving, q1_Txr, K1).astype(serving.compute)
     if kind.adds:
         a = nn_ffn.select(f, s)
         active = a != 0
     else:
         a, active = nn_ffn.activations(f, s)
-    y, overflow, read = _second_half(serving, 'ffn', x_TxD[:, f.r :], a, active, table)
+    y, overflow, read = _second_half(serving, 'ffn', q2, a, active, table)
     counts = {'active': jnp.sum(active, axis=-1), 'records_read': read, 'overflow': overflow}
     return y[:, : x_TxD.shape[1]].astype(serving.compute), counts
 

@@ -17,7 +17,7 @@ from spark.errors import ConfigError
 from spark.kernels import attention_gpu, blockwise, cpu, gpu, sparse_attention, tpu
 from spark.kernels.blockwise import Keys, PerQuery, Queries
 from spark.nn.block import Hidden, Integers
-from spark.nn.layers import by_token, matrix, mesh_axes, shards, sow
+from spark.nn.layers import RMSNorm, by_token, matrix, mesh_axes, shards, sow
 from spark.nn.runs import K
 
 # What attention kernels compute: blockwise and Pallas for training, C++ for decoding. They decline every other kind.
@@ -112,7 +112,8 @@ class Attention(nn.Module):
             return (x @ W_DxHxd.reshape(D, heads * d)).reshape(B, L, heads, d)
 
         qkv = project('q', H, 'heads'), project('k', N, 'kv_heads'), project('v', N, 'kv_heads')
-        y_BxLxHd = attend(cfg, *qkv, rotations(cfg, positions_BxL), lambda q, k, v: self.look_up(q, k, v, visible, kept))
+        look_up = lambda q, k, v: self.look_up(q, k, v, visible, kept)
+        y_BxLxHd = attend(cfg, *qkv, rotations(cfg, positions_BxL), look_up, lambda name, x: RMSNorm(name=name)(x))
         out = matrix(self, 'out', (H, d, D), ('heads', 'head_dim', 'embed'), H * d, self.dtype)
         return (by_token(y_BxLxHd) @ out.reshape(H * d, D)).reshape(B, L, D)
 
@@ -147,10 +148,15 @@ class Attention(nn.Module):
 
 def attend(
     cfg: AttentionConfig, q: Heads, k: KeyHeads, v: KeyHeads, rotations: Rotations,
-    look_up: Callable[[Queries, Keys, Keys], Queries],
+    look_up: Callable[[Queries, Keys, Keys], Queries], norm: Callable[[str, Heads], Heads],
 ) -> Float[Array, 'B L Hd']:  # fmt: skip
-    """Attention between the projections, heads side by side; in `look_up`, G heads share each of the N key-value heads."""
+    """Attention between the projections, heads side by side; in `look_up`, G heads share each of the N key-value heads.
+
+    `norm(name, x)` normalises with the scale of that name, as in `block`.
+    """
     (B, L, H, d), N = q.shape, cfg.n_kv_heads
+    if cfg.qk_norm:
+        q, k = norm('q_norm', q), norm('k_norm', k)
     q, k = rotate(cfg, q, rotations, scale=True), rotate(cfg, k, rotations)
     q_BxNxGxLxd = q.reshape(B, L, N, H // N, d).transpose(0, 2, 3, 1, 4)
     y_BxNxGxLxd = look_up(q_BxNxGxLxd, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))

@@ -87,6 +87,7 @@ LEVERS = [
     {'ffn.groups': 2, 'attention.gate': 'identity'}, {'ffn.ddof': 0, 'attention.ddof': 0},
     {'ffn.gate': 'softplus', 'attention.gate': 'sigmoid'}, {'ffn.gate': 'none', 'attention.cap_first': True},
     {'ffn.kind': 'spark_projected', 'attention.kind': 'topk', 'attention.r': 0, 'ffn.shrink': False},
+    {'ffn.kind': 'topk', 'ffn.r': 0, 'attention.qk_norm': True}, {'ffn.kind': 'gaussian_topk', 'ffn.r': 0, 'ffn.topk': 'exact'},
     {'ffn.kind': 'spark_low_rank', 'attention.kind': 'spark_low_rank', 'attention.cap_first': True, 'ffn.topk': 'exact'},
 ]  # fmt: skip
 
@@ -109,10 +110,8 @@ def test_every_lever_decodes_as_it_trains(fields, kernels):
         computed = {half: computed_by(serving, half) for half in ('ffn', 'attention')}
         plain = {half: not any(name.startswith(half) for name in fields) for half in computed}
         for half, by in computed.items():
-            alone = half == 'ffn' and fields.get('ffn.gate') == 'none'  # two products
-            general = ('cpu' if kernels == 'cpu' else 'masked') if alone else 'gather'
-            smooth = fields == {'ffn.huber': 0.5}
-            assert by == (kernels if plain[half] or smooth else general), half
+            same_lookup = fields == {'ffn.huber': 0.5} or (half == 'attention' and 'attention.qk_norm' in fields)
+            assert by == (kernels if plain[half] or same_lookup else 'gather'), half
 
 
 WORDS = [
@@ -138,7 +137,7 @@ def test_layers_that_differ_are_served_as_they_were_trained(words, kernels):
     assert counts['active'].shape == (4, 2, 1)
     layer, neurons = (3, 96) if words == WORDS[0] else (0, 64)  # in which all are active
     assert (counts['active'][layer] == neurons).all()
-    by = {'gather': 'masked + gather', 'cpu': 'cpu' if words == WORDS[1] else 'cpu + gather', 'masked': 'masked'}
+    by = {'gather': 'masked + gather', 'cpu': 'cpu + gather', 'masked': 'masked'}
     assert computed_by(serving, 'ffn') == (kernels if words == WORDS[0] else by[kernels])
     means = {name: np.mean(x.reshape(4, -1), axis=1) for name, x in counts.items()}
     assert 0 < bytes_per_step(serving, weights, cache, means) <= sum(x.nbytes for x in jax.tree.leaves((weights, cache)))
@@ -253,10 +252,11 @@ def test_too_little_room_is_counted_and_by_default_costs_time_only():
     assert results['masked'] < 1e-3 < results['drop']
 
 
+@pytest.mark.parametrize('kind', ['spark', 'gaussian_topk'])
 @pytest.mark.parametrize('kernels', ['tpu', 'gpu'])
-def test_the_pallas_kernels_interpreted(kernels):
-    widths = {'model.d_model': 64, 'model.ffn.d_ff': 256, 'model.ffn.k': 16, 'model.ffn.r': 32, 'model.n_layers': 2}
-    cfg = small('spark', **widths)
+def test_the_pallas_kernels_interpreted(kernels, kind):
+    widths = {'model.d_model': 64, 'model.ffn.d_ff': 256, 'model.ffn.k': 16, 'model.n_layers': 2}
+    cfg = small('spark', **widths, **{'model.ffn.kind': kind, 'model.ffn.r': 32 * FFN_KINDS[kind].predictor})
     model, params = model_and_params(cfg)
     tokens, serving = random_rows(cfg, length=10)[0], Serving(cfg.model, kernels=kernels)
     assert [computed_by(serving, half) for half in ('attention', 'ffn')] == ['gather', kernels]

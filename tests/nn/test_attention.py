@@ -42,10 +42,13 @@ def reference(cfg, p, x, window):
     scale = [((d if added else s.stop - s.start) * (cfg.query_dim or d) / d) ** -0.5 for s in parts]
     cap = lambda s: cfg.logit_cap * np.tanh(s / cfg.logit_cap) if cfg.logit_cap else s
     gate = {'identity': lambda s: s, 'sigmoid': lambda s: 1 / (1 + np.exp(-s))}.get(cfg.gate, lambda s: np.log1p(np.exp(s)))
+    scales = [p.pop(name)['scale'] if cfg.qk_norm else None for name in ('q_norm', 'k_norm')]
+    normalised = lambda x, w: x if w is None else x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6) * (1 + w)
     p = {name: np.asarray(value, np.float64) for name, value in p.items()}
     for b in range(B):
         for h in range(H):
             q, key, value = (x[b] @ w for w in (p['q'][:, h], p['k'][:, h // (H // N)], p['v'][:, h // (H // N)]))
+            q, key = (normalised(*pair) for pair in zip((q, key), scales, strict=True))
             for i in range(L):
                 keys = [j for j in range(L) if SEGMENTS[b, i] == SEGMENTS[b, j]
                         and 0 <= POSITIONS[b, i] - POSITIONS[b, j] < (window or L)]  # fmt: skip
@@ -82,6 +85,8 @@ def reference(cfg, p, x, window):
         AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='spark', k=3, r=4, gate='sigmoid'),
         AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='spark', k=3, r=4, logit_cap=5.0, cap_first=True),
         AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='topk', k=3, ddof=0, logit_cap=5.0, cap_first=True),
+        AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, kind='spark', k=3, r=4, qk_norm=True),
+        AttentionConfig(n_heads=H, n_kv_heads=N, head_dim=d, query_dim=5.0, logit_cap=2.0, qk_norm=True),
     ],
 )
 def test_attention_is_its_definition(cfg, window):
@@ -89,9 +94,10 @@ def test_attention_is_its_definition(cfg, window):
     attention = Attention(cfg, jnp.float32)
     visible = visible_keys(POSITIONS, POSITIONS, SEGMENTS, SEGMENTS, window)
     boxed = attention.init(jax.random.key(0), x, POSITIONS, visible)
-    variables = jax.tree.map(lambda v: 2 * v.value, boxed, is_leaf=lambda v: hasattr(v, 'value'))
+    doubled = lambda v: 2 * v.value if v.value.ndim > 1 else jnp.linspace(-0.5, 1, d)  # a norm's scale begins at 0
+    variables = jax.tree.map(doubled, boxed, is_leaf=lambda v: hasattr(v, 'value'))
     y, state = attention.apply(variables, x, POSITIONS, visible, mutable=[METRICS])
-    expected, attended = reference(cfg, variables['params'], np.asarray(x), window)
+    expected, attended = reference(cfg, dict(variables['params']), np.asarray(x), window)
     np.testing.assert_allclose(y, expected, atol=3e-5)
     np.testing.assert_array_equal(state[METRICS]['attended'].reshape(B, H, L), attended)
 

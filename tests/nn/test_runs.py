@@ -215,7 +215,7 @@ def test_compiling_does_not_depend_on_depth_where_only_k_differs():
 
 
 def test_other_kinds_are_other_scans():
-    cfg = small(**{'model.n_layers': 8, 'model.layers': '0:ffn.kind=gated 6-:attention.kind=dense'})
+    cfg = small(**{'model.n_layers': 8, 'model.layers': '0:ffn.kind=gated 6-:attention.kind=dense 6-:attention.qk_norm=true'})
     found = [(r.name, r.first, r.length) for r in runs(cfg.model)]
     assert found == [('groups_0', 0, 1), ('groups_1', 2, 2), ('groups_2', 6, 1)]
     assert [(place(cfg.model, i)[0].name, *place(cfg.model, i)[1:]) for i in (0, 3, 5, 7)] == [
