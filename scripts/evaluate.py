@@ -1,12 +1,13 @@
 """Evaluate a checkpoint of any run, dense or Spark: loss, statistics of its lookups, FLOPs, benchmark tasks.
 
-    python scripts/evaluate.py --workdir=DIR [--step=N] [--ema] [--split=test] [--loss_only] [--json=FILE] [--plots]
+    python scripts/evaluate.py --workdir=DIR [--step=N] [--ema] [--split=test] [--loss_only] [--json=FILE] [--plots] [--history]
         [--length=TOKENS] [--fit_predictor] [--k_measured=SHARE] [--neurons=LAYER] [--tasks=hellaswag,arc_easy,…]
 
 Prints tables. --length=N takes rows of N tokens, also longer ones than in training: see loss and attended keys by position.
 --fit_predictor adds what a linear predictor of the same rank and a constant ranking of neurons reach, fitted to the contributions
 by least squares. --k_measured=0.08 evaluates at the k at which nearly 8 % of the neurons are active, and says which k that is.
---plots and --neurons write figures and an HTML page of neurons to DIR/evaluation/. --tasks runs tasks of lm-evaluation-harness,
+--plots and --neurons write figures and an HTML page of neurons to DIR/evaluation/. --history measures the kept checkpoints before
+this one, too, and draws there how well top-k selected at each. --tasks runs tasks of lm-evaluation-harness,
 and nothing else with --split=none. The built-in needle_single, needle_multikey and needle_tracking have contexts of any length:
 --metadata='{"length": [512, 2048], "depth": [0, 0.5]}'.
 Exit codes: 0 done, 2 bad usage, 4 data or task unreadable, 5 no such checkpoint.
@@ -29,6 +30,7 @@ BATCH = flags.DEFINE_integer('batch_size', 0, 'Rows per batch; default those of 
 LENGTH = flags.DEFINE_integer('length', 0, "Tokens in a row; default the run's data.seq_len.", lower_bound=0)
 FIT = flags.DEFINE_bool('fit_predictor', False, 'Also fit linear predictors of the same rank to the same neurons.')
 SHARE = flags.DEFINE_float('k_measured', None, 'Evaluate at the k at which this share of the neurons is active.')
+HISTORY = flags.DEFINE_bool('history', False, 'Also measure the earlier checkpoints, and draw recall over steps.')
 CONTEXT = flags.DEFINE_integer('context', None, 'Context, in tokens, of the FLOPs; default --length.', lower_bound=1)
 LOSS_ONLY = flags.DEFINE_bool('loss_only', False, 'No statistics and no FLOPs: costs a forward pass.')
 PLOTS = flags.DEFINE_bool('plots', False, 'Also draw activity, scores and attended keys.')
@@ -51,13 +53,16 @@ def main() -> None:
         raise errors.ConfigError('--loss_only: --plots and --neurons draw the statistics that it leaves out')
     if FIT.value and (LOSS_ONLY.value or SPLIT.value == 'none'):
         raise errors.ConfigError('--fit_predictor: its recall is a statistic, which --loss_only and --split=none leave out')
+    if HISTORY.value and (LOSS_ONLY.value or SPLIT.value == 'none' or SHARE.value is not None):
+        raise errors.ConfigError('--history: draws recall, which --loss_only and --split=none leave out, and takes k as it was')
     metadata = parsed_metadata()
     if metadata and not TASKS.value:
         raise errors.ConfigError('--metadata: only --tasks read it')
     # Imported late, so that usage errors come before jax starts.
     from spark.evaluation import evaluate, neurons, plots, tables
 
-    model = evaluate.load(workdir, STEP.value, SOURCE.value, BATCH.value, LENGTH.value, EMA.value)
+    load = lambda step: evaluate.load(workdir, step, SOURCE.value, BATCH.value, LENGTH.value, EMA.value)
+    model = load(STEP.value)
     n_layers = model.cfg.model.n_layers
     for name, flag in [('layer', LAYER), ('neurons', NEURONS)]:
         if flag.value is not None and flag.value >= n_layers:
@@ -86,6 +91,11 @@ def main() -> None:
         print('', *figures, sep='\n')
         if NEURONS.value is not None:
             print(neurons.write(model, SPLIT.value, NEURONS.value, out / f'neurons_{NEURONS.value}.html', figures[0]))
+    if HISTORY.value:
+        earlier = [step for step in evaluate.steps(workdir) if step < model.step]
+        reports = [evaluate.evaluate(load(step), SPLIT.value, CONTEXT.value, fit=FIT.value)[0] for step in earlier]
+        report['history'] = [{'step': r['step'], 'loss': r['loss'], 'layers': r['layers']} for r in (*reports, report)]
+        print(plots.recall(report['history'], f'{SPLIT.value} split', workdir / 'evaluation' / f'{SPLIT.value}_recall.png'))
     if TASKS.value:
         report['tasks'], table = tasks.run(model, loaded, limit=LIMIT.value, num_fewshot=FEWSHOT.value)
         print(table)

@@ -220,6 +220,13 @@ def test_evaluate_a_run(place, forks):
         assert words in done.stdout
     left = {p.name for p in (tmp / 'whole' / 'evaluation' / f'test_{STEPS}').iterdir()}
     assert left == {'activity.png', 'scores_1.png', 'attended.png', 'neurons_1.html'}
+    assert not (tmp / 'whole' / 'evaluation' / 'test_recall.png').exists()
+    done = forks.script('evaluate.py', f'--workdir={tmp}/whole', f'--json={tmp}/h.json', '--history')
+    assert done.returncode == 0, done.stderr
+    history = json.loads((tmp / 'h.json').read_text())['history']
+    assert [entry['step'] for entry in history] == [16, STEPS] and history[-1]['layers'] == report['layers']
+    assert history[0]['loss'] > history[1]['loss'] and 0 < history[0]['layers'][0]['recall'] < 1
+    assert (tmp / 'whole' / 'evaluation' / 'test_recall.png').stat().st_size > 10_000
     again = forks.script('train.py', f'--config={tmp}/config.py', f'--workdir={tmp}/whole')
     assert again.returncode == 0, again.stderr  # the directory is still the run's
 
@@ -246,6 +253,7 @@ def test_evaluate_tells_the_share_that_it_found(place, forks):
         (['--workdir={}/whole', '--step=7'], 5, f'no step 7; there are 16, {STEPS}'),
         (['--workdir={}/whole', '--neurons=2'], 2, '--neurons=2: want a layer from 0 to 1'),
         (['--workdir={}/whole', '--split=tset'], 2, 'tset'),
+        (['--workdir={}/whole', '--history', '--loss_only'], 2, '--history: draws recall, which --loss_only'),
         (['--workdir={}/whole', '--split=none'], 2, '--split=none: there is nothing to do without --tasks'),
         (['--workdir={}/whole', '--source=text:/no/where.txt'], 4, 'no file matches'),
         pytest.param(['--workdir={}/whole', '--split=none', '--tasks=hellaswag'], 4, 'hellaswag: its data cannot be read',

@@ -63,6 +63,13 @@ def load(
     return Model(cfg, step, tokenizer, trainer, params)
 
 
+def steps(workdir: pathlib.Path | epath.Path) -> list[int]:
+    """The steps of the checkpoints of a run, ascending."""
+    checkpoints, _ = open_checkpoint(workdir)
+    with contextlib.closing(checkpoints):
+        return checkpoints.steps()
+
+
 def evaluate(
     model: Model, split: str, context: int | None = None, statistics: bool = True, fit: bool = False
 ) -> tuple[dict, dict]:

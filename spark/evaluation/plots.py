@@ -101,6 +101,40 @@ def _attended(cfg, sums, title, path):
     return save(fig, path)
 
 
+SELECTED = (  # (field of a layer, its name, its line) of each panel of `recall`
+    [
+        *(('recall', 'top-k', '-'), ('recall_fitted', 'a linear predictor, fitted', '--')),
+        *(('recall_constant', 'one ranking for all', ':'), ('active_mean', 'by chance', '-.')),
+    ],
+    [
+        *(('contribution_kept', 'top-k', '-'), ('contribution_kept_fitted', 'a linear predictor, fitted', '--')),
+        *(('contribution_kept_constant', 'one ranking for all', ':'), ('contribution_best', 'the largest ones', '-.')),
+    ],
+    [('attention_contribution_kept', 'share of all contributions', '-'), ('attention_recall', 'recall', '--')],
+)
+
+
+def recall(history: list[dict], title: str, path: Path) -> Path:
+    """How top-k selected at each checkpoint; `history` has {'step', 'layers'} of each. Thin lines are layers, thick ones means."""
+    fig, axes = figure(15, 4.5, 1, 3)
+    titles = 'FFN: recall of the k largest contributions', 'FFN: share of all contributions', 'attention to more than k keys'
+    x = [report['step'] for report in history]
+    for ax, name, fields in zip(axes, titles, SELECTED, strict=True):
+        for (field, label, line), color in zip(fields, COLORS, strict=False):
+            y = np.array([[layer.get(field, np.nan) for layer in report['layers']] for report in history], float)
+            y = y[:, ~np.isnan(y).any(axis=0)]
+            if y.size:
+                ax.plot(x, y, line, color=color, lw=0.6, alpha=0.5)
+                ax.plot(x, y.mean(axis=1), line, color=color, marker='o', ms=4, label=label)
+        if not ax.lines:
+            ax.text(0.5, 0.5, 'nothing is selected', ha='center', transform=ax.transAxes)
+        else:
+            ax.legend(frameon=False, fontsize=9)
+        ax.set(title=name, xlabel='step', ylim=(0, 1))
+    fig.suptitle(f'What top-k selects, {title}')
+    return save(fig, path)
+
+
 def figure(width: int | float, height: int | float, rows: int = 1, columns: int = 1) -> tuple[Figure, Axes | np.ndarray]:
     """An empty figure of so many inches, and its axes."""
     fig = Figure(figsize=(width, height), layout='constrained')

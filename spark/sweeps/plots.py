@@ -39,13 +39,13 @@ def _loss_flops(points, front, labels, path):
 
 
 def _loss_axis(points, label, labels, path):
-    fig, ax = figure(7, 5)
     field = labels[label]
     many = len({tuple(p['axes'][f] for f in labels.values() if f != field) for p in points}) > MANY
     others = {name: f for name, f in labels.items() if name != label and not many}  # more lines than that tell nothing
     ticks = list(dict.fromkeys(p['axes'][field] for p in points))
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in ticks)
-    ticks = sorted(ticks) if numeric else ticks
+    ticks = sorted(ticks) if numeric else ticks[::-1]  # names stand beside the plot, the first one on top
+    fig, ax = figure(7, 5) if numeric else figure(8, 1.5 + 0.35 * len(ticks))
     x_of = {v: v if numeric else i for i, v in enumerate(ticks)}
     lines = {}
     for p in points:
@@ -54,22 +54,25 @@ def _loss_axis(points, label, labels, path):
         group.sort(key=lambda p: x_of[p['axes'][field]])
         name = ', '.join(f'{n} = {v}' for n, v in zip(others, key, strict=True))
         x = [x_of[p['axes'][field]] for p in group]
-        _errorbar(ax, x, group, color=color, fmt='o-' if numeric and not many else 'o', label=name or None)
+        _errorbar(ax, x, group, not numeric, color=color, fmt='o-' if numeric and not many else 'o', label=name or None)
     if numeric and min(ticks) > 0 and max(ticks) >= 8 * min(ticks):
         _log_x(ax)
-    if len(ticks) <= MANY or not numeric:
+    if not numeric:
+        ax.set_yticks([x_of[v] for v in ticks], [str(v) or '(base)' for v in ticks])
+    elif len(ticks) <= MANY:
         ax.set_xticks([x_of[v] for v in ticks], [str(v) for v in ticks])
         ax.minorticks_off()
-    ax.set_xlabel(field)
-    return _finish(fig, ax, f'Test loss against {label}', points, path)
+    (ax.set_xlabel if numeric else ax.set_ylabel)(field)
+    return _finish(fig, ax, f'Test loss against {label}', points, path, sideways=not numeric)
 
 
-def _errorbar(ax, x, points, **style):
+def _errorbar(ax, x, points, sideways=False, **style):
     """The mean over seeds, with a thin bar for their range and a thick one for the std about each seed's mean."""
     mean, _, least, most = np.array([p['test_loss'] for p in points]).T
     within = np.nan_to_num([p['within'] for p in points])
-    ax.errorbar(x, mean, yerr=[mean - least, most - mean], capsize=0, lw=0.8, alpha=0.5, fmt='none', color=style['color'])
-    ax.errorbar(x, mean, yerr=within, capsize=3, elinewidth=3, ms=5, lw=1.5, **style)
+    at, error = ((mean, x), 'xerr') if sideways else ((x, mean), 'yerr')
+    ax.errorbar(*at, **{error: [mean - least, most - mean]}, capsize=0, lw=0.8, alpha=0.5, fmt='none', color=style['color'])
+    ax.errorbar(*at, **{error: within}, capsize=3, elinewidth=3, ms=5, lw=1.5, **style)
 
 
 def _log_x(ax):
@@ -80,11 +83,11 @@ def _log_x(ax):
     ax.xaxis.set_minor_formatter('{x:.4g}' if high < 20 * low else '')
 
 
-def _finish(fig, ax, title, points, path):
+def _finish(fig, ax, title, points, path, sideways=False):
     seeds = max(p['seeds'] for p in points)
     spread = f"\n{seeds} seeds: mean, range (thin), standard deviation about each seed's mean (thick)"
     ax.set_title(title + (spread if seeds > 1 else ''), fontsize=11)
-    ax.set_ylabel('test loss, nats per token')
+    (ax.set_xlabel if sideways else ax.set_ylabel)('test loss, nats per token')
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize=9)
     return save(fig, path)

@@ -69,6 +69,25 @@ def test_plots_of_a_search_have_points_and_no_lines(tmp_path, monkeypatch):
         assert any(line.get_linestyle() == 'None' and len(line.get_xdata()) == 20 for line in ax.lines)
 
 
+def test_names_stand_beside_the_plot(tmp_path, monkeypatch):
+    """Long values of an axis, such as words for layers, are read, and the base has none."""
+    drawn = []
+    monkeypatch.setattr(plots, 'save', lambda fig, path: drawn.append(fig) or save(fig, path))
+    words = ['', 'ffn.kind=gated attention.kind=dense', 'attention.kind=spark_low_rank', 'ffn.k=17/34/86/139']
+    axes = {'model.layers': words, 'seed': [0, 1]}
+    point = lambda i, seed: (f'{i}_{seed}', {'model.layers': words[i], 'seed': seed}, 'done', result(3 + i + seed, 1 + i))
+    results.write(tmp_path, [results.Row(*point(i, seed)) for i in range(4) for seed in (0, 1)], axes)
+    (ax,) = drawn[1].axes
+    drawn[1].draw_without_rendering()
+    labels = ax.get_yticklabels()
+    assert [t.get_text() for t in labels] == [*words[:0:-1], '(base)']  # the first on top
+    places = {t.get_text(): t.get_position()[1] for t in labels}
+    means = {float(y): float(x) for line in ax.lines for x, y in zip(*line.get_data(), strict=True) if len(line.get_xdata()) == 4}
+    assert [means[places[w or '(base)']] for w in words] == [3.5, 4.5, 5.5, 6.5]
+    boxes = [t.get_window_extent() for t in labels]
+    assert all(below.y1 < above.y0 for below, above in itertools.pairwise(boxes)) and all(b.x0 >= 0 for b in boxes)
+
+
 def test_config_of_a_run_is_what_its_row_says(tmp_path):
     base, axes, runs = grid('model.ffn.k=4,8', 'seed=0')
     prepare_directory(tmp_path, base, axes, runs)
