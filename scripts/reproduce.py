@@ -3,9 +3,10 @@
     python scripts/reproduce.py --only=ablations [--experiments=NAME,…] [--out=runs]
 
 The page has commands `python scripts/sweep.py … --out=runs/NAME`. What each leaves is kept in docs/ablations/NAME/: sweep.json,
-its base config and axes; results.csv, a row per run; results.md and plots. A sweep whose config and axes are still those of
-sweep.json is not trained again, unless --experiments names it. The page's tables, between <!-- NAME --> and <!-- end of NAME -->,
-are written from results.md. The same command resumes a killed sweep. Exit codes: those of sweep.py.
+its base config and axes; results.csv, a row per run; results.md and plots, with those of the page's commands
+`python scripts/evaluate.py --workdir=runs/NAME/…`. A sweep whose config and axes are still those of sweep.json is not trained
+again, unless --experiments names it. The page's tables, between <!-- NAME --> and <!-- end of NAME -->, are written from
+results.md. The same command resumes a killed sweep. Exit codes: those of sweep.py and evaluate.py.
 """
 
 import json
@@ -30,14 +31,14 @@ OUT = flags.DEFINE_string('out', 'runs', 'Where to train: OUT/NAME is the direct
 DOCS = flags.DEFINE_string('docs', str(ROOT / 'docs'), 'The directory of the page.')
 
 SWEEP = re.compile(r'^python (scripts/sweep\.py (?:.*\\\n)*.*?) --out=runs/(\w+)$', re.M)
+EVALUATE = re.compile(r'^python (scripts/evaluate\.py) --workdir=runs/(\w+)/(\S+)(.*)$', re.M)
 
 
-def sweep(words: list[str], out: pathlib.Path, *more: str) -> None:
-    """Runs scripts/sweep.py from the root of the repository; ends as it does if it fails."""
+def script(*words: str, quiet: bool = False) -> None:
+    """Runs one of scripts/ from the root of the repository; ends as it does if it fails."""
     here = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
-    output = subprocess.DEVNULL if more else None
-    command = [sys.executable, *words, f'--out={out}', *more]
-    if code := subprocess.run(command, cwd=ROOT, env=os.environ | {'PYTHONPATH': here}, stdout=output).returncode:
+    output, env = subprocess.DEVNULL if quiet else None, os.environ | {'PYTHONPATH': here}
+    if code := subprocess.run([sys.executable, *words], cwd=ROOT, env=env, stdout=output).returncode:
         sys.exit(code)
 
 
@@ -46,19 +47,20 @@ def is_recorded(words: list[str], kept: pathlib.Path) -> bool:
     if not (kept / 'sweep.json').exists():
         return False
     with tempfile.TemporaryDirectory() as scratch:
-        sweep(words, pathlib.Path(scratch) / 'sweep', '--launcher=print')
+        script(*words, f'--out={scratch}/sweep', '--launcher=print', quiet=True)
         recorded = [json.loads((path / 'sweep.json').read_text()) for path in (pathlib.Path(scratch) / 'sweep', kept)]
         return recorded[0] == recorded[1]
 
 
 def keep(out: pathlib.Path, kept: pathlib.Path) -> None:
-    """Copies what a sweep left, in place of what was kept before; a ConfigError if a run is missing."""
+    """Copies what a sweep and evaluations left, in place of what was kept before; a ConfigError if a run is missing."""
     table = (out / 'results.md').read_text()
     if 'Not finished:' in table:
         raise errors.ConfigError(f'{out}: runs failed: {out}/results.md says why; repeat the command when that is mended')
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(parents=True)
-    for path in (out / 'sweep.json', out / 'results.csv', out / 'results.md', *out.glob('loss_*.png')):
+    plots = *out.glob('loss_*.png'), *out.glob('runs/*/evaluation/**/*.png')
+    for path in (out / 'sweep.json', out / 'results.csv', out / 'results.md', *plots):
         shutil.copy(path, kept)
 
 
@@ -75,6 +77,7 @@ def filled(page: str, name: str, table: str) -> str:
 def main() -> None:
     path = pathlib.Path(DOCS.value) / f'{ONLY.value}.md'
     found = {name: shlex.split(command.replace('\\\n', ' ')) for command, name in SWEEP.findall(path.read_text())}
+    evaluations = EVALUATE.findall(path.read_text())
     if unknown := [name for name in EXPERIMENTS.value if name not in found]:
         raise errors.ConfigError(f'--experiments={unknown[0]}: want some of {", ".join(found)}')
     for name in EXPERIMENTS.value or found:
@@ -83,7 +86,9 @@ def main() -> None:
             print(f'{name}: as kept in {kept}', flush=True)
         else:
             print(f'{name}: training in {out}', flush=True)
-            sweep(found[name], out)
+            script(*found[name], f'--out={out}')
+            for command, _, run, more in (words for words in evaluations if words[1] == name):
+                script(command, f'--workdir={out}/{run}', *shlex.split(more))
             keep(out, kept)
         write_text(path, filled(path.read_text(), name, (kept / 'results.md').read_text()))
     print(path)

@@ -327,13 +327,15 @@ def test_a_page_is_filled_with_the_results_of_its_own_commands(place, forks):
     page, kept = tmp / 'docs' / 'ablations.md', tmp / 'docs' / 'ablations' / 'rates'
     page.parent.mkdir()
     sweep = f'python scripts/sweep.py --config={tmp}/config.py {NO_SAMPLE} \\\n --config.train.steps=4 --axis=optimizer.lr=1e-2'
-    page.write_text(f'# Rates\n\n```bash\n{sweep} --out=runs/rates\n```\n\n<!-- rates -->\nold\n<!-- end of rates -->\nText.\n')
+    drawn = 'python scripts/evaluate.py --workdir=runs/rates/runs/lr-0.01 --history'
+    commands = f'```bash\n{sweep} --out=runs/rates\n{drawn}\n```'
+    page.write_text(f'# Rates\n\n{commands}\n\n<!-- rates -->\nold\n<!-- end of rates -->\nText.\n')
     args = ['reproduce.py', '--only=ablations', f'--docs={tmp}/docs', f'--out={tmp}/reproduced']
     done = run_script(tmp, *args)
     assert done.returncode == 0, done.stderr
     table = (tmp / 'reproduced' / 'rates' / 'results.md').read_text().strip()
     assert f'<!-- rates -->\n{table}\n<!-- end of rates -->\nText.' in page.read_text() and '| 0.01 |' in table
-    assert {p.name for p in kept.iterdir()} == {'sweep.json', 'results.csv', 'results.md', 'loss_flops.png'}
+    assert {p.name for p in kept.iterdir()} == {'sweep.json', 'results.csv', 'results.md', 'loss_flops.png', 'test_recall.png'}
 
     shutil.rmtree(tmp / 'reproduced')
     page.write_text(page.read_text().replace(table, 'lost'))

@@ -115,7 +115,7 @@ SELECTED = (  # (field of a layer, its name, its line) of each panel of `recall`
 
 
 def recall(history: list[dict], title: str, path: Path) -> Path:
-    """How top-k selected at each checkpoint; `history` has {'step', 'layers'} of each. Thin lines are layers, thick ones means."""
+    """How top-k selected at each checkpoint; `history` has {'step', 'layers'} of each. Thin lines: layers; thick: mean."""
     fig, axes = figure(15, 4.5, 1, 3)
     titles = 'FFN: recall of the k largest contributions', 'FFN: share of all contributions', 'attention to more than k keys'
     x = [report['step'] for report in history]
