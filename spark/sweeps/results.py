@@ -129,7 +129,7 @@ def markdown(points: list[dict], rows: list[Row], axes: dict[str, list]) -> str:
         behind = [loss - best['losses'][seed] for seed, loss in p['losses'].items() if seed in best['losses']]
         active = f'{p["active"][0]:.1%}' if 'active' in p else '–'
         lines.append('| ' + ' | '.join([
-            *(str(p['axes'][f]) for f in fields), str(p['seeds']), f'{p["parameters"][0]:,.0f}',
+            *(str(p['axes'][f]) or '(base)' for f in fields), str(p['seeds']), f'{p["parameters"][0]:,.0f}',
             with_spread(*p['test_loss'][:2]), number(p, 'bits_per_byte', 4), active, number(p, 'attended', 1),
             number(p, 'mflops', 3), f'{p["flops_ratio"][0]:.2f}×',
             with_spread(*_mean_and_std(behind)) if behind and p is not best else '–', 'Pareto' if id(p) in front else '',

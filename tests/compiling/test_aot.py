@@ -329,15 +329,20 @@ def test_every_size_lowers_for_eight_times_eight_h100(size):
 
 
 @libtpu
-@pytest.mark.slow
-@pytest.mark.parametrize('topology', ['v4:2x2x1', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'])
+@pytest.mark.parametrize(
+    'topology',
+    [
+        pytest.param('v6e:2x2', marks=pytest.mark.slow),
+        *(pytest.param(chip, marks=pytest.mark.soak) for chip in ('v4:2x2x1', 'v5p:2x2x1', 'tpu7x:2x2x1')),
+    ],
+)
 def test_every_kind_of_chip(topology):
     done = compile_script(f'--config={ROOT}/configs/tiny.py', f'--topology={topology}', '--noevaluation', *NARROW)
     assert done.returncode == 0 and 'GiB: fits' in done.stdout, done.stderr
 
 
 BETWEEN_SLICES = [
-    pytest.param('v5e:2x2', SMALL_GEMMA, 1024, 4, 2, marks=pytest.mark.slow),
+    pytest.param('v5e:2x2', SMALL_GEMMA, 1024, 4, 2, marks=pytest.mark.soak),
     pytest.param('v5e:4x4', {'model.n_layers': 2, 'model.vocab_size': 32768, 'train.loss_pieces': 4}, 2048, 16, 4,
                  marks=pytest.mark.soak),
 ]  # fmt: skip

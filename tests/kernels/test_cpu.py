@@ -264,8 +264,10 @@ def compiler_or_skip(name):
     return shutil.which(name) or pytest.skip(f'no {name}')
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('target', ['native', 'aarch64', 'threads'])
+@pytest.mark.parametrize(
+    'target',
+    [pytest.param('native', marks=pytest.mark.slow), *(pytest.param(x, marks=pytest.mark.soak) for x in ('aarch64', 'threads'))],
+)
 def test_without_jax(target, tmp_path):
     """cpu_driver.cc compares the kernels with scalar loops, also where JAX is not: on ARM's vectors, which qemu emulates, and in
     threads that ThreadSanitizer watches.
@@ -281,7 +283,7 @@ def test_without_jax(target, tmp_path):
     assert done.returncode == 0 and 'portable: ok' in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_under_sanitizers(tmp_path):
     """The kernels' tests again, on a library with AddressSanitizer and UndefinedBehaviorSanitizer in it."""
     compiler = os.environ.get('CXX') or compiler_or_skip('g++')

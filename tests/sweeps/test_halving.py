@@ -163,7 +163,7 @@ def test_a_run_that_stops_and_goes_on_is_the_same_run(trained, tmp_path):
     assert config.load(tmp_path / 'run' / 'config.json').train.stop_at == 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_sweep_with_rungs_goes_on_and_ends(tmp_path):
     write_config(tmp_path, **{'train.save_every': 5})
     out, lr = tmp_path / 'sweep', 'optimizer.lr=1e-6,1e-2,1e-5'

@@ -77,6 +77,7 @@ def test_names_stand_beside_the_plot(tmp_path, monkeypatch):
     axes = {'model.layers': words, 'seed': [0, 1]}
     point = lambda i, seed: (f'{i}_{seed}', {'model.layers': words[i], 'seed': seed}, 'done', result(3 + i + seed, 1 + i))
     results.write(tmp_path, [results.Row(*point(i, seed)) for i in range(4) for seed in (0, 1)], axes)
+    assert '| (base) | 2 |' in (tmp_path / 'results.md').read_text()
     (ax,) = drawn[1].axes
     drawn[1].draw_without_rendering()
     labels = ax.get_yticklabels()

@@ -135,7 +135,7 @@ def test_a_run_learns_from_a_teacher(taught, trained):
     assert not [path for path in saved['checksums'] if 'teacher' in path]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_compiling_ahead_counts_the_memory_of_the_teacher(taught, trained):
     _, cfg = tokenizer_for(load(taught[1] / 'config.json'))
     alone = cfg.model_copy(update={'train': cfg.train.model_copy(update={'kd_weight': 0.0})})
