@@ -3,12 +3,14 @@
     python scripts/reproduce.py --only=ablations [--experiments=NAME,…] [--out=runs]
 
 The page has commands `python scripts/sweep.py … --out=runs/NAME`. What each leaves is kept in docs/ablations/NAME/: sweep.json,
-its base config and axes; results.csv, a row per run; results.md and plots, with those of the page's commands
-`python scripts/evaluate.py --workdir=runs/NAME/…`. A sweep whose config and axes are still those of sweep.json is not trained
-again, unless --experiments names it. The page's tables, between <!-- NAME --> and <!-- end of NAME -->, are written from
-results.md. The same command resumes a killed sweep. Exit codes: those of sweep.py and evaluate.py.
+its base config and axes; results.csv, a row per run; results.md and plots, and in RUN/ those of the page's commands
+`python scripts/evaluate.py --workdir=runs/NAME/runs/RUN …`, which evaluations.json has. A sweep whose commands are still those of
+these two files is not trained again, unless --experiments names it. The page's tables, between <!-- NAME --> and
+<!-- end of NAME -->, are written from results.md. The same command resumes a killed sweep. Exit codes: those of sweep.py and
+evaluate.py.
 """
 
+import csv
 import json
 import os
 import pathlib
@@ -21,8 +23,8 @@ import tempfile
 
 from absl import flags
 
-from spark import errors
-from spark.runtime import write_text
+from spark import config, errors
+from spark.runtime import write_json, write_text
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ONLY = flags.DEFINE_enum('only', 'ablations', ['ablations'], 'The page of docs/.')
@@ -31,7 +33,7 @@ OUT = flags.DEFINE_string('out', 'runs', 'Where to train: OUT/NAME is the direct
 DOCS = flags.DEFINE_string('docs', str(ROOT / 'docs'), 'The directory of the page.')
 
 SWEEP = re.compile(r'^python (scripts/sweep\.py (?:.*\\\n)*.*?) --out=runs/(\w+)$', re.M)
-EVALUATE = re.compile(r'^python (scripts/evaluate\.py) --workdir=runs/(\w+)/(\S+)(.*)$', re.M)
+EVALUATE = re.compile(r'^python scripts/evaluate\.py --workdir=runs/(\w+)/(\S+)((?:.*\\\n)*.*)$', re.M)
 
 
 def script(*words: str, quiet: bool = False) -> None:
@@ -42,26 +44,33 @@ def script(*words: str, quiet: bool = False) -> None:
         sys.exit(code)
 
 
-def is_recorded(words: list[str], kept: pathlib.Path) -> bool:
-    """Is the sweep of a command the one whose results are kept?"""
-    if not (kept / 'sweep.json').exists():
+def is_recorded(words: list[str], evaluations: list[list[str]], kept: pathlib.Path) -> bool:
+    """Are the results of these commands the ones that are kept?"""
+    if not all((kept / name).exists() for name in ('sweep.json', 'evaluations.json')):
         return False
     with tempfile.TemporaryDirectory() as scratch:
         script(*words, f'--out={scratch}/sweep', '--launcher=print', quiet=True)
-        recorded = [json.loads((path / 'sweep.json').read_text()) for path in (pathlib.Path(scratch) / 'sweep', kept)]
-        return recorded[0] == recorded[1]
+        now, before = (json.loads((path / 'sweep.json').read_text()) for path in (pathlib.Path(scratch) / 'sweep', kept))
+    # Fields that came after it was kept have the values that do what was done then.
+    before['config'] = config.validate(config.upgraded(before['config'])).model_dump(mode='json')
+    return now == before and evaluations == json.loads((kept / 'evaluations.json').read_text())
 
 
-def keep(out: pathlib.Path, kept: pathlib.Path) -> None:
+def keep(out: pathlib.Path, evaluations: list[list[str]], kept: pathlib.Path) -> None:
     """Copies what a sweep and evaluations left, in place of what was kept before; a ConfigError if a run is missing."""
-    table = (out / 'results.md').read_text()
-    if 'Not finished:' in table:
+    with (out / 'results.csv').open(newline='') as rows:
+        statuses = [row['status'] for row in csv.DictReader(rows)]
+    if any(status != 'done' and not status.startswith('stopped at') for status in statuses):
         raise errors.ConfigError(f'{out}: runs failed: {out}/results.md says why; repeat the command when that is mended')
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(parents=True)
-    plots = *out.glob('loss_*.png'), *out.glob('runs/*/evaluation/**/*.png')
-    for path in (out / 'sweep.json', out / 'results.csv', out / 'results.md', *plots):
+    for path in (out / 'sweep.json', out / 'results.csv', out / 'results.md', *out.glob('loss_*.png')):
         shutil.copy(path, kept)
+    for path in out.glob('runs/*/evaluation/**/*.png'):
+        copy = kept / path.relative_to(out / 'runs').as_posix().replace('/evaluation/', '/')
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    write_json(kept / 'evaluations.json', evaluations)
 
 
 def filled(page: str, name: str, table: str) -> str:
@@ -76,20 +85,23 @@ def filled(page: str, name: str, table: str) -> str:
 
 def main() -> None:
     path = pathlib.Path(DOCS.value) / f'{ONLY.value}.md'
-    found = {name: shlex.split(command.replace('\\\n', ' ')) for command, name in SWEEP.findall(path.read_text())}
-    evaluations = EVALUATE.findall(path.read_text())
+    words = lambda command: shlex.split(command.replace('\\\n', ' '))
+    found = {name: words(command) for command, name in SWEEP.findall(path.read_text())}
+    drawn = {name: [] for name in found}
+    for name, run, more in EVALUATE.findall(path.read_text()):
+        drawn.setdefault(name, []).append([run, *words(more)])
     if unknown := [name for name in EXPERIMENTS.value if name not in found]:
         raise errors.ConfigError(f'--experiments={unknown[0]}: want some of {", ".join(found)}')
     for name in EXPERIMENTS.value or found:
         kept, out = path.with_suffix('') / name, pathlib.Path(OUT.value).absolute() / name
-        if name not in EXPERIMENTS.value and is_recorded(found[name], kept):
+        if name not in EXPERIMENTS.value and is_recorded(found[name], drawn[name], kept):
             print(f'{name}: as kept in {kept}', flush=True)
         else:
             print(f'{name}: training in {out}', flush=True)
             script(*found[name], f'--out={out}')
-            for command, _, run, more in (words for words in evaluations if words[1] == name):
-                script(command, f'--workdir={out}/{run}', *shlex.split(more))
-            keep(out, kept)
+            for run, *more in drawn[name]:
+                script('scripts/evaluate.py', f'--workdir={out}/{run}', *more)
+            keep(out, drawn[name], kept)
         write_text(path, filled(path.read_text(), name, (kept / 'results.md').read_text()))
     print(path)
 

@@ -88,7 +88,7 @@ def group(parts: dict[str, float]) -> dict[str, float]:
 
 def dense_twin(cfg: ModelConfig) -> ModelConfig:
     """The ModelConfig with a gated FFN of equal parameters and dense attention."""
-    d_ff = [adapted(layer.ffn, {'kind': 'gated'}, cfg.d_model)['d_ff'] for layer in cfg.per_layer]
+    d_ff = [adapted(layer.ffn, {'kind': 'gated', 'gate': ''}, cfg.d_model)['d_ff'] for layer in cfg.per_layer]
     dense = cfg.attention.model_copy(update=adapted(cfg.attention, {'kind': 'dense'}, cfg.d_model))
     layers = f'ffn.d_ff={"/".join(map(str, d_ff))}' if len(set(d_ff)) > 1 else ''
     return cfg.model_copy(update={'ffn': type(cfg.ffn)(kind='gated', d_ff=d_ff[0]), 'attention': dense, 'layers': layers})

@@ -335,7 +335,11 @@ def test_a_page_is_filled_with_the_results_of_its_own_commands(place, forks):
     assert done.returncode == 0, done.stderr
     table = (tmp / 'reproduced' / 'rates' / 'results.md').read_text().strip()
     assert f'<!-- rates -->\n{table}\n<!-- end of rates -->\nText.' in page.read_text() and '| 0.01 |' in table
-    assert {p.name for p in kept.iterdir()} == {'sweep.json', 'results.csv', 'results.md', 'loss_flops.png', 'test_recall.png'}
+    left = {p.relative_to(kept).as_posix() for p in kept.rglob('*.*') if p.is_file()}
+    assert left == {'sweep.json', 'evaluations.json', 'results.csv', 'results.md', 'loss_flops.png', 'lr-0.01/test_recall.png'}
+    older = json.loads((kept / 'sweep.json').read_text())
+    del older['config']['model']['attention']['qk_norm']  # a field that there was not yet
+    (kept / 'sweep.json').write_text(json.dumps(older))
 
     shutil.rmtree(tmp / 'reproduced')
     page.write_text(page.read_text().replace(table, 'lost'))

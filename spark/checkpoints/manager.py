@@ -67,11 +67,7 @@ class Checkpoints:
 
     def last_saved(self) -> int | None:
         """The newest step that a run is known to have saved here, 0 if it has saved none; None if nothing is known."""
-        path = self.directory.parent / LAST_SAVED
-        try:
-            return int(json.loads(path.read_text())['step']) if path.exists() else None
-        except (ValueError, LookupError, TypeError) as e:
-            raise CheckpointError(f'{path}: want {{"step": the newest step that was saved}}: {root_cause(e)}') from e
+        return last_saved(self.directory.parent)
 
     def begin(self, step: int) -> None:
         """Called by the first process of a run that has restored this step, or starts at 0, before it saves.
@@ -315,6 +311,15 @@ def open_checkpoint(workdir: epath.PathLike, step: int | None = None) -> tuple[C
     if step is not None and step not in steps:
         raise CheckpointError(f'{directory}: no step {step}; there are {", ".join(map(str, steps))}')
     return checkpoints, steps[-1] if step is None else step
+
+
+def last_saved(workdir: epath.PathLike) -> int | None:
+    """`Checkpoints.last_saved` of a run."""
+    path = epath.Path(workdir) / LAST_SAVED
+    try:
+        return int(json.loads(path.read_text())['step']) if path.exists() else None
+    except (ValueError, LookupError, TypeError) as e:
+        raise CheckpointError(f'{path}: want {{"step": the newest step that was saved}}: {root_cause(e)}') from e
 
 
 def field_of_params(cfg: ExperimentConfig, ema: bool) -> str:

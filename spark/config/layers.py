@@ -142,7 +142,7 @@ def _k(label, text, most):
         return most
     if text.isdecimal():
         return int(text)
-    if most < ALL_KEYS and re.fullmatch(r'\d+(\.\d+)?%', text):
+    if most < ALL_KEYS and re.fullmatch(r'\d+(\.\d+)?%', text) and float(text[:-1]) > 0:
         return max(round(float(text[:-1]) / 100 * most), 1)
     share = ' or a share of the neurons such as 8%' if most < ALL_KEYS else ''
     raise ValueError(f"{label}.k = {text!r}: want a number, 'all'{share}")

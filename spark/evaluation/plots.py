@@ -72,7 +72,8 @@ def _scores(cfg, sums, layer, title, path):
             label = f'threshold Q(1 − k/d_ff) = {threshold:.2f}\n{above:.1%} above, k/d_ff = {share:.1%}'
             ax.axvline(threshold, color=COLORS[1], ls='--', label=label)
         ax.legend(frameon=False, fontsize=9, loc='upper left')
-        name = 'FFN' if half == 'ffn' else f'attention, queries with more than {own.attention.k} visible keys'
+        those = f', queries with more than {own.attention.k} visible keys' if own.attention.k < ALL_KEYS else ''
+        name = 'FFN' if half == 'ffn' else f'attention{those}'
         ax.set_title(f'{name}\nKS distance {kolmogorov_smirnov(counts):.3f}', fontsize=11)
         ax.set(xlabel='score, standardised per token', ylabel='density', xlim=(-5, 5), ylim=(0, 1.25 * ax.get_ylim()[1]))
     fig.suptitle(f'Predictor scores of layer {layer}: {title}' if own.ffn.r else f'Scores of layer {layer}: {title}')
@@ -121,11 +122,14 @@ def recall(history: list[dict], title: str, path: Path) -> Path:
     x = [report['step'] for report in history]
     for ax, name, fields in zip(axes, titles, SELECTED, strict=True):
         for (field, label, line), color in zip(fields, COLORS, strict=False):
-            y = np.array([[layer.get(field, np.nan) for layer in report['layers']] for report in history], float)
-            y = y[:, ~np.isnan(y).any(axis=0)]
-            if y.size:
+            there = lambda layer, field=field: field in layer and (field != 'active_mean' or 'recall' in layer)
+            value = lambda layer, field=field, there=there: layer[field] if there(layer) else np.nan
+            y = np.array([[value(layer) for layer in report['layers']] for report in history], float)
+            known = ~np.isnan(y)
+            if known.any():
+                mean = np.divide(np.nansum(y, axis=1), known.sum(axis=1), out=np.full(len(x), np.nan), where=known.any(axis=1))
                 ax.plot(x, y, line, color=color, lw=0.6, alpha=0.5)
-                ax.plot(x, y.mean(axis=1), line, color=color, marker='o', ms=4, label=label)
+                ax.plot(x, mean, line, color=color, marker='o', ms=4, label=label)
         if not ax.lines:
             ax.text(0.5, 0.5, 'nothing is selected', ha='center', transform=ax.transAxes)
         else:

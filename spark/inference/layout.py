@@ -86,7 +86,7 @@ def rows(W: Float[Array | np.ndarray, 'rows ...'], dtype: str) -> Matrix:
     if dtype != 'int8':
         return Matrix(W.astype(dtype))
     W = W.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(W), axis=-1)
+    largest = jnp.max(jnp.abs(W), axis=-1, initial=0)  # rows may be empty
     scales = jnp.where(largest > 0, largest, 1) / 127
     return Matrix(jnp.round(W / scales[..., None]).astype(jnp.int8), scales)
 

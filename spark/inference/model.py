@@ -98,8 +98,8 @@ def hidden(
 
     `first_B` is the position of each row's first token; all before it is padding. The cache must have room for L positions.
 
-    Counts: 'attended' (n_layers, B, L) keys, mean over the heads; 'active' (n_layers, B, L) neurons of sparse kinds; with a
-    predictor 'records_read' (n_layers,), the records of neurons that the kernels read, one that is read twice counted twice;
+    Counts: 'attended' (n_layers, B, L) keys, mean over the heads; 'active' (n_layers, B, L) neurons of sparse kinds; with
+    top-k 'records_read' (n_layers,), the records of neurons that the kernels read, one that is read twice counted twice;
     'overflow' (n_layers,) tokens and queries with more active entries than the capacity.
     """
     L, E = tokens_BxL.shape[1], weights['embedding']

@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 from spark import config
+from spark.checkpoints.manager import last_saved
 from spark.errors import ConfigError
 from spark.runtime import Path
 from spark.sweeps import execute
@@ -70,6 +71,9 @@ def stage(out: Path, runs: list[Run], axes: dict, halving: Halving) -> Stage:
 
 
 def _losses(out, run):
-    """{step: validation loss} of what a run has evaluated."""
-    validation = [r for r in recorded(out / 'runs' / run.name) if r['split'] == 'validation']
+    """{step: validation loss} of what a run has evaluated and saved. It goes on from there, and forgets what came after."""
+    workdir = out / 'runs' / run.name
+    saved = last_saved(workdir)
+    reached = math.inf if saved is None or execute.is_finished(out, run) else saved
+    validation = [r for r in recorded(workdir) if r['split'] == 'validation' and r['step'] <= reached]
     return {r['step']: float(r['loss']) if math.isfinite(float(r['loss'])) else math.inf for r in validation}

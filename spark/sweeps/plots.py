@@ -86,7 +86,7 @@ def _log_x(ax):
 def _finish(fig, ax, title, points, path, sideways=False):
     seeds = max(p['seeds'] for p in points)
     spread = f"\n{seeds} seeds: mean, range (thin), standard deviation about each seed's mean (thick)"
-    ax.set_title(title + (spread if seeds > 1 else ''), fontsize=11)
+    fig.suptitle(title + (spread if seeds > 1 else ''), fontsize=11)  # over the names beside the plot, too
     (ax.set_xlabel if sideways else ax.set_ylabel)('test loss, nats per token')
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize=9)

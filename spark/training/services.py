@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import queue
+import re
 import threading
 import time
 import uuid
@@ -115,7 +116,9 @@ class MLflow:
         """Writes numbers of a step."""
         from mlflow.entities import Metric
 
-        now, named = int(1000 * time.time()), {f'{split}/{name}': x for name, x in {**numbers, 'step': step}.items()}
+        # A server refuses a whole record for a name with other characters, such as pass@1.
+        plain = lambda name: re.sub(r'[^\w./ -]', '_', name)
+        now, named = int(1000 * time.time()), {plain(f'{split}/{name}'): x for name, x in {**numbers, 'step': step}.items()}
         self._client.log_batch(self._id, metrics=[Metric(name, x, now, step) for name, x in named.items()])
 
     def finish(self, summary: dict, evaluations: list[dict], curves: bytes) -> None:
@@ -147,6 +150,7 @@ class Service:
 
     def __init__(self, name: str, workdir: epath.Path, about: dict, reached: dict[str, int]):
         self._name, self._tracker, self._opened, self._told = name, KINDS[name](workdir), False, False
+        self._given_up = False
         self._path, self._todo, self._last, self._reached = workdir / f'{name}.json', queue.SimpleQueue(), {}, reached
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._do(lambda: self._open(about))
@@ -186,7 +190,8 @@ class Service:
             self._tell(f'does not answer; about {self._todo.qsize()} writes are missing')
 
     def _do(self, act):
-        self._todo.put(act)
+        if not self._given_up:
+            self._todo.put(act)
 
     def _work(self):
         for act in iter(self._todo.get, None):
@@ -196,7 +201,8 @@ class Service:
                 show_traceback(e)
                 self._tell(' '.join(root_cause(e).split()))
             if not self._opened:
-                return  # there is nothing to write to
+                self._given_up = True  # there is nothing to write to
+                return
 
     def _open(self, about):
         saved = json.loads(self._path.read_text())['id'] if self._path.exists() else None

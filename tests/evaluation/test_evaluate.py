@@ -285,6 +285,19 @@ def test_plots_are_pictures_of_every_layer(evaluated, tmp_path):
     assert all(p.read_bytes().startswith(b'\x89PNG') and p.stat().st_size > 10_000 for p in paths)
 
 
+def test_what_one_checkpoint_lacks_is_drawn_of_the_others(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots, 'save', lambda fig, path: figures.append(fig) or path)
+    layers = [{'recall': 0.5, 'attention_recall': 0.75}, {'recall': 0.25}]
+    first = [{'active_mean': 0.9}, {'recall': 0.75, 'active_mean': 0.1}]
+    plots.recall([{'step': 1, 'layers': first}, {'step': 2, 'layers': layers}], '', tmp_path)
+    means = [[line.get_ydata() for line in ax.lines if line.get_marker() == 'o'] for ax in figures[0].axes]
+    np.testing.assert_allclose(means[0][0], [0.75, 0.375])
+    np.testing.assert_allclose(means[2][0], [np.nan, 0.75])
+    np.testing.assert_allclose(means[0][1], [0.1, np.nan])  # by chance, of layers that have a recall
+    assert not means[1] and figures[0].axes[1].texts[0].get_text() == 'nothing is selected'
+
+
 @pytest.mark.parametrize(
     ('fields', 'drawn'), [({}, True), ({'shrink': False}, True), ({'topk': 'exact'}, False), ({'groups': 2}, False)]
 )

@@ -196,18 +196,19 @@ def test_padding_changes_nothing(kind, kernels):
     np.testing.assert_allclose(logits[23][1], full_logits(model, params, padded)[1, 23], atol=1e-3)
 
 
+@pytest.mark.parametrize('ffn', [{}, {'kind': 'topk', 'k': 24}, {'kind': 'gaussian_topk', 'k': 24, 'gate': 'none'}], ids=str)
 @pytest.mark.parametrize('dtype', DTYPES[1:])
-def test_rounded_weights_are_near_and_all_kernels_agree_on_them(dtype):
+def test_rounded_weights_are_near_and_all_kernels_agree_on_them(dtype, ffn):
     """A Spark model's hard threshold in attention answers rounding with another key, so nearness is asked of a dense one."""
-    cfg = small('dense', **{'model.n_layers': 2})
+    cfg = small('dense', **{'model.n_layers': 2}, **{f'model.ffn.{name}': value for name, value in ffn.items()})
     model, params = model_and_params(cfg)
     tokens = random_rows(cfg, length=16)[0]
     weights = from_params(Serving(cfg.model, dtype), params)
     found = [piecewise(Serving(cfg.model, dtype, k.values[0] if hasattr(k, 'values') else k), weights, tokens, 8, 8)[0][15]
              for k in KERNELS if not hasattr(k, 'marks') or cpu.available()]  # fmt: skip
     expected = full_logits(model, params, tokens)[:, 15]
-    for logits in found:
-        np.testing.assert_allclose(logits, found[0], atol=1e-3)
+    for logits in found:  # a threshold passes on more of how the cache's last bit is rounded
+        np.testing.assert_allclose(logits, found[0], atol=3e-3 if ffn else 1e-3)
     error = float(jnp.linalg.norm(found[0] - expected) / jnp.linalg.norm(expected))
     assert 1e-4 < error < (0.03 if dtype == 'bfloat16' else 0.1)
 

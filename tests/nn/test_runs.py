@@ -109,6 +109,7 @@ def test_what_a_layers_kind_does_not_read_has_its_default_there():
         ('1:attention.window=3', 'in layer 1 attention.window: want one of kind, k, r'),
         ('1:ffn.k_schedule=3', 'in layer 1 ffn.k_schedule: want one of kind, '),
         ('ffn.k=many', "in layer 0 ffn.k = 'many': want a number, 'all' or a share of the neurons such as 8%"),
+        ('ffn.k=0%', "in layer 0 ffn.k = '0%': want a number, 'all' or a share of the neurons such as 8%"),
         ('attention.k=5%', "in layer 0 attention.k = '5%': want a number, 'all'"),
         ('2:ffn.k=97', "in layer 2 ffn.k = 97: want 1 … d_ff = 96 for kind 'spark'"),
         ('2:ffn.kind=sparse', "in layer 2 ffn.kind = 'sparse': want 'gated'"),
@@ -237,6 +238,9 @@ def test_flops_are_those_of_each_layer():
     assert parts['attention.V'] == 2 * 32 * (4 + 4 + 7 + 4)
     twin = flops.dense_twin(cfg)
     assert abs(flops.parameters(twin) / flops.parameters(cfg) - 1) < 0.01 and {x.ffn.kind for x in twin.per_layer} == {'gated'}
+    for fields in ({'model.ffn.gate': 'none'}, {'model.layers': '0:ffn.gate=none'}):
+        cfg = small(**fields).model
+        assert abs(flops.parameters(flops.dense_twin(cfg)) / flops.parameters(cfg) - 1) < 0.01
 
 
 def test_k_by_step():

@@ -33,6 +33,20 @@ def sweep(tmp_path):
     return tmp_path, axes, runs, evaluated
 
 
+def test_a_rung_is_reached_when_it_is_saved(sweep):
+    """A run that is killed between an evaluation and its save resumes from before it, and would forget the evaluation."""
+    out, axes, runs, evaluated = sweep
+    for run in runs:
+        evaluated(run.name, 3, 1.0)
+    stage = lambda: halving.stage(out, runs, axes, halving.Halving((3,), 2))
+    assert stage().step == 0
+    saved = out / 'runs' / runs[0].name / 'last_saved.json'
+    saved.write_text('{"step": 2}')
+    assert stage() == halving.Stage(3, runs[:1], {})
+    saved.write_text('{"step": 3}')
+    assert stage().step == 0
+
+
 def fail(out, name, code=3, message='NotFiniteError: loss nan'):
     (out / 'logs' / f'{name}.json').write_text(json.dumps({'exit_code': code, 'message': message}))
 
