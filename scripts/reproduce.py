@@ -52,7 +52,8 @@ def is_recorded(words: list[str], evaluations: list[list[str]], kept: pathlib.Pa
         script(*words, f'--out={scratch}/sweep', '--launcher=print', quiet=True)
         now, before = (json.loads((path / 'sweep.json').read_text()) for path in (pathlib.Path(scratch) / 'sweep', kept))
     # Fields that came after it was kept have the values that do what was done then.
-    before['config'] = config.validate(config.upgraded(before['config'])).model_dump(mode='json')
+    older = config.ExperimentConfig.model_validate_json(json.dumps(config.upgraded(before['config'])))
+    before['config'] = json.loads(older.model_dump_json())
     return now == before and evaluations == json.loads((kept / 'evaluations.json').read_text())
 
 

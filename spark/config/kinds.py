@@ -37,6 +37,11 @@ class Kind(NamedTuple):
         """True if there is a second score, with keys K2."""
         return self.gated or self.adds
 
+    @property
+    def selects(self) -> bool:
+        """True if some scores are known before the others: decoding then has a record per entry, which it may leave unread."""
+        return self.topk or self.predictor
+
     def but(self, gate: str, ddof: int, cap_first: bool = False) -> 'Kind':
         """The kind with another σ2 ('': its own; 'none': no second score), ddof (−1: its own) and place of the soft-cap."""
         gate = {'': self.gate, 'none': ''}.get(gate, gate)

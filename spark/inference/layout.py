@@ -6,7 +6,7 @@
 | attention | keys (B, N, S, r), a row per token     | (B, N, S, (d − r) + d), rest of key, and value |
 
 Without a predictor r is the whole width, and K2, which a gate has, is as wide. Without a second score there is no K2. FFNs
-without top-k are two products, by 'keys' and by 'VT'. A learned projection 'P' is a product of its own.
+without top-k or predictor are two products, by 'keys' and by 'VT'. A learned projection 'P' is a product of its own.
 """
 
 import functools
@@ -115,7 +115,7 @@ def _layer_recipe(serving, i):
     if kind.projected:
         recipe.append(('P', lambda P: stack(P.T), of('ffn', 'P')))
     keys = ('K1', 'K2') if kind.second else ('K',)
-    if not kind.topk:
+    if not kind.selects:
         stacked = lambda *Ks: stack(*(K.T for K in Ks))
         return [*recipe, ('keys', stacked, of('ffn', *keys)), ('VT', lambda V: stack(V.T), of('ffn', 'V'))]
     tiles = serving.kernels == 'tpu' and kind.gate == 'identity'

@@ -48,7 +48,7 @@ def computed_by(serving: Serving, half: str) -> str:
     reads_records = kind.topk and kind.gate == 'identity' and serving.dtype != 'int8'
     takes = {
         ('attention', 'cpu'): kind in nn_attention.KERNEL_KINDS,
-        ('ffn', 'cpu'): not kind.topk or (kind == CPU_FFN and f.soft),
+        ('ffn', 'cpu'): not kind.selects or (kind == CPU_FFN and f.soft),
         ('ffn', 'tpu'): reads_records,
         ('ffn', 'gpu'): reads_records and rows_gpu.columns(cfg.d_model - f.r, cfg.d_model) > 0,
     }
@@ -204,7 +204,7 @@ def visible(length: Length, L: int, S: int, first_B: Rows, window: int) -> Bool[
 def ffn(serving: Serving, w: dict, x_TxD: Float[Array, 'T D']) -> tuple[Float[Array, 'T D'], Counts]:
     """One layer's FFN by its weights, and its counts."""
     f, kind = serving.cfg.ffn, serving.cfg.ffn.traits
-    if not kind.topk:
+    if not kind.selects:
         s = product(serving, x_TxD, w['keys']).astype(serving.compute)
         a, active = nn_ffn.activations(f, s[:, : f.d_ff])
         if kind.gated:
