@@ -117,7 +117,7 @@ class MLflow:
         from mlflow.entities import Metric
 
         # A server refuses a whole record for a name with other characters, such as pass@1.
-        plain = lambda name: re.sub(r'[^\w./ -]', '_', name)
+        plain = lambda name: re.sub(r'[^\w./: -]', '_', name)
         now, named = int(1000 * time.time()), {plain(f'{split}/{name}'): x for name, x in {**numbers, 'step': step}.items()}
         self._client.log_batch(self._id, metrics=[Metric(name, x, now, step) for name, x in named.items()])
 

@@ -122,6 +122,11 @@ def test_mlflow_in_a_file(tmp_path, monkeypatch, capfd):
     assert [(row['split'], row['step']) for row in table] == [('validation', '5'), ('validation', '10'), ('test', '10')]
     assert (artifacts / 'curves.png').read_bytes().startswith(b'\x89PNG')
     assert 'Warning' not in capfd.readouterr().out
+    tracker = services.MLflow(epath.Path(workdir))
+    tracker.open(run, {})
+    tracker.write(11, 'eval/code', {'pass@1': 0.5})  # a name that MLflow refuses, and with it the record
+    with sqlite3.connect(workdir / 'mlflow.db') as base:
+        assert base.execute("SELECT value FROM metrics WHERE key = 'eval/code/pass_1'").fetchall() == [(0.5,)]
 
 
 class Recorder:
