@@ -23,7 +23,8 @@ from spark.errors import ConfigError
 from spark.runtime import Path, entries, in_bucket, write_json
 from spark.sweeps.search import Range, Search, points
 
-# No choice of these changes the parameter count, so runs that differ only in them are compared at equal parameters.
+# No choice of these changes the parameter count, but for the few scales of qk_norm. So runs that differ only in them are compared
+# at equal parameters.
 _NAMES = ('kind', 'k', 'k_schedule', 'r', 'gate', 'topk', 'groups', 'ddof', 'shrink', 'recall', 'huber', 'cap_first', 'qk_norm')
 LOOKUP_FIELDS = {'model.layers', *(f'model.{half}.{name}' for half in ('ffn', 'attention') for name in _NAMES)}
 LONGEST = 200  # name of a run; file systems take 255
